@@ -1,0 +1,481 @@
+"""`DeltaModel`: the stateful shell that puts deltas on a backbone, with OpenDelta's verbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from jdelta import addressing, backbone, common_names, freezing, surgery
+from jdelta.config import DeltaConfig
+from jdelta.interception import Attachment, Edit, attachments_of, bare, instrument, interceptor
+from jdelta.structure import ModuleInfo, Structure
+from jdelta.surgery import Path, Tree
+from jdelta.visualization import Visualization
+
+Find = Callable[[Sequence[str]], list[ModuleInfo]]
+
+
+class DeltaModel:
+    """A delta on a backbone. Constructing one attaches it: `model.params` is then the grafted tree.
+
+    Of itself it changes nothing; it carries what `insert_sequential_module` and its like put in. A method is a
+    subclass that says in `edits` what a module should get:
+
+        class ScaleModel(jdelta.DeltaModel):
+            delta_type = "scale"
+            default_modified_modules = ("ff.w2",)
+
+            def edits(self, host, structure):
+                yield jdelta.Edit(host.path, "after", Scale(), leaf=(self.name,))
+
+    Args:
+      backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+      modified_modules: patterns of the modules to change; without them, the method's default positions.
+      exclude_modules: patterns of modules to leave alone, with everything below them.
+      unfrozen_modules: patterns of what trains besides the delta, a classifier head for example.
+      common_structure: whether `modified_modules` are common names (`"attn.q"`) in place of the model's own.
+      interactive_modify: choose the modules in a web page.
+      name: the delta's name in the tree; by default its `delta_type`, numbered if that is taken.
+      rng: seed or key of the delta's initial values.
+      **arguments: the method's own, see its configuration.
+
+    Raises:
+      TypeError: the backbone is none, or an argument has a wrong type or an unknown name.
+      ValueError: a pattern matches nothing, a module cannot take the delta, or the name is taken. The model is then
+        as it was.
+    """
+
+    delta_type: ClassVar[str] = "delta"
+    config_class: ClassVar[type[DeltaConfig]] = DeltaConfig
+    default_modified_modules: ClassVar[Sequence[str]] = ()
+
+    config: Any  # of config_class
+
+    def __init__(
+        self,
+        backbone_model: Any,
+        modified_modules: Sequence[str] | None = None,
+        exclude_modules: Sequence[str] | None = None,
+        unfrozen_modules: Sequence[str] | None = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int = False,
+        name: str | None = None,
+        rng: int | jax.Array = 0,
+        **arguments: Any,
+    ):
+        self.config = self.config_class.from_arguments(type(self).__name__, arguments)
+        if interactive_modify and modified_modules is not None:
+            raise ValueError("give either modified_modules or interactive_modify, not both.")
+        if interactive_modify:
+            raise NotImplementedError("interactive_modify: the selection page is not in this version yet.")
+        self.backbone_model = backbone_model
+        self._face = backbone.face_of(backbone_model)
+        self._structure = backbone.trace(self._face)
+        self._rng = jax.random.key(rng) if isinstance(rng, int) else rng
+        self.name = self._free_name(name)
+        self._exclude: tuple[str, ...] | None = None  # None: own leaves and self._unfrozen
+        self._unfrozen = tuple(addressing.checked(unfrozen_modules or ()))
+        self._kept: dict[Path, Any] = {}  # values to put back: on detach the backbone's, on attach the delta's
+
+        common = bool(common_structure) or modified_modules is None
+        patterns = self.default_modified_modules if modified_modules is None else modified_modules
+        edits = list(self.place(self._structure, self._finder(common, exclude_modules or ()), patterns))
+        if not edits and (patterns or type(self).edits is not DeltaModel.edits):
+            raise ValueError(f"{type(self).__name__}: the modules of this model that it was pointed at need no change.")
+        self._put(edits, check=self.trainable_mask)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Shows the configuration's fields in the signature."""
+        super().__init_subclass__(**kwargs)
+        common = [p for p in inspect.signature(DeltaModel.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in dataclasses.fields(cls.config_class)
+        ]
+        if cls.__init__ is DeltaModel.__init__:
+            cls.__signature__ = inspect.Signature([*common[1:], *own])  # type: ignore[attr-defined]
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        """What this method does at a module that it was pointed at. Override it.
+
+        Raises:
+          TypeError, ValueError: the module cannot take this delta; `host.name` is put in front of the message.
+        """
+        return ()
+
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+        """The edits at all modules that the patterns mean. Override it for a method whose modules come in pairs."""
+        for host in find(patterns) if patterns else ():
+            try:
+                yield from self.edits(host, structure)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{type(self).__name__} at {host.name} ({host.type.__name__}): {error}") from error
+
+    # --- the operations
+
+    def insert_sequential_module(
+        self, name: str | Sequence[str], layer: nn.Module, where: Literal["after", "before"] = "after"
+    ) -> None:
+        """Puts a layer after a module, `y -> layer(y)`, or before it, `x -> layer(x)`.
+
+        `x` is the module's first array argument; `y` the array it returns, alone or first in a tuple or model output.
+
+        Args:
+          name: the name of the module, or patterns that mean one or several.
+          layer: any unbound linen module, from an array to an array.
+          where: on which side.
+
+        Raises:
+          TypeError: the layer is no linen module, or the module gives no floating array at that place.
+          ValueError: no such module.
+        """
+        if where not in ("after", "before"):
+            raise ValueError(f"where is 'after' or 'before', got {where!r}.")
+        self._insert(name, where, layer)
+
+    def insert_parallel_module(self, name: str | Sequence[str], layer: nn.Module, start: str | None = None) -> None:
+        """Puts a layer beside a module: `y + layer(x)`.
+
+        Args:
+          name: the name of the module, or patterns.
+          layer: any unbound linen module; its output has the shape of `y`.
+          start: a pattern of one other module that runs before; `layer` then gets the input of that one, and so
+            spans everything from there to the output of `name`.
+
+        Raises:
+          TypeError, ValueError: as `insert_sequential_module`; also if `start` does not come first.
+        """
+        self._insert(name, "parallel", layer, start)
+
+    def replace_module(self, name: str | Sequence[str], layer: nn.Module) -> None:
+        """Runs a layer in place of a module, with the module's arguments. The module's parameters stay in the tree.
+
+        Args:
+          name: the name of the module, or patterns.
+          layer: any unbound linen module that takes what the module takes and returns what it returns.
+
+        Raises:
+          TypeError, ValueError: as `insert_sequential_module`.
+        """
+        self._insert(name, "replace", layer)
+
+    def freeze_module(self, exclude: Sequence[str] = ("deltas",)) -> None:
+        """Freezes the whole model except what is named. Calling it again replaces the first choice.
+
+        Args:
+          exclude: patterns of modules or leaves that train, with everything below them; `"deltas"` means the leaves
+            of all attached deltas.
+
+        Raises:
+          TypeError: `exclude` is a bare string.
+          ValueError: a pattern matches nothing; the earlier choice then stays.
+        """
+        before, self._exclude = self._exclude, tuple(addressing.checked(exclude))
+        try:
+            self.trainable_mask()
+        except ValueError:
+            self._exclude = before
+            raise
+
+    def detach(self) -> None:
+        """Takes the delta off: the model then computes what it computed without it.
+
+        The leaves that `model.params` held are kept, and `attach` puts them back. Deltas come off in any order.
+
+        Raises:
+          RuntimeError: it is detached already.
+          ValueError: `model.params` lacks leaves of this delta.
+        """
+        self._switch(active=False)
+
+    def attach(self) -> None:
+        """Puts the delta back in its place, with the values it had when it was detached.
+
+        Raises:
+          RuntimeError: it is attached already.
+        """
+        self._switch(active=True)
+
+    # --- what it is
+
+    @property
+    def structure(self) -> Structure:
+        """The backbone's modules, in the order of execution."""
+        return self._structure
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model runs this delta."""
+        return self._attachment.active
+
+    @property
+    def targets(self) -> list[str]:
+        """The names of the modules this delta sits on, in the order of execution."""
+        hosts = {edit.host for edit in self._attachment.edits}
+        return [info.name for info in self._structure if info.path in hosts]
+
+    def shapes(self) -> Tree:
+        """Shapes of the delta's own leaves, as a tree to be grafted into the backbone's."""
+        return self._only_own(jax.eval_shape(self._init_model, self._rng))
+
+    def init(self, rng: int | jax.Array) -> Tree:
+        """Fresh values of the delta's own leaves, as a tree to be grafted into the backbone's.
+
+            params = jdelta.graft(params, jax.jit(delta.init)(jax.random.key(0)))
+
+        It can be jitted, with `out_shardings` too; the compiled program holds nothing of the backbone's.
+        """
+        return self._only_own(self._init_model(jax.random.key(rng) if isinstance(rng, int) else rng))
+
+    # --- what trains
+
+    def trainable_mask(self, params: Tree | None = None) -> Tree:
+        """A tree of bools, `True` where a leaf trains, for any optax wrapper.
+
+        Args:
+          params: the tree to make it for; by default `model.params`.
+        """
+        return self._mask_of(self._tree(params))
+
+    def partition(self, params: Tree | None = None) -> tuple[Tree, Tree]:
+        """Splits a tree into what trains and what is frozen; neither part has holes.
+
+            trainable, frozen = delta.partition(model.params)
+            grads = jax.grad(lambda t: loss(jdelta.combine(t, frozen)))(trainable)
+
+        Args:
+          params: the tree to split; by default `model.params`.
+        """
+        tree = self._tree(params)
+        return surgery.partition(tree, self._mask_of(tree))
+
+    def combine(self, *trees: Tree) -> Tree:
+        """`jdelta.combine`, and an error unless the parts make up the whole tree of this model.
+
+        Raises:
+          ValueError: the parts overlap, or leaves are missing or do not belong.
+        """
+        return surgery.combine(*trees, like=self._tree(None))
+
+    def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        """An optimizer for the whole tree that moves only what trains now, and holds state only for that.
+
+            state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=delta.optimizer(optax.adamw(1e-3)))
+
+        Args:
+          tx: the optimizer of the trainable leaves.
+        """
+        return freezing.freeze_except(tx, self._mask_of)
+
+    def log(self, params: Tree | None = None) -> None:
+        """Prints the model as a coloured tree, and how much of it trains.
+
+        Args:
+          params: the tree to show; by default `model.params`.
+        """
+        Visualization(self.backbone_model).structure_graph(params=self._tree(params), mask=self._mask_of)
+
+    # --- inside
+
+    @property
+    def _attachment(self) -> Attachment:
+        return next(a for a in attachments_of(self._face.module) if a.name == self.name)
+
+    def _free_name(self, name: str | None) -> str:
+        taken = {key for path in surgery.flatten(self._structure.params) for key in path}
+        taken |= {key for info in self._structure for key in info.path}
+        deltas = {attachment.name for attachment in attachments_of(self._face.module)}
+        if name is None:
+            numbers = (f"{self.delta_type}_{i}" for i in itertools.count(2))
+            return next(n for n in itertools.chain([self.delta_type], numbers) if n not in taken | deltas)
+        if not isinstance(name, str) or not name or "." in name or name in ("params", freezing.DELTAS):
+            raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {name!r}.")
+        if name in deltas:
+            raise ValueError(f"the model has a delta named {name!r} already. Choose another name.")
+        if name in taken:
+            raise ValueError(f"{name!r} is the name of a part of this backbone. Choose another name for the delta.")
+        return name
+
+    def _finder(self, common: bool, exclude: Sequence[str]) -> Find:
+        def find(patterns: Sequence[str]) -> list[ModuleInfo]:
+            if not common:
+                return self._structure.find(patterns, exclude)
+            found = [info.name for info in common_names.resolve(self._structure, addressing.checked(patterns))]
+            return self._structure.find([f"[r]^{re.escape(name)}" for name in found], exclude) if found else []
+
+        return find
+
+    def _insert(self, name: str | Sequence[str], where: Any, layer: nn.Module, start: str | None = None) -> None:
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"the layer is a flax.linen module, got {layer!r}.")
+        begin = None
+        if start is not None:
+            begin, *more = self._structure.find([start])
+            if more:
+                raise ValueError(f"start={start!r} means {1 + len(more)} modules; name one.")
+        own = self._attachment
+        edits = []
+        for host in self._structure.find([name] if isinstance(name, str) else name):
+            number = sum(edit.host == host.path and edit.layer is not None for edit in own.edits)
+            leaf = (self.name, str(number)) if number else (self.name,)
+            edits.append(Edit(host.path, where, layer, start=begin.path if begin else None, leaf=leaf))
+        self._put([*own.edits, *edits])
+
+    def _put(self, edits: Sequence[Edit], check: Callable[[], Any] | None = None) -> None:
+        """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
+        edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
+        others = attachments_of(self._face.module)
+        index = next((i for i, a in enumerate(others) if a.name == self.name), len(others))
+        if index < len(others) and not others[index].active:
+            raise RuntimeError(f"delta {self.name!r} is detached; call attach() before changing it.")
+        self._check(edits, others)
+        draft = [*others[:index], Attachment(self.name, tuple(edits), ()), *others[index + 1 :]]
+        ran: set[Edit] = set()
+        everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
+        for edit in edits:
+            if edit.layer is not None and edit not in ran:
+                raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
+        start = len(surgery.root(everything))
+        known = {path for path in surgery.flatten(self._structure.params)}
+        known.update(path for a in others if a.name != self.name for path in a.leaves)
+        leaves = [path[start:] for path in surgery.flatten(everything) if path[:start] == surgery.root(everything)]
+        draft[index] = Attachment(self.name, tuple(edits), tuple(path for path in leaves if path not in known))
+
+        module, params = self._face.module, self._face.params
+        after = params
+        if params is not None:
+            have = surgery.flatten(params)
+            fresh = [p for p in draft[index].leaves if (*surgery.root(params), *p) not in have]
+            after = surgery.graft(params, self._initial_values(draft, fresh, params)) if fresh else params
+        try:
+            self._face.module = instrument(module, draft)
+            if params is not None:
+                self._face.params = after
+                self._kept = {path: _copy(leaf) for path, leaf in self._borrowed(after).items()}
+            if check is not None:
+                check()
+        except Exception:
+            self._face.module = module
+            if params is not None:
+                self._face.params = params
+            raise
+
+    def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
+        modules = {info.path: info for info in self._structure}
+        order = {path: i for i, path in enumerate(modules)}
+        lent = {
+            (*e.host, *e.leaf): a.name for a in others if a.name != self.name for e in a.edits if e.where == "train"
+        }
+        for edit in edits:
+            host = modules[edit.host]
+            if edit.where == "train":
+                if (*edit.host, *edit.leaf) in lent:
+                    owner = lent[(*edit.host, *edit.leaf)]
+                    raise ValueError(f"{host.name}.{surgery.name_of(edit.leaf)} is trained by delta {owner!r} already.")
+                continue
+            if edit.start is not None and order[edit.start] > order[edit.host]:
+                raise ValueError(f"the span starts at {surgery.name_of(edit.start)}, which runs after {host.name}.")
+            for side in {"before": "x", "after": "y", "parallel": "y"}.get(edit.where, ""):
+                what = "takes" if side == "x" else "returns"
+                try:
+                    dtype = getattr(host, side).dtype
+                except TypeError as error:
+                    raise TypeError(f"{host.name} ({host.type.__name__}) cannot be a target: {error}") from error
+                if not jnp.issubdtype(dtype, jnp.floating):
+                    raise TypeError(
+                        f"{host.name} ({host.type.__name__}) {what} an array of {dtype}; a layer needs floats."
+                    )
+
+    def _run_init(self, attachments: Sequence[Attachment], rng: jax.Array, ran: set[Edit] | None = None) -> Tree:
+        module = bare(self._face.module)
+        edits = [edit for a in attachments if a.active for edit in a.edits]
+        with nn.intercept_methods(interceptor(edits, type(module), ran)):
+            return self._face.init(module, rng)
+
+    def _init_model(self, rng: jax.Array) -> Tree:
+        own = dataclasses.replace(self._attachment, active=True)
+        return self._run_init([own if a.name == own.name else a for a in attachments_of(self._face.module)], rng)
+
+    def _initial_values(self, attachments: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
+        """Values of new leaves; shapes, where the backbone's own are."""
+
+        def new(rng: jax.Array) -> Tree:
+            return _select(self._run_init(attachments, rng), paths)
+
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+            return jax.eval_shape(new, self._rng)
+        return jax.jit(new)(self._rng)
+
+    def _only_own(self, tree: Tree) -> Tree:
+        return _select(tree, self._attachment.leaves)
+
+    def _tree(self, params: Tree | None) -> Tree:
+        if params is not None:
+            return params
+        if self._face.params is not None:
+            return self._face.params
+        return jax.eval_shape(lambda key: self._run_init(attachments_of(self._face.module), key), self._rng)
+
+    def _mask_of(self, params: Tree) -> Tree:
+        if self._exclude is None:
+            return freezing.trainable_mask(params, [freezing.DELTAS, *self._unfrozen], _trained_by(self._attachment))
+        active = [a for a in attachments_of(self._face.module) if a.active]
+        return freezing.trainable_mask(params, self._exclude, {path for a in active for path in _trained_by(a)})
+
+    def _borrowed(self, params: Tree) -> dict[Path, Any]:
+        """The backbone's own leaves that train with this delta."""
+        flat, start = surgery.flatten(params), surgery.root(params)
+        paths = [(*start, *e.host, *e.leaf) for e in self._attachment.edits if e.where == "train"]
+        return {path: flat[path] for path in paths}
+
+    def _switch(self, active: bool) -> None:
+        own = self._attachment
+        if own.active == active:
+            raise RuntimeError(f"delta {self.name!r} is {'attached' if active else 'detached'} already.")
+        attachments = [
+            dataclasses.replace(a, active=active) if a.name == self.name else a
+            for a in attachments_of(self._face.module)
+        ]
+        params = self._face.params
+        if params is not None:
+            flat, start = surgery.flatten(params), surgery.root(params)
+            leaves = [(*start, *path) for path in own.leaves]
+            keep = dict(self._borrowed(params))
+            if not active:
+                for path in leaves:
+                    if path not in flat:
+                        raise ValueError(
+                            f"detach: model.params lacks {surgery.name_of(path)!r}. Set model.params to a tree "
+                            "that holds the delta's leaves."
+                        )
+                keep.update({path: flat[path] for path in leaves})
+                flat = {path: leaf for path, leaf in flat.items() if path not in set(leaves)}
+            flat.update(self._kept)
+            self._face.params = surgery.unflatten(flat, like=params)
+            self._kept = keep
+        self._face.module = instrument(self._face.module, attachments)
+
+
+def _trained_by(attachment: Attachment) -> set[Path]:
+    """Paths of a delta's own leaves and of the backbone's leaves that train with it."""
+    return {*attachment.leaves, *((*e.host, *e.leaf) for e in attachment.edits if e.where == "train")}
+
+
+def _select(tree: Tree, paths: Iterable[Path]) -> Tree:
+    """The sub-tree of some leaves of the parameters."""
+    flat, start = surgery.flatten(tree), surgery.root(tree)
+    return surgery.unflatten({(*start, *path): flat[(*start, *path)] for path in paths})
+
+
+def _copy(leaf: Any) -> Any:
+    """A copy that outlives the donation of the original."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)

@@ -1,0 +1,74 @@
+"""What trains and what is frozen, as masks over parameter trees and as optax wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdelta import addressing, surgery
+from jdelta.surgery import Path, Tree
+
+DELTAS = "deltas"  # in a list of patterns: all leaves of all attached deltas
+
+
+def trainable_mask(params: Tree, exclude: Sequence[str], deltas: Collection[Path] = ()) -> Tree:
+    """A tree with `True` at each leaf that trains.
+
+    Args:
+      params: a parameter tree; shapes suffice.
+      exclude: what is excluded from freezing: patterns of modules or leaves (everything below a match trains, so
+        `["bias"]` is BitFit), and the word `"deltas"`.
+      deltas: paths of the leaves that the word means, without the collection's name.
+
+    Returns:
+      A tree of bools with the structure of `params`.
+
+    Raises:
+      TypeError: `exclude` is a bare string.
+      ValueError: an invalid regex, or a pattern that matches nothing.
+    """
+    start = len(surgery.root(params))
+    leaves = surgery.flatten(params)
+    names = {path: surgery.name_of(path[start:]) for path in leaves if path[:start] == surgery.root(params)}
+    chosen: set[Path] = set()
+    patterns = addressing.checked(exclude)
+    if DELTAS in patterns:
+        chosen.update(path for path in names if path[start:] in deltas)
+    for pattern in patterns:
+        if pattern == DELTAS:
+            continue
+        hits = [path for path, name in names.items() if addressing.matches_at_or_above(name, pattern)]
+        if not hits:
+            above = [name.rpartition(".")[0] for name in names.values()]
+            raise ValueError(addressing.nothing_matches(pattern, [*filter(None, above), *names.values()]))
+        chosen.update(hits)
+    empty = surgery.empty_node
+    return surgery.unflatten({p: v if v is empty else p in chosen for p, v in leaves.items()}, like=params)
+
+
+def freeze_except(
+    tx: optax.GradientTransformation, mask: Tree | Callable[[Tree], Tree]
+) -> optax.GradientTransformation:
+    """An optimizer for the whole tree that moves only what the mask marks, and keeps state only for that.
+
+    Frozen leaves do not change by one bit, whatever `tx` does (weight decay, say): their update is -0.0, the number
+    that leaves every float as it is under addition. optax's own `set_to_zero` gives +0.0, which turns -0.0 into 0.0.
+
+    Args:
+      tx: the optimizer of the trainable leaves.
+      mask: a tree of bools, as `trainable_mask` gives it, or a function from a tree to such a tree.
+    """
+
+    def labels(tree: Tree) -> Tree:
+        return jax.tree.map(lambda trains: "train" if trains else "freeze", mask(tree) if callable(mask) else mask)
+
+    return optax.multi_transform({"train": tx, "freeze": optax.stateless(_no_update)}, labels)
+
+
+def _no_update(updates: Any, params: Any = None) -> Any:
+    del params
+    return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)

@@ -1,0 +1,368 @@
+"""Runs edits around the calls of named modules, without touching the model's code.
+
+An `Edit` says which layer goes where; `instrument` gives a copy of a linen module that runs edits whenever it is
+applied or initialised. The layers' parameters live in the host's own Flax scope, so lifted transforms (`nn.scan`,
+`nn.remat`, `nn.vmap`) treat them like the host's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core.scope import in_filter
+
+from jdelta import surgery
+from jdelta.surgery import Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """One change at one host module.
+
+    Attributes:
+      host: path of the module that is changed; the layer's parameters live below it.
+      where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`; `"replace"`,
+        `layer(*args, **kwargs)` in place of the host; `"train"`, no computation: the host's own leaf `leaf` trains
+        with the delta.
+      layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument.
+      start: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
+      leaf: path below the host: of the layer's parameters, or of the leaf that trains.
+    """
+
+    host: Path
+    where: Literal["after", "before", "parallel", "replace", "train"]
+    layer: nn.Module | None = None
+    start: Path | None = None
+    leaf: Path = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Attachment:
+    """A delta as the model knows it: its edits, its leaves in the tree, and whether it is active."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    leaves: tuple[Path, ...]
+    active: bool = True
+
+
+# --- following the calls of one run
+
+
+@dataclasses.dataclass(eq=False)
+class Frame:
+    """One module call in progress."""
+
+    module: nn.Module
+    path: Path
+    deterministic: bool | None  # as the nearest enclosing call said it; None if none did
+    nested: bool  # inside a nested `apply` on a tree of its own: no part of the model's tree
+    again: bool  # within a call of the same module: super().__call__, or a scope shared with a child
+
+
+class Calls:
+    """The stack of module calls in progress."""
+
+    def __init__(self, root_type: type[nn.Module]):
+        self._root_type = root_type
+        self._stack: list[Frame] = []
+
+    @contextlib.contextmanager
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> Iterator[Frame]:
+        frame = self._frame(module, args, kwargs)
+        self._stack.append(frame)
+        try:
+            yield frame
+        finally:
+            self._stack.pop()
+
+    @property
+    def outer(self) -> Frame | None:
+        """The call around the newest one."""
+        return self._stack[-2] if len(self._stack) > 1 else None
+
+    def _frame(self, module: nn.Module, args: tuple, kwargs: dict) -> Frame:
+        outer = self._stack[-1] if self._stack else None
+        path = module.scope.path if module.scope is not None else ()
+        # A tied head runs as `head.apply({'params': …}, x)`: a root of its own, and not this one.
+        nested = (outer is not None and outer.nested) or (path == () and not issubclass(self._root_type, type(module)))
+        again = outer is not None and not nested and outer.path == path
+        deterministic = _deterministic(module, args, kwargs)
+        if deterministic is None and outer is not None:
+            deterministic = outer.deterministic
+        return Frame(module, path, deterministic, nested, again)
+
+
+def _deterministic(module: nn.Module, args: tuple, kwargs: dict) -> bool | None:
+    """What this call says of dropout: its `deterministic` or `train` argument, else the module's field of that name."""
+    for name, index, default in _mode_arguments(type(module).__call__):
+        value = kwargs.get(name, args[index] if index < len(args) else default)
+        if not isinstance(value, (bool, np.bool_)):
+            value = getattr(module, name, None)
+        if isinstance(value, (bool, np.bool_)):
+            return bool(value) if name == "deterministic" else not value
+    return None
+
+
+@functools.cache
+def _mode_arguments(call: Callable) -> tuple[tuple[str, int, Any], ...]:
+    parameters = list(inspect.signature(call).parameters.values())[1:]  # without self
+    return tuple(
+        (p.name, i if p.kind is p.POSITIONAL_OR_KEYWORD else 1 << 30, p.default)
+        for i, p in enumerate(parameters)
+        if p.name in ("deterministic", "train")
+    )
+
+
+# --- what a module takes and returns
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def main_input(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> tuple[int | str, Any]:
+    """Key and value of a call's first array: among the positional arguments, else among the keywords as the
+    signature orders them.
+
+    Raises:
+      TypeError: no argument is an array.
+    """
+    for i, value in enumerate(args):
+        if is_array(value):
+            return i, value
+    order = [name for name in _argument_names(module_type.__call__) if name in kwargs]
+    for name in [*order, *kwargs]:
+        if is_array(kwargs[name]):
+            return name, kwargs[name]
+    raise TypeError(f"{module_type.__name__} was called without an array argument.")
+
+
+def main_output(output: Any) -> Any:
+    """The array a module returns: itself, or the first element of a tuple, list or model output.
+
+    Raises:
+      TypeError: there is no array at that place.
+    """
+    first = output
+    if not is_array(output):
+        if dataclasses.is_dataclass(output):
+            first = getattr(output, dataclasses.fields(output)[0].name)
+        elif isinstance(output, (tuple, list)) and output:
+            first = output[0]
+    if not is_array(first):
+        raise TypeError(f"expected an array, or a tuple or model output that begins with one, got {type(output)}.")
+    return first
+
+
+def with_main_output(output: Any, value: Any) -> Any:
+    """The same return value with another array at the place of `main_output`."""
+    if is_array(output):
+        return value
+    if dataclasses.is_dataclass(output):
+        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: value})  # type: ignore[type-var]
+    rest = output[1:]
+    if hasattr(output, "_fields"):
+        return type(output)(value, *rest)
+    return type(output)((value, *rest))
+
+
+@functools.cache
+def _argument_names(call: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(call).parameters)
+
+
+def _where(module: nn.Module) -> str:
+    path = module.scope.path if module.scope is not None else ()
+    return f"{surgery.name_of(path) or 'the root module'} ({type(module).__name__})"
+
+
+# --- the interceptor
+
+
+def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit] | None = None) -> Callable:
+    """An interceptor for `nn.intercept_methods` that runs the edits. Make a fresh one for every run.
+
+    Args:
+      edits: in the order of attaching.
+      root_type: the class of the module that is applied or initialised.
+      ran: where to note the edits that were run.
+    """
+    calls = Calls(root_type)
+    by_host: dict[Path, list[Edit]] = {}
+    for edit in edits:
+        if edit.layer is not None:
+            by_host.setdefault(edit.host, []).append(edit)
+    starts = {edit.start for edit in edits if edit.start is not None}
+    inputs: dict[Path, Any] = {}  # the newest input of each start
+
+    def intercept(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name != "__call__":
+            return next_call(*args, **kwargs)
+        with calls.enter(context.module, args, kwargs) as frame:
+            if frame.nested or frame.again:
+                return next_call(*args, **kwargs)
+            if frame.path in starts:
+                inputs[frame.path] = main_input(type(frame.module), args, kwargs)[1]
+            # Each edit wraps what the earlier ones made of the host.
+            call = next_call
+            for edit in by_host.get(frame.path, ()):
+                call = functools.partial(_run, edit, call, frame, inputs)
+                if ran is not None:
+                    ran.add(edit)
+            return call(*args, **kwargs)
+
+    return intercept
+
+
+def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *args: Any, **kwargs: Any) -> Any:
+    if edit.where == "replace":
+        return _layer(edit, frame)(*args, **kwargs)
+    if edit.where == "before":
+        key, x = main_input(type(frame.module), args, kwargs)
+        new = _same_dtype(_layer(edit, frame)(x), x)
+        if isinstance(key, int):
+            return call(*args[:key], new, *args[key + 1 :], **kwargs)
+        return call(*args, **{**kwargs, key: new})
+    if edit.where == "after":
+        output = call(*args, **kwargs)
+        y = main_output(output)
+        return with_main_output(output, _same_dtype(_layer(edit, frame)(y), y))
+    # parallel
+    x = main_input(type(frame.module), args, kwargs)[1] if edit.start in (None, edit.host) else inputs[edit.start]
+    output = call(*args, **kwargs)
+    y = main_output(output)
+    change = _layer(edit, frame)(x)
+    if jnp.shape(change) != y.shape:
+        raise ValueError(
+            f"the parallel layer {type(edit.layer).__name__} at {_where(frame.module)} returned shape "
+            f"{jnp.shape(change)}, but the module's output has shape {y.shape}."
+        )
+    return with_main_output(output, y + _same_dtype(change, y))
+
+
+def _layer(edit: Edit, frame: Frame) -> Callable:
+    """The edit's layer, bound into the host's scope and told whether dropout is on."""
+    assert edit.layer is not None and frame.module.scope is not None
+    scope = frame.module.scope
+    for key in edit.leaf:
+        scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
+    layer = edit.layer.clone(parent=scope, name=None)
+    names = _argument_names(type(layer).__call__)
+    if "deterministic" not in names and "train" not in names:
+        return layer
+    deterministic = frame.deterministic
+    if deterministic is None:
+        deterministic = not scope.has_rng("dropout")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "deterministic" in names:
+            return layer(*args, **{"deterministic": deterministic, **kwargs})
+        return layer(*args, **{"train": not deterministic, **kwargs})
+
+    return call
+
+
+def _same_dtype(new: Any, old: Any) -> Any:
+    """A delta never changes the precision that the backbone computes in."""
+    return jax.tree.map(lambda a: a.astype(old.dtype), new)
+
+
+# --- a module that runs edits
+
+
+def instrument(module: nn.Module, attachments: Sequence[Attachment]) -> nn.Module:
+    """A copy of a linen module that runs the active attachments' edits in `apply`, `init` and `init_with_output`.
+
+    It is an instance of a subclass with the name, docstring, fields and signatures of the original. Its `apply`
+    raises `ValueError` for a tree that lacks leaves of an active attachment or holds leaves of an inactive one.
+    `instrument(module, ())` is the original module.
+    """
+    module = bare(module)
+    if not attachments:
+        return module
+    original = type(module)
+    edits = [edit for attachment in attachments if attachment.active for edit in attachment.edits]
+
+    @nn.nowrap
+    @functools.wraps(original.apply)
+    def apply(self: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        creating = in_filter(kwargs.get("mutable", False), "params")
+        _check_leaves(variables.get("params", {}), attachments, creating)
+        with nn.intercept_methods(interceptor(edits, type(self))):
+            return original.apply(self, variables, *args, **kwargs)
+
+    @nn.nowrap
+    @functools.wraps(original.init_with_output)
+    def init_with_output(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(interceptor(edits, type(self))):
+            return original.init_with_output(self, *args, **kwargs)
+
+    @nn.nowrap
+    @functools.wraps(original.bind)
+    def bind(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{original.__name__}.bind: calls on a bound module would run without the attached deltas. "
+            "Use module.apply({'params': params}, …, method=…)."
+        )
+
+    namespace = {
+        "apply": apply,
+        "init_with_output": init_with_output,
+        "bind": bind,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_jdelta": (module, tuple(attachments)),
+    }
+    subclass = type(original)(original.__name__, (original,), namespace)
+    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init and f.name != "parent"}
+    return subclass(**fields, parent=None)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The original of an instrumented module; any other module as it is."""
+    return vars(type(module)).get("_jdelta", (module,))[0]
+
+
+def attachments_of(module: nn.Module) -> tuple[Attachment, ...]:
+    """What an instrumented module carries, in the order of attaching; `()` for any other module."""
+    return vars(type(module)).get("_jdelta", (module, ()))[1]
+
+
+def _check_leaves(params: Any, attachments: Sequence[Attachment], creating: bool) -> None:
+    for attachment in attachments:
+        if attachment.active and not creating:
+            for path in attachment.leaves:
+                if not _holds(params, path):
+                    raise ValueError(
+                        f"delta {attachment.name!r} is attached, but the parameters lack "
+                        f"{surgery.name_of(path)!r}. Pass model.params, put the leaves in with "
+                        "jdelta.graft(params, delta.init(rng)), or call delta.detach()."
+                    )
+        elif not attachment.active:
+            for path in attachment.leaves:
+                if _holds(params, path):
+                    raise ValueError(
+                        f"delta {attachment.name!r} is detached, but the parameters hold "
+                        f"{surgery.name_of(path)!r}. Take the leaves out with "
+                        f"jdelta.prune(params, {attachment.name!r}), or call delta.attach()."
+                    )
+
+
+def _holds(tree: Any, path: Path) -> bool:
+    for key in path:
+        try:
+            tree = tree[key]
+        except (KeyError, TypeError, IndexError):
+            return False
+    return True

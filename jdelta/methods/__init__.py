@@ -1,0 +1,1 @@
+"""The delta methods, one file each."""

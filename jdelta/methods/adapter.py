@@ -1,0 +1,64 @@
+"""Adapter: a small network after a module (Houlsby et al. 2019, arXiv 1902.00751).
+
+`y + up(act(down(y)))`, initialised like OpenDelta's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+from flax import linen as nn
+
+from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.delta import DeltaModel
+from jdelta.interception import Edit
+from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
+from jdelta.structure import ModuleInfo, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig(DeltaConfig):
+    """Arguments of Adapter.
+
+    Attributes:
+      bottleneck_dim: width in the middle.
+      non_linearity: gelu_new, gelu, relu, silu, tanh, …
+      zero_up: start `up` at 0, so that the output is unchanged at initialisation. By default its kernel is
+        N(0, 0.01²) as in the paper, and the output is changed a little.
+    """
+
+    bottleneck_dim: int = 24
+    non_linearity: str = "gelu_new"
+    zero_up: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive_int("bottleneck_dim", self.bottleneck_dim)
+        require_non_linearity(self.non_linearity)
+
+
+class Adapter(Bottleneck):
+    """`y + scale · up(act(down(y)))`."""
+
+    def __call__(self, y: jax.Array) -> jax.Array:
+        return y + super().__call__(y)
+
+
+class AdapterModel(DeltaModel):
+    """An adapter after each module; by default after the attention's output projection and after the feed-forward.
+
+        delta = jdelta.AdapterModel(model, bottleneck_dim=24)
+
+    The leaves are `adapter/down/{kernel,bias}`, `(d, bottleneck_dim)`, and `adapter/up/{kernel,bias}`.
+    """
+
+    delta_type = "adapter"
+    config_class = AdapterConfig
+    default_modified_modules = ("attn.proj", "ff.w2")
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        config: AdapterConfig = self.config
+        init = nn.initializers.zeros if config.zero_up else nn.initializers.normal(0.01)
+        layer = Adapter(config.bottleneck_dim, non_linearity=config.non_linearity, up_init=init)
+        yield Edit(host.path, "after", layer, leaf=(self.name,))

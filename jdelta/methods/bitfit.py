@@ -1,0 +1,44 @@
+"""BitFit: only biases train (Ben Zaken et al. 2021, arXiv 2106.10199).
+
+As in OpenDelta, a linear or normalisation module without a bias gets one, of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta.delta import DeltaModel
+from jdelta.interception import Edit
+from jdelta.structure import ModuleInfo, Structure
+
+
+class Bias(nn.Module):
+    """`y + bias` over the last axis."""
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        return y + self.param("bias", nn.initializers.zeros, (y.shape[-1],), jnp.float32).astype(y.dtype)
+
+
+class BitFitModel(DeltaModel):
+    """Trains the biases in and below each module; by default all in attention, feed-forward and normalisation.
+
+        delta = jdelta.BitFitModel(model)
+
+    Existing biases train where they are, and `detach` puts their pretrained values back. A linear or normalisation
+    module without one gets the leaf `bitfit/bias`. The output is unchanged at initialisation.
+    """
+
+    delta_type = "bitfit"
+    default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj")
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        for info in structure.below(host.path):
+            if "bias" in info.params:
+                yield Edit(info.path, "train", leaf=("bias",))
+            elif info.params.keys() & {"kernel", "scale", "weight"}:
+                yield Edit(info.path, "after", Bias(), leaf=(self.name,))

@@ -1,0 +1,55 @@
+"""The layer that the adapters share: down to a few dimensions, a non-linearity, and up again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def require_non_linearity(name: str) -> None:
+    """Raises `ValueError` for a name that is not in `NON_LINEARITIES`."""
+    if name not in NON_LINEARITIES:
+        raise ValueError(f"non_linearity={name!r} is unknown. There are: {', '.join(NON_LINEARITIES)}.")
+
+
+class Bottleneck(nn.Module):
+    """`scale · up(act(down(x)))`.
+
+    Attributes:
+      bottleneck_dim: width in the middle.
+      features: width of the output; `None` for that of the input.
+      non_linearity: a key of `NON_LINEARITIES`.
+      scale: factor of the output.
+      up_init: initialiser of the kernel of `up`; that of `down` is N(0, 0.01²), the biases are 0.
+    """
+
+    bottleneck_dim: int
+    features: int | None = None
+    non_linearity: str = "gelu_new"
+    scale: float = 1.0
+    up_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
+        down = nn.Dense(self.bottleneck_dim, dtype=x.dtype, kernel_init=nn.initializers.normal(0.01), name="down")
+        up = nn.Dense(self.features or x.shape[-1], dtype=x.dtype, kernel_init=self.up_init, name="up")
+        y = up(NON_LINEARITIES[self.non_linearity](down(x)))
+        return y if self.scale == 1 else self.scale * y

@@ -1,0 +1,172 @@
+"""LoRA: a low-rank matrix beside a linear module (Hu et al. 2021, arXiv 2106.09685).
+
+`y + (alpha / r) · dropout(x) a b`. Numbers agree with PyTorch PEFT's for the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta.config import DeltaConfig, require_positive_int, require_probability
+from jdelta.delta import DeltaModel
+from jdelta.interception import Edit
+from jdelta.structure import ModuleInfo, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(DeltaConfig):
+    """Arguments of LoRA.
+
+    Attributes:
+      lora_r: the rank.
+      lora_alpha: the update is scaled by `lora_alpha / lora_r`.
+      lora_dropout: rate of dropout on the input of `a`.
+    """
+
+    lora_r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive_int("lora_r", self.lora_r)
+        require_probability("lora_dropout", self.lora_dropout)
+
+
+class Lora(nn.Module):
+    """The update of a module that is linear in the `axis` of its input, such as `nn.Dense` and `nn.DenseGeneral`.
+
+    Attributes:
+      rank: rank of the update.
+      scale: factor of the update.
+      features: shape of the output's new axes, `(d_out,)` for `nn.Dense`.
+      axis: the input's axes that are contracted.
+      dropout: rate of dropout on the input.
+    """
+
+    rank: int
+    scale: float
+    features: tuple[int, ...]
+    axis: tuple[int, ...] = (-1,)
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        """From `(…, *d_in)` to `(…, *features)`; computes in the dtype of `x`."""
+        x = nn.Dropout(self.dropout)(x, deterministic)
+        a = self.param("a", _kaiming_uniform, (*(x.shape[i] for i in self.axis), self.rank), jnp.float32)
+        down = nn.DenseGeneral(self.rank, axis=self.axis, use_bias=False, dtype=x.dtype, parent=None)
+        return self.up(down.apply({"params": {"kernel": a}}, x), nn.initializers.zeros)  # type: ignore[arg-type]
+
+    def up(self, z: jax.Array, init: nn.initializers.Initializer) -> jax.Array:
+        """From the rank to the output."""
+        b = self.param("b", init, (self.rank, *self.features), jnp.float32)
+        return jnp.tensordot(z * jnp.asarray(self.scale, z.dtype), b.astype(z.dtype), axes=1)
+
+
+class LoraConv(Lora):
+    """The update of an `nn.Conv`: a convolution to `rank` channels, then a 1×1 convolution.
+
+    Attributes:
+      conv: the hyperparameters of the host that say where its windows lie.
+    """
+
+    conv: tuple[tuple[str, Any], ...] = ()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        x = nn.Dropout(self.dropout)(x, deterministic)
+        down = nn.Conv(self.rank, use_bias=False, dtype=x.dtype, **dict(self.conv), parent=None)
+        window = down.kernel_size
+        window = (window,) if isinstance(window, int) else tuple(window)
+        a = self.param("a", _kaiming_uniform, (*window, x.shape[-1], self.rank), jnp.float32)
+        return self.up(down.apply({"params": {"kernel": a}}, x), nn.initializers.zeros)  # type: ignore[arg-type]
+
+
+class LoraEmbed(Lora):
+    """The update of an `nn.Embed`: rows of `a` in place of a product. As in PEFT, here `a` is 0 and `b` N(0, 1).
+
+    Attributes:
+      num_embeddings: number of rows.
+    """
+
+    num_embeddings: int = 0
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
+        a = self.param("a", nn.initializers.zeros, (self.num_embeddings, self.rank), jnp.float32)
+        return self.up(jnp.take(a, ids, axis=0), nn.initializers.normal(1.0))
+
+
+class LoraModel(DeltaModel):
+    """LoRA on linear modules: Dense, DenseGeneral, Conv, Embed, and whatever else has a 2-D kernel.
+
+        delta = jdelta.LoraModel(model, modified_modules=["query", "value"], lora_r=8)
+
+    The leaves are `lora/a`, `(*d_in, r)`, and `lora/b`, `(r, *d_out)`. The output is unchanged at initialisation.
+    """
+
+    delta_type = "lora"
+    config_class = LoraConfig
+    default_modified_modules = ("attn.q", "attn.v")
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        yield Edit(host.path, "parallel", self._layer(host), leaf=(self.name,))
+
+    def _layer(self, host: ModuleInfo) -> Lora:
+        config: LoraConfig = self.config
+        common: dict[str, Any] = {"rank": config.lora_r, "scale": config.lora_alpha / config.lora_r}
+        if issubclass(host.type, nn.Embed):
+            rows, width = host.params["embedding"].shape
+            self._check_rank(rows, width)
+            return LoraEmbed(**common, features=(width,), num_embeddings=rows)
+        common["dropout"] = config.lora_dropout
+        kernel = host.params.get("kernel")
+        if kernel is None:
+            raise TypeError("LoRA needs a linear module; this one has no kernel of its own. Name a Dense inside it.")
+        if not jnp.issubdtype(host.x.dtype, jnp.floating):
+            raise TypeError(f"LoRA needs floats; this module takes an array of {host.x.dtype}.")
+        if issubclass(host.type, nn.Conv):
+            if host.fields["feature_group_count"] != 1:
+                raise TypeError("LoRA does not take grouped convolutions (feature_group_count above 1).")
+            self._check_rank(math.prod(kernel.shape[:-1]), kernel.shape[-1])
+            keys = ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
+            conv = tuple((key, _hashable(host.fields[key])) for key in keys)
+            return LoraConv(**common, features=(kernel.shape[-1],), conv=conv)
+        if issubclass(host.type, nn.DenseGeneral):
+            if host.fields["batch_dims"]:
+                raise TypeError("LoRA does not take a DenseGeneral with batch_dims.")
+            axis, features = _tuple(host.fields["axis"]), _tuple(host.fields["features"])
+        elif {host.x.shape[-1], host.y.shape[-1]} == set(kernel.shape) and len(kernel.shape) == 2:
+            axis, features = (-1,), (host.y.shape[-1],)
+        else:
+            raise TypeError(f"LoRA does not know how this module uses its kernel of shape {kernel.shape}.")
+        self._check_rank(math.prod(host.x.shape[i] for i in axis), math.prod(features))
+        return Lora(**common, features=features, axis=axis)
+
+    def _check_rank(self, d_in: int, d_out: int) -> None:
+        if self.config.lora_r > min(d_in, d_out):
+            raise ValueError(
+                f"lora_r={self.config.lora_r} is above the width of this module, {d_in} -> {d_out}: take at most "
+                f"{min(d_in, d_out)}, or leave it out with exclude_modules."
+            )
+
+
+def _kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """U(±1/√fan_in), which PyTorch calls Kaiming-uniform with a=√5; fan_in is all but the last axis."""
+    bound = 1 / math.sqrt(math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _tuple(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(v) for v in value) if isinstance(value, (list, tuple)) else value

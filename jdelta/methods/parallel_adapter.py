@@ -1,0 +1,96 @@
+"""Parallel adapter: a small network beside a span of modules (He et al. 2021, arXiv 2110.04366).
+
+`y_end + scaled · up(act(down(x_start)))`, from the input of one module to the output of a later one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.delta import DeltaModel, Find
+from jdelta.interception import Edit
+from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
+from jdelta.structure import ModuleInfo, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelAdapterConfig(DeltaConfig):
+    """Arguments of ParallelAdapter.
+
+    Attributes:
+      bottleneck_dim: width in the middle.
+      non_linearity: gelu_new, gelu, relu, silu, tanh, …
+      scaled: factor of the adapter's output.
+      zero_up: start `up` at 0, so that the output is unchanged at initialisation; by default N(0, 0.01²).
+    """
+
+    bottleneck_dim: int = 24
+    non_linearity: str = "gelu_new"
+    scaled: float = 1.0
+    zero_up: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive_int("bottleneck_dim", self.bottleneck_dim)
+        require_non_linearity(self.non_linearity)
+
+
+class ParallelAdapterModel(DeltaModel):
+    """An adapter from the input of one module to the output of another.
+
+        delta = jdelta.ParallelAdapterModel(model, modified_modules=["attention", "attention", "fc1", "fc2"])
+
+    As in OpenDelta, `modified_modules` are pairs: from, to, from, to. A pair of twice the same pattern spans each
+    module that it means. Otherwise each `to` is paired with the nearest `from` before it. By default, beside the
+    attention and beside the feed-forward. The leaves are below the module at the span's end,
+    `parallel_adapter/{down,up}/{kernel,bias}`.
+    """
+
+    delta_type = "parallel_adapter"
+    config_class = ParallelAdapterConfig
+    default_modified_modules = ("attn", "attn", "ff.w1", "ff.w2")
+
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+        if isinstance(patterns, str) or len(patterns) % 2:
+            raise ValueError(
+                f"ParallelAdapterModel takes pairs of patterns, from and to; got {patterns!r}. "
+                "To span single modules, write each pattern twice."
+            )
+        for start, end in zip(patterns[::2], patterns[1::2], strict=True):
+            for first, last in _pair(find([start]), find([end]), list(structure)):
+                yield self._span(first, last)
+
+    def _span(self, start: ModuleInfo, end: ModuleInfo) -> Edit:
+        if not jnp.issubdtype(start.x.dtype, jnp.floating):
+            raise TypeError(f"{start.name} ({start.type.__name__}) takes an array of {start.x.dtype}; needs floats.")
+        if start.x.shape[:-1] != end.y.shape[:-1]:
+            raise ValueError(
+                f"a span from {start.name} to {end.name} does not fit: input {start.x.shape}, output {end.y.shape}."
+            )
+        config: ParallelAdapterConfig = self.config
+        layer = Bottleneck(
+            config.bottleneck_dim,
+            features=end.y.shape[-1],
+            non_linearity=config.non_linearity,
+            scale=config.scaled,
+            up_init=nn.initializers.zeros if config.zero_up else nn.initializers.normal(0.01),
+        )
+        return Edit(end.path, "parallel", layer, start=start.path, leaf=(self.name,))
+
+
+def _pair(
+    starts: Sequence[ModuleInfo], ends: Sequence[ModuleInfo], order: Sequence[ModuleInfo]
+) -> Iterable[tuple[ModuleInfo, ModuleInfo]]:
+    """Each end with the nearest start at or before it, in order of execution; no start serves twice."""
+    place = {info.path: i for i, info in enumerate(order)}
+    used = -1
+    for end in ends:
+        before = [start for start in starts if used < place[start.path] <= place[end.path]]
+        if not before:
+            raise ValueError(f"no module of {[s.name for s in starts][:3]} runs before {end.name} to start its span.")
+        used = place[before[-1].path]
+        yield before[-1], end

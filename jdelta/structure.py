@@ -1,0 +1,191 @@
+"""What an abstract trace saw: the modules of a model as the tensors flow through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jdelta import addressing, surgery
+from jdelta.interception import Calls, Frame, is_array, main_input, main_output
+from jdelta.surgery import Path, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleInfo:
+    """One module of a backbone, as a call showed it.
+
+    Attributes:
+      path: where it and its parameters are in the tree.
+      type: its class.
+      fields: its hyperparameters: the fields of the linen dataclass.
+      args, kwargs: what it was called with, arrays as `jax.ShapeDtypeStruct`s.
+      output: what it returned, likewise.
+      params: shapes of its own parameters as the module itself sees them: inside `nn.scan` without the layer axis.
+      calls: how often it is called in one run of the model; inside `nn.scan`, once for each layer.
+    """
+
+    path: Path
+    type: type[nn.Module]
+    fields: Mapping[str, Any]
+    args: tuple
+    kwargs: Mapping[str, Any]
+    output: Any
+    params: Mapping[str, jax.ShapeDtypeStruct]
+    calls: int = 1
+
+    @property
+    def name(self) -> str:
+        """The dot-joined name."""
+        return surgery.name_of(self.path)
+
+    @property
+    def x(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the first array among the arguments. Raises `TypeError` if there is none."""
+        return main_input(self.type, self.args, self.kwargs)[1]
+
+    @property
+    def y(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the array that is returned, alone or first. Raises `TypeError` if there is none."""
+        return main_output(self.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """The modules of a backbone in the order of their first call, and its parameters' shapes.
+
+    Attributes:
+      modules: name to module. The root module has the name `""`.
+      uncalled: name to the reason why that part of the model cannot carry a layer.
+      params: the tree of parameter shapes, without other collections.
+    """
+
+    modules: Mapping[str, ModuleInfo]
+    uncalled: Mapping[str, str]
+    params: Tree
+
+    def __getitem__(self, name: str) -> ModuleInfo:
+        return self.modules[name]
+
+    def __iter__(self) -> Iterator[ModuleInfo]:
+        return iter(self.modules.values())
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def find(
+        self, patterns: list[str] | tuple[str, ...], exclude: list[str] | tuple[str, ...] = ()
+    ) -> list[ModuleInfo]:
+        """The modules that the patterns mean, in order of execution.
+
+        Raises:
+          ValueError: as `addressing.match`; also if a pattern means only parts that cannot carry a layer.
+        """
+        names = [name for name in self.modules if name]
+        for pattern in patterns if not isinstance(patterns, str) else ():
+            if isinstance(pattern, str) and not any(addressing.matches(name, pattern) for name in names):
+                for name, reason in self.uncalled.items():
+                    if addressing.matches(name, pattern):
+                        raise ValueError(f"{pattern!r} means {name!r}, which cannot be a target: {reason}")
+        return [self.modules[name] for name in addressing.match(names, patterns, exclude)]
+
+    def below(self, path: Path) -> list[ModuleInfo]:
+        """A module and everything inside it, in order of execution."""
+        return [info for info in self if info.path[: len(path)] == path]
+
+
+def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
+    """Records one abstract run of a model: nothing is computed, no array is allocated.
+
+    Args:
+      run: initialises the model on its pseudo input and returns the parameters.
+      root_type: the class of the model's root module.
+    """
+    recorder = _Recorder(root_type)
+    with nn.intercept_methods(recorder):
+        params = surgery.parameters(jax.eval_shape(run))
+    modules = {info.name: info for info in recorder.modules(params)}
+    uncalled = {name: reason for name, reason in recorder.nested.items() if name not in modules}
+    for path in surgery.flatten(params):
+        for above in (path[:i] for i in range(1, len(path))):
+            name = surgery.name_of(above)
+            if name not in modules and name not in uncalled:
+                uncalled[name] = "it is never called through __call__; it only holds parameters or other modules."
+    return Structure(modules, uncalled, params)
+
+
+class _Recorder:
+    """An interceptor that notes every call."""
+
+    def __init__(self, root_type: type[nn.Module]):
+        self.nested: dict[str, str] = {}
+        self._seen: dict[Path, ModuleInfo | None] = {}
+        self._bodies: dict[Path, list[Frame | None]] = {}  # lifted module -> the call around each run of its body
+        self._calls = Calls(root_type)
+
+    def __call__(self, next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name != "__call__":
+            return next_call(*args, **kwargs)
+        with self._calls.enter(context.module, args, kwargs) as frame:
+            if frame.nested:
+                self._note_nested(frame)
+            if frame.nested or frame.again:
+                return next_call(*args, **kwargs)
+            self._seen.setdefault(frame.path, None)  # the order is that of entering
+            if frame.path and context.module.scope.parent is None:
+                self._bodies.setdefault(frame.path, []).append(self._calls.outer)
+            output = next_call(*args, **kwargs)
+            self._note(frame, args, kwargs, output)
+            return output
+
+    def modules(self, params: Tree) -> Iterator[ModuleInfo]:
+        """What was seen. A scan traces its body twice and runs it once a layer: calls are counted accordingly."""
+        leaves = surgery.flatten(params)
+        found = [info for info in self._seen.values() if info is not None]
+        factor: dict[Path, float] = {}
+        for body, around in self._bodies.items():
+            inside = [info for info in found if info.path[: len(body)] == body and info.params]
+            if inside:
+                key, leaf = next(iter(inside[0].params.items()))
+                copies = leaves[(*inside[0].path, key)].size // max(leaf.size, 1)
+                if copies > 1:
+                    factor[body] = copies * len(set(map(id, around))) / len(around)
+        for info in found:
+            calls = float(info.calls)
+            for body, ratio in factor.items():
+                if info.path[: len(body)] == body:
+                    calls *= ratio
+            yield dataclasses.replace(info, calls=round(calls))
+
+    def _note(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> None:
+        module, known = frame.module, self._seen[frame.path]
+        own = module.scope.variables().get("params", {}) if module.scope is not None else {}
+        self._seen[frame.path] = ModuleInfo(
+            path=frame.path,
+            type=type(module),
+            fields={
+                f.name: getattr(module, f.name)
+                for f in dataclasses.fields(module)
+                if f.init and f.name not in ("parent", "name")
+            },
+            args=_abstract(args),
+            kwargs=_abstract(kwargs),
+            output=_abstract(output),
+            params={key: _abstract(leaf) for key, leaf in own.items() if is_array(leaf)},
+            calls=known.calls + 1 if known is not None else 1,
+        )
+
+    def _note_nested(self, frame: Frame) -> None:
+        outer = self._calls.outer
+        if outer is not None and not outer.nested and frame.module.name:
+            self.nested[surgery.name_of((*outer.path, frame.module.name))] = (
+                f"{type(frame.module).__name__} runs in a nested apply with weights handed to it (a tied head), "
+                "so it has no parameters of its own in the tree. Name the module that feeds it, or untie the weights."
+            )
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, tree)

@@ -1,0 +1,258 @@
+"""A model as a coloured tree in the terminal: modules, shapes, and what of it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree as RichTree
+
+from jdelta import backbone, surgery
+from jdelta.interception import attachments_of
+from jdelta.structure import ModuleInfo, Structure
+from jdelta.surgery import Path, Tree
+
+# OpenDelta's colour scheme. The marks say the same without colour.
+STYLES = {
+    "name": "white",
+    "type": "green",
+    "shape": "cyan",
+    "trainable": "bright_blue",
+    "frozen": "bright_black",
+    "folded": "red",
+    "delta": "rgb(175,0,255)",
+}
+MARKS = {"trainable": "+", "frozen": "-", "delta": "Δ"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter: its name, shape, and whether it trains and belongs to a delta."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    delta: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One module: its name, class, shapes of input and output, parameters, and children in order of execution."""
+
+    name: str
+    type: str = ""
+    shapes: str = ""
+    calls: int = 1
+    leaves: tuple[Leaf, ...] = ()
+    children: tuple[Node, ...] = ()
+    copies: tuple[str, ...] = ()  # names of the repeated modules that this one stands for
+
+    def all_leaves(self) -> Iterator[Leaf]:
+        yield from self.leaves
+        for child in self.children:
+            for _ in range(max(len(child.copies), 1)):
+                yield from child.all_leaves()
+
+
+class Visualization:
+    """Shows a backbone, with or without deltas.
+
+        jdelta.Visualization(model).structure_graph()
+
+    Args:
+      backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+
+    Raises:
+      TypeError: it is neither.
+    """
+
+    def __init__(self, backbone_model: Any):
+        self._face = backbone.face_of(backbone_model)
+
+    def structure_graph(
+        self,
+        params: Tree | None = None,
+        mask: Tree | Callable[[Tree], Tree] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """Prints the tree of modules, repeated layers folded into one line, then the counts.
+
+        Args:
+          params: the parameters to show, shapes suffice; by default the model's own, else those of its bare structure.
+          mask: what trains: a tree of bools or a function from parameters to one; by default everything.
+          console: where to print; by default the terminal.
+        """
+        structure = backbone.trace(self._face)
+        if params is None:
+            params = structure.params if self._face.params is None else self._face.params
+        params = surgery.shapes(params)
+        flags = mask(params) if callable(mask) else mask
+        deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}
+        deltas |= {
+            (*e.host, *e.leaf)
+            for a in attachments_of(self._face.module)
+            for e in a.edits
+            if a.active and e.where == "train"
+        }
+        leaves = _leaves(params, flags, deltas)
+        node = fold(build(structure, leaves))
+        console = console or Console()
+        console.print(_render(node))
+        console.print(_legend())
+        console.print(_summary(list(leaves.values()), params, flags), highlight=False)
+
+
+def build(structure: Structure, leaves: dict[Path, Leaf]) -> Node:
+    """The tree of modules with their parameters, in order of execution; parts that are never called come last."""
+    paths = {path[:i] for path in leaves for i in range(len(path))}
+    called = {info.path: info for info in structure}
+    children: dict[Path, list[Path]] = {}
+    for path in [*called, *sorted(paths - called.keys())]:
+        for i in range(1, len(path) + 1):
+            siblings = children.setdefault(path[: i - 1], [])
+            if path[:i] not in siblings:
+                siblings.append(path[:i])
+
+    own: dict[Path, list[Leaf]] = {}
+    for path, leaf in leaves.items():
+        own.setdefault(path[:-1], []).append(leaf)
+
+    def node(path: Path) -> Node:
+        info = called.get(path)
+        return Node(
+            name=path[-1] if path else "",
+            type=info.type.__name__ if info else "",
+            shapes=_flow(info) if info else "",
+            calls=info.calls if info else 1,
+            leaves=tuple(own.get(path, ())),
+            children=tuple(node(child) for child in children.get(path, ())),
+        )
+
+    return node(())
+
+
+def fold(node: Node) -> Node:
+    """The same tree with runs of equal, numbered siblings folded into one node."""
+    folded: list[Node] = []
+    for child in map(fold, node.children):
+        last = folded[-1] if folded else None
+        if last is not None and _numbered(child.name) and _alike(last, child):
+            copies = (*(last.copies or (last.name,)), child.name)
+            folded[-1] = dataclasses.replace(last, copies=copies)
+        else:
+            folded.append(child)
+    return dataclasses.replace(node, children=tuple(folded))
+
+
+def _alike(a: Node, b: Node) -> bool:
+    plain = {"name": "", "copies": ()}
+    prefix = [n.name.rstrip("0123456789") for n in (a, b)]
+    return prefix[0] == prefix[1] and dataclasses.replace(a, **plain) == dataclasses.replace(b, **plain)  # type: ignore[arg-type]
+
+
+def _numbered(name: str) -> bool:
+    return name[-1:].isdigit()
+
+
+def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, Leaf]:
+    start = surgery.root(params)
+    trains = surgery.flatten(flags) if flags is not None else {}
+    return {
+        path[len(start) :]: Leaf(
+            path[-1], leaf.shape, str(leaf.dtype), bool(trains.get(path, True)), path[len(start) :] in deltas
+        )
+        for path, leaf in surgery.flatten(params).items()
+        if path[: len(start)] == start and hasattr(leaf, "shape")
+    }
+
+
+def _flow(info: ModuleInfo) -> str:
+    try:
+        return f"{_shape(info.x.shape)} → {_shape(info.y.shape)}"
+    except TypeError:
+        return ""
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _render(node: Node) -> RichTree:
+    tree = RichTree(_label(node), guide_style=STYLES["frozen"])
+
+    def grow(branch: RichTree, node: Node) -> None:
+        for leaf in node.leaves:
+            branch.add(_leaf_label(leaf))
+        for child in node.children:
+            is_delta = all(leaf.delta for leaf in child.all_leaves()) and any(True for _ in child.all_leaves())
+            grow(branch.add(_label(child, delta=is_delta and not child.type)), child)
+
+    grow(tree, node)
+    return tree
+
+
+def _label(node: Node, delta: bool = False) -> Text:
+    text = Text()
+    if node.copies:
+        text.append(f"{node.copies[0]}-{_number(node.copies[-1])}", STYLES["folded"])
+        text.append(f" ({len(node.copies)} layers)", STYLES["folded"])
+    else:
+        text.append(node.name or "model", STYLES["delta" if delta else "name"])
+    if node.type:
+        text.append(f" {node.type}", STYLES["type"])
+    if node.shapes:
+        text.append(f" {node.shapes}", STYLES["shape"])
+    if node.calls > 1:
+        text.append(f" called {node.calls} times", STYLES["name"])
+    return text
+
+
+def _number(name: str) -> str:
+    return name[len(name.rstrip("0123456789")) :]
+
+
+def _leaf_label(leaf: Leaf) -> Text:
+    kind = "delta" if leaf.delta else "trainable" if leaf.trainable else "frozen"
+    mark = MARKS[kind] + (MARKS["trainable"] if leaf.trainable else MARKS["frozen"]) * leaf.delta
+    return Text(f"{mark} {leaf.name} {_shape(leaf.shape)} {leaf.dtype}", STYLES[kind])
+
+
+def _legend() -> Text:
+    text = Text("\n")
+    for kind, meaning in (("trainable", "trainable"), ("frozen", "frozen"), ("delta", "of a delta")):
+        text.append(f"{MARKS[kind]} {meaning}   ", STYLES[kind])
+    return text
+
+
+def _summary(leaves: list[Leaf], params: Tree, flags: Tree | None) -> Text:
+    total = sum(math.prod(leaf.shape) for leaf in leaves)
+    trainable = sum(math.prod(leaf.shape) for leaf in leaves if leaf.trainable)
+    delta = sum(math.prod(leaf.shape) for leaf in leaves if leaf.delta)
+    held = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    chosen = params if flags is None else surgery.partition(params, flags)[0]
+    adam = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(optax.adam(0.0).init, chosen))
+    )
+    return Text(
+        f"parameters {total:,}\n"
+        f"trainable  {trainable:,} ({trainable / max(total, 1):.4%})\n"
+        f"delta      {delta:,} ({delta / max(total, 1):.4%})\n"
+        f"memory     {size_of(held)} of parameters, {size_of(adam)} of optimizer state (Adam)"
+    )
+
+
+def size_of(count: float) -> str:
+    """Bytes in words: `'85.3 MB'`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
