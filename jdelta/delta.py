@@ -269,7 +269,8 @@ class DeltaModel:
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """An optimizer for the whole tree that moves only what trains now, and holds state only for that.
 
-            state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=delta.optimizer(optax.adamw(1e-3)))
+            tx = delta.optimizer(optax.adamw(1e-3))
+            state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
 
         Args:
           tx: the optimizer of the trainable leaves.

@@ -78,6 +78,7 @@ class Calls:
 
     @contextlib.contextmanager
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> Iterator[Frame]:
+        """Puts a call on the stack for as long as it runs."""
         frame = self._frame(module, args, kwargs)
         self._stack.append(frame)
         try:
@@ -127,6 +128,7 @@ def _mode_arguments(call: Callable) -> tuple[tuple[str, int, Any], ...]:
 
 
 def is_array(value: Any) -> bool:
+    """Whether a value is an array, a tracer or the shape of one."""
     return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
@@ -252,7 +254,7 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
 
 def _layer(edit: Edit, frame: Frame) -> Callable:
     """The edit's layer, bound into the host's scope and told whether dropout is on."""
-    assert edit.layer is not None and frame.module.scope is not None
+    assert edit.layer is not None
     scope = frame.module.scope
     for key in edit.leaf:
         scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
@@ -324,7 +326,8 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment]) -> nn.Modul
         "__doc__": original.__doc__,
         "_jdelta": (module, tuple(attachments)),
     }
-    subclass = type(original)(original.__name__, (original,), namespace)
+    metaclass: Any = type(original)
+    subclass = metaclass(original.__name__, (original,), namespace)
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init and f.name != "parent"}
     return subclass(**fields, parent=None)
 

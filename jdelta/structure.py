@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,12 @@ from flax import linen as nn
 from jdelta import addressing, surgery
 from jdelta.interception import Calls, Frame, is_array, main_input, main_output
 from jdelta.surgery import Path, Tree
+
+
+_NOT_CALLED = (
+    "no call of it was seen. It only holds parameters or other modules, or it is run by other methods than __call__, "
+    "or inside nn.jit, which keeps what it traced before."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +82,7 @@ class Structure:
     def __len__(self) -> int:
         return len(self.modules)
 
-    def find(
-        self, patterns: list[str] | tuple[str, ...], exclude: list[str] | tuple[str, ...] = ()
-    ) -> list[ModuleInfo]:
+    def find(self, patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[ModuleInfo]:
         """The modules that the patterns mean, in order of execution.
 
         Raises:
@@ -113,7 +117,7 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
         for above in (path[:i] for i in range(1, len(path))):
             name = surgery.name_of(above)
             if name not in modules and name not in uncalled:
-                uncalled[name] = "it is never called through __call__; it only holds parameters or other modules."
+                uncalled[name] = _NOT_CALLED
     return Structure(modules, uncalled, params)
 
 

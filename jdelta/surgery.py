@@ -41,7 +41,7 @@ def root(tree: Tree) -> Path:
 
 def parameters(tree: Tree) -> Tree:
     """The parameters of a tree of collections; any other tree as it is."""
-    return tree["params"] if "params" in tree else tree
+    return tree.get("params", tree)
 
 
 def name_of(path: Sequence[str]) -> str:
@@ -132,7 +132,7 @@ def combine(*trees: Tree, like: Tree = None) -> Tree:
         have, want = flatten(merged).keys(), flatten(like).keys()
         if missing := want - have:
             raise ValueError(
-                f"combine: the trees together lack {len(missing)} of {len(want)} leaves, first {name_of(min(missing))!r}."
+                f"combine: {len(missing)} of {len(want)} leaves are missing, first {name_of(min(missing))!r}."
             )
         if surplus := have - want:
             raise ValueError(

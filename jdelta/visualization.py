@@ -56,6 +56,7 @@ class Node:
     copies: tuple[str, ...] = ()  # names of the repeated modules that this one stands for
 
     def all_leaves(self) -> Iterator[Leaf]:
+        """Its parameters and those of everything inside it, repeated ones as often as they are there."""
         yield from self.leaves
         for child in self.children:
             for _ in range(max(len(child.copies), 1)):

@@ -62,7 +62,7 @@ class Lora(nn.Module):
         x = nn.Dropout(self.dropout)(x, deterministic)
         a = self.param("a", _kaiming_uniform, (*(x.shape[i] for i in self.axis), self.rank), jnp.float32)
         down = nn.DenseGeneral(self.rank, axis=self.axis, use_bias=False, dtype=x.dtype, parent=None)
-        return self.up(down.apply({"params": {"kernel": a}}, x), nn.initializers.zeros)  # type: ignore[arg-type]
+        return self.up(down.apply({"params": {"kernel": a}}, x), nn.initializers.zeros)
 
     def up(self, z: jax.Array, init: nn.initializers.Initializer) -> jax.Array:
         """From the rank to the output."""
@@ -86,7 +86,7 @@ class LoraConv(Lora):
         window = down.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
         a = self.param("a", _kaiming_uniform, (*window, x.shape[-1], self.rank), jnp.float32)
-        return self.up(down.apply({"params": {"kernel": a}}, x), nn.initializers.zeros)  # type: ignore[arg-type]
+        return self.up(down.apply({"params": {"kernel": a}}, x), nn.initializers.zeros)
 
 
 class LoraEmbed(Lora):
@@ -99,7 +99,7 @@ class LoraEmbed(Lora):
     num_embeddings: int = 0
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
+    def __call__(self, ids: jax.Array) -> jax.Array:
         a = self.param("a", nn.initializers.zeros, (self.num_embeddings, self.rank), jnp.float32)
         return self.up(jnp.take(a, ids, axis=0), nn.initializers.normal(1.0))
 

