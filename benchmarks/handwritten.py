@@ -279,7 +279,9 @@ def cost(training: Training, inputs: Mapping[str, Any]) -> dict[str, float]:
     return {"flops": compiled.cost_analysis()["flops"], "temp": compiled.memory_analysis().temp_size_in_bytes}
 
 
-def tracing_times(variants: Mapping[str, Training], inputs: Mapping[str, Any], runs: int) -> dict[str, dict[str, float]]:
+def tracing_times(
+    variants: Mapping[str, Training], inputs: Mapping[str, Any], runs: int
+) -> dict[str, dict[str, float]]:
     """Median seconds to trace the loss, and the loss with its gradient. The variants take turns."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "gradient": []} for name in variants}
     for run in range(runs + 1):
