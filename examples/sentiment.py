@@ -6,9 +6,9 @@
     python examples/sentiment.py --method adapter --bottleneck 16 --epochs 1
     python examples/sentiment.py --train-sentences 640 --test-sentences 200          # a quick look
 
-Data: 10,605 sentences of movie reviews with human ratings (`data/README.md`), positive if the rating is above 0. 2,000 of
-them, the same in every run, are held out. On a CPU most of the time would go into padding, so a batch holds sentences
-of similar length and is padded to the next multiple of 16 tokens, which makes four compilations.
+Data: 10,605 sentences of movie reviews with human ratings (`data/README.md`), positive if the rating is above 0. 2,000
+of them, the same in every run, are held out. On a CPU most of the time would go into padding, so a batch holds
+sentences of similar length and is padded to the next multiple of 16 tokens, which makes four compilations.
 """
 
 from __future__ import annotations

@@ -169,6 +169,13 @@ def trace(face: Face) -> Structure:
     return structure.trace(lambda: face.init(module, _key()), type(module))
 
 
+def tree_of(face: Face) -> Tree:
+    """The backbone's parameters with those of the attached deltas; their shapes, where the user holds the values."""
+    if face.params is not None:
+        return face.params
+    return jax.eval_shape(lambda: face.init(face.module, _key()))
+
+
 def _check_fit(given: Tree, wanted: Tree, name: str) -> None:
     """Raises `ValueError` unless the given parameters are those that the module makes, up to dtype."""
     have, want = surgery.flatten(given), surgery.flatten(wanted)

