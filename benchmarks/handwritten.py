@@ -5,9 +5,13 @@
     python benchmarks/handwritten.py --json handwritten.json
 
 The training steps are compiled for shapes alone: nothing is allocated and nothing is run. FLOPs and temporary memory
-are what XLA says of the compiled step on this machine's default device. "traced" is the time that `jax.make_jaxpr`
-takes for the loss with its gradient; it depends on the machine, so the variants take turns and their medians are
-compared.
+are what XLA says of the compiled step on this machine's default device. The hand-written LoRA is there twice, as
+`(x @ a * scale) @ b`, which is jdelta's order, and as `(x @ a) @ b * scale`, which XLA schedules a little differently.
+
+"traced" is the processor time that `jax.make_jaxpr` takes for the loss, and for the loss with its gradient. CPython
+keeps its frames in chunks, and a call that happens to cross from one chunk to the next is slow, so that the same trace
+takes half as long again from one place of the stack as from another. The runs are therefore spread over a whole chunk;
+the variants take turns, and medians are compared.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ import jdelta
 Tree = Any
 
 RANK, ALPHA = 8, 16
+CHUNK = 128  # frames of `deeper` in one of CPython's stack chunks: 16 KiB of frames of 128 bytes
 SAME_COST = 1.001  # of the hand-written step's FLOPs and memory
 OF_FULL = 0.68  # of full fine-tuning's FLOPs, with LoRA on every Dense
 TRACING = 1.15  # of the bare backbone's tracing time
@@ -133,6 +138,7 @@ class LoraDense(nn.Module):
     features: int
     rank: int
     scale: float
+    scale_last: bool
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
@@ -142,14 +148,17 @@ class LoraDense(nn.Module):
         a = self.param("lora_a", nn.initializers.he_uniform(), (x.shape[-1], self.rank))
         b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features))
         y = x @ kernel + bias
-        return y + (x @ a) @ b * self.scale
+        if self.scale_last:
+            return y + (x @ a) @ b * self.scale
+        return y + (x @ a * self.scale) @ b
 
 
 def dense(config: BertConfig, name: str, features: int) -> nn.Module:
     """A Dense, with LoRA if the configuration names it."""
     init = nn.initializers.normal(config.initializer_range)
     if name in config.lora_targets:
-        return LoraDense(features, config.lora_rank, config.lora_alpha / config.lora_rank, kernel_init=init)
+        scale = config.lora_alpha / config.lora_rank
+        return LoraDense(features, config.lora_rank, scale, config.lora_scale_last, kernel_init=init)
     return nn.Dense(features, kernel_init=init)
 
 
@@ -227,9 +236,9 @@ class LoraBertForSequenceClassification(FlaxBertForSequenceClassification):
     module_class = LoraBertForSequenceClassificationModule
 
 
-def by_hand(sizes: Sizes, targets: Sequence[str]) -> Training:
+def by_hand(sizes: Sizes, targets: Sequence[str], scale_last: bool = False) -> Training:
     """LoRA in the modules above; the classifier trains too."""
-    config = sizes.config(lora_targets=list(targets), lora_rank=RANK, lora_alpha=ALPHA)
+    config = sizes.config(lora_targets=list(targets), lora_rank=RANK, lora_alpha=ALPHA, lora_scale_last=scale_last)
     model = LoraBertForSequenceClassification(config, _do_init=False)
     flat = flatten_dict(model.params_shape_tree)
     trainable = {k: v for k, v in flat.items() if k[0] == "classifier" or k[-1] in ("lora_a", "lora_b")}
@@ -284,18 +293,33 @@ def tracing_times(
 ) -> dict[str, dict[str, float]]:
     """Median seconds to trace the loss, and the loss with its gradient. The variants take turns."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "gradient": []} for name in variants}
-    for run in range(runs + 1):
+    for run in range(-1, runs):
         for name, training in variants.items():
-            arguments = (training.trainable, training.frozen, inputs)
-            for what, transform in (("forward", lambda f: f), ("gradient", jax.value_and_grad)):
-                # A fresh function each time: a trace that is cached would take no time.
-                traced = transform(lambda *args, loss=training.loss: loss(*args))
+            for what in ("forward", "gradient"):
                 gc.collect()
-                start = time.perf_counter()
-                jax.make_jaxpr(traced)(*arguments)
-                if run:  # the first fills caches inside jax
-                    seconds[name][what].append(time.perf_counter() - start)
+                gc.disable()
+                start = time.process_time()
+                deeper(
+                    max(run, 0) * CHUNK // runs, lambda t=training, w=what: trace(t, inputs, gradient=w == "gradient")
+                )
+                if run >= 0:  # the first fills caches inside jax
+                    seconds[name][what].append(time.process_time() - start)
+                gc.enable()
     return {name: {what: statistics.median(times) for what, times in kinds.items()} for name, kinds in seconds.items()}
+
+
+def trace(training: Training, inputs: Mapping[str, Any], gradient: bool) -> Any:
+    """The jaxpr of the loss. A fresh function each time: a cached trace would take no time."""
+
+    def loss(*arguments: Any) -> jax.Array:
+        return training.loss(*arguments)
+
+    return jax.make_jaxpr(jax.value_and_grad(loss) if gradient else loss)(training.trainable, training.frozen, inputs)
+
+
+def deeper(frames: int, call: Callable[[], Any]) -> Any:
+    """Makes a call from further up the stack."""
+    return deeper(frames - 1, call) if frames else call()
 
 
 def agreement(targets: str, sizes: Sizes) -> dict[str, float]:
@@ -355,13 +379,16 @@ def costs(sizes: Sizes) -> list[Figure]:
     ]
     for name, (patterns, by_hand_names) in TARGETS.items():
         mine, hand = cost(with_jdelta(sizes, patterns), inputs), cost(by_hand(sizes, by_hand_names), inputs)
+        last = cost(by_hand(sizes, by_hand_names, scale_last=True), inputs)
         figures += [
             Figure(f"{name}: FLOPs, jdelta", mine["flops"] / 1e9, "G"),
             Figure(f"{name}: FLOPs, by hand", hand["flops"] / 1e9, "G"),
             Figure(f"{name}: FLOPs, jdelta / by hand", mine["flops"] / hand["flops"], goal=SAME_COST),
+            Figure(f"{name}: FLOPs, jdelta / by hand with the scale last", mine["flops"] / last["flops"]),
             Figure(f"{name}: temporary memory, jdelta", mine["temp"] / 1e6, "MB"),
             Figure(f"{name}: temporary memory, by hand", hand["temp"] / 1e6, "MB"),
             Figure(f"{name}: temporary memory, jdelta / by hand", mine["temp"] / hand["temp"], goal=SAME_COST),
+            Figure(f"{name}: temporary memory, jdelta / by hand with the scale last", mine["temp"] / last["temp"]),
             Figure(
                 f"{name}: FLOPs, jdelta / full fine-tuning",
                 mine["flops"] / whole["flops"],
@@ -411,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Sizes):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    parser.add_argument("--runs", type=int, default=9, help="how often each variant is traced (default 9)")
+    parser.add_argument("--runs", type=int, default=16, help="how often each variant is traced (default 16)")
     parser.add_argument("--only", choices=["cost", "tracing"], help="leave the other out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(arguments)
@@ -428,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.only != "cost":
         figures += tracings(sizes, options.runs)
 
-    console = Console()
+    console = Console(width=110)
     console.print(f"{sizes}, LoRA of rank {RANK}, jax {jax.__version__} on {jax.devices()[0].device_kind}")
     report(figures, console)
     if options.json:

@@ -8,7 +8,7 @@
 
 Data: 10,605 sentences of movie reviews with human ratings (`data/README.md`), positive if the rating is above 0. 2,000
 of them, the same in every run, are held out. On a CPU most of the time would go into padding, so a batch holds
-sentences of similar length and is padded to the next multiple of 16 tokens, which makes four compilations.
+sentences of similar length and is padded to the next multiple of 16 tokens, which makes three compilations.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import numpy as np
 import optax
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -292,7 +293,7 @@ def show_sentences(console: Console, sentences: Sequence[Sentence], probabilitie
         word = "positive" if p > 0.5 else "negative"
         colour = "green" if right else "red"
         chance = f"{max(p, 1 - p):.2f}"
-        table.add_row(f"{sentence.rating:+.2f}", f"[{colour}]{word}", chance, sentence.text.replace("[", r"\["))
+        table.add_row(f"{sentence.rating:+.2f}", f"[{colour}]{word}", chance, escape(sentence.text))
     console.print(table)
 
 
@@ -332,7 +333,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rank", type=positive, default=8, help="rank of LoRA")
     add("--bottleneck", type=positive, default=24, help="width of the adapters")
     add("--dropout", type=float, default=0.0, help="dropout of the backbone; it makes steps slower on a CPU")
-    add("--max-tokens", type=positive, default=64, help="longer sentences are cut off; the longest has 79")
+    add("--max-tokens", type=positive, default=48, help="longer sentences, one in twenty, are cut off")
     add("--train-sentences", type=positive, default=None, help="train on the first so many only; None for all")
     add("--test-sentences", type=positive, default=HELD_OUT, help="judge by the first so many held-out sentences only")
     add(

@@ -13,7 +13,6 @@ from jdelta import addressing, surgery
 from jdelta.interception import Calls, Frame, is_array, main_input, main_output
 from jdelta.surgery import Path, Tree
 
-
 _NOT_CALLED = (
     "no call of it was seen. It only holds parameters or other modules, or it is run by other methods than __call__, "
     "or inside nn.jit, which keeps what it traced before."

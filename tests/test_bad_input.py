@@ -57,7 +57,7 @@ WRONG = {
         jdelta.LoraModel,
         {"lora_r": 17},
         ValueError,
-        r"LoraModel at bert\.encoder\.layer\.0\.attention\.self\.query \(Dense\): lora_r=17 is above the width .* 16 -> 16",
+        r"LoraModel at bert\.encoder\.layer\.0\.attention\.self\.query \(Dense\): lora_r=17 is above .* 16 -> 16",
     ),
     "a dropout of 1": (jdelta.LoraModel, {"lora_dropout": 1.0}, ValueError, "lora_dropout is at least 0 and below 1"),
     "an unknown argument": (
@@ -252,7 +252,7 @@ def test_dummy_inputs_that_do_not_fit():
     class Images(nn.Module):
         @nn.compact
         def __call__(self, x):
-            batch, height, width, channels = x.shape
+            _, _, _, _ = x.shape
             return nn.Dense(2)(x)
 
     with pytest.raises(
@@ -282,7 +282,7 @@ def test_a_model_of_an_unknown_family_has_no_default_positions():
 
 
 def test_the_model_is_usable_after_a_mistake(bert):
-    with pytest.raises(ValueError, match="closest|Closest"):
+    with pytest.raises(ValueError, match="Closest"):
         jdelta.LoraModel(bert, modified_modules=["qeury"])
     before = bert(IDS).logits
     jdelta.LoraModel(bert, modified_modules=["query"])

@@ -144,6 +144,15 @@ def test_sharded_training_gives_the_same_losses_on_one_device_and_on_eight(tmp_p
     assert eight["parameter_bytes_per_device"] < one["parameter_bytes_per_device"] == one["parameter_bytes"]
 
 
+def test_without_its_marked_lines_the_sharded_loop_knows_nothing_of_deltas():
+    lines = (EXAMPLES / "pjit_training.py").read_text().splitlines()
+    loop = lines[next(i for i, line in enumerate(lines) if line.startswith("def train(")) :]
+    loop = loop[: loop.index("    return {")]
+    marked = [line for line in loop if line.endswith("# <- delta")]
+    assert 0 < len(marked) <= 6
+    assert not [line for line in loop if "delta" in line and line not in marked]
+
+
 def test_asking_for_more_devices_than_there_are_is_a_clear_error():
     done = run("pjit_training.py", "--devices", "8", XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert done.returncode != 0

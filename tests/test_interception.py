@@ -466,7 +466,7 @@ def test_init_and_apply_of_the_module_run_the_deltas():
 def test_a_bound_module_would_run_without_the_delta_and_is_refused():
     backbone = backbone_of(MLP())
     jdelta.DeltaModel(backbone, name="s").insert_sequential_module("two", Scale(2.0))
-    with pytest.raises(NotImplementedError, match="Use module.apply"):
+    with pytest.raises(NotImplementedError, match=r"Use module\.apply"):
         backbone.module.bind({"params": backbone.params})
 
 
@@ -488,7 +488,7 @@ def test_two_threads_with_their_own_deltas_do_not_disturb_each_other():
                 delta.detach()
                 chex.assert_trees_all_close(backbones[i](X), expected[i] / scales[i], rtol=1e-6)
                 delta.attach()
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             problems.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]

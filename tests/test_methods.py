@@ -187,7 +187,7 @@ def test_parallel_adapter_on_single_modules_takes_each_pattern_twice():
 
 
 def test_bitfit_trains_a_bias_or_adds_one():
-    backbone, delta, before = attach(nn.Dense(4), X, jdelta.BitFitModel)
+    backbone, delta, _ = attach(nn.Dense(4), X, jdelta.BitFitModel)
     assert set(backbone.params["host"]) == {"kernel", "bias"}
     assert set(delta.partition()[0]["host"]) == {"bias"}
     for layer in (nn.Dense(4, use_bias=False), nn.LayerNorm(use_bias=False), nn.Conv(4, (2,), use_bias=False)):
@@ -207,7 +207,7 @@ def test_bitfit_comes_off_with_the_pretrained_bias_and_back_with_the_trained_one
 
 
 def test_bitfit_comes_off_after_its_tree_was_donated():
-    backbone, delta, before = attach(nn.Dense(4), X, jdelta.BitFitModel)
+    backbone, delta, _ = attach(nn.Dense(4), X, jdelta.BitFitModel)
     step = jax.jit(lambda p: jax.tree.map(lambda a: a + 1, p), donate_argnums=0)
     original = jax.tree.map(jnp.copy, backbone.params)
     backbone.params = step(backbone.params)

@@ -107,7 +107,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(
         torch_logits=lambda: wrapped(**{key: torch.tensor(value) for key, value in inputs.items()}).logits,
         torch_leaves=leaves,
-        flax_logits=lambda params: flax_model(**inputs, params=params).logits,
+        flax_logits=jax.jit(lambda params: flax_model(**inputs, params=params).logits),
         params=filled(flax_model.params, leaves),
         bare=flax_model.params,
     )
@@ -145,7 +145,7 @@ def conv_pair() -> Pair:
     return Pair(
         torch_logits=lambda: wrapped(torch.tensor(x.transpose(0, 3, 1, 2)).double()),
         torch_leaves=leaves,
-        flax_logits=lambda params: backbone(x, params=params),
+        flax_logits=jax.jit(lambda params: backbone(x, params=params)),
         params=filled(backbone.params, leaves),
         bare=backbone.params,
     )

@@ -96,13 +96,13 @@ def test_the_pseudo_inputs_of_a_linen_module_are_token_ids():
     class Tokens(nn.Module):
         @nn.compact
         def __call__(self, ids):
-            batch, length = ids.shape
+            _, _ = ids.shape
             return nn.Embed(5, 4)(ids)
 
     class Flat(nn.Module):
         @nn.compact
         def __call__(self, ids):
-            (length,) = ids.shape
+            (_,) = ids.shape
             return nn.Embed(5, 4)(ids)
 
     assert structure_of(jdelta.Backbone(Tokens()))["Embed_0"].x.shape == (1, 3)

@@ -75,7 +75,8 @@ clip = jnp.clip
 import {order}
 from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 assert jnp.clip is clip
-print(FlaxT5Attention._relative_position_bucket(jnp.arange(-3, 3)).tolist(), FlaxT5Attention._relative_position_bucket.__module__)
+bucket = FlaxT5Attention._relative_position_bucket
+print(bucket(jnp.arange(-3, 3)).tolist(), bucket.__module__)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert out.startswith("[3, 2, 1, 0, 17, 18]")
