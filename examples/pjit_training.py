@@ -86,7 +86,7 @@ def train(args: argparse.Namespace, mesh: Mesh, console: Console) -> dict[str, A
     tx = optax.adamw(args.learning_rate)
     if not args.full:  # <- delta
         dense = ["query", "key", "value", "dense"]  # <- delta
-        delta = jdelta.LoraModel(model, modified_modules=dense, exclude_modules=["pooler"], rng=args.seed)  # <- delta
+        delta = jdelta.LoraModel(model, modified_modules=dense, rng=args.seed)  # <- delta
         delta.freeze_module(exclude=["deltas", "classifier"])  # <- delta
         tx = delta.optimizer(tx)  # <- delta
 

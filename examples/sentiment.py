@@ -57,7 +57,7 @@ class Method:
 
 
 METHODS = {
-    "lora": Method(trains=("deltas", "classifier"), learning_rate=1e-3),
+    "lora": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
     "adapter": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
     "parallel_adapter": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
     "bitfit": Method(trains=("deltas", "classifier"), learning_rate=5e-3),
@@ -147,11 +147,9 @@ def training_batches(sentences: Sequence[Sentence], size: int, rng: np.random.Ge
 def build_delta(model: transformers.FlaxPreTrainedModel, args: argparse.Namespace) -> jdelta.DeltaModel:
     """Puts the method's delta on the model and says what trains. `full` and `head` carry an empty delta."""
     match args.method:
-        case "lora":  # on every Dense of the encoder
+        case "lora":  # on every Dense of the encoder and the pooler
             dense = ["query", "key", "value", "dense"]
-            delta = jdelta.LoraModel(
-                model, modified_modules=dense, exclude_modules=["pooler"], lora_r=args.rank, rng=args.seed
-            )
+            delta = jdelta.LoraModel(model, modified_modules=dense, lora_r=args.rank, rng=args.seed)
         case "adapter":
             delta = jdelta.AdapterModel(model, bottleneck_dim=args.bottleneck, rng=args.seed)
         case "parallel_adapter":

@@ -98,11 +98,11 @@ TABLE: dict[str, Names] = {
         "ff.w2": "mlp.c_proj",
         "ff.layer_norm": "ln_2",
     },
-    "FlaxGPT2Module": {"embeddings": "wte"},
+    "FlaxGPT2Module": {"embeddings": "wte", "layer_norm": "ln_f"},
     "FlaxGPT2LMHeadModule": {"lm_head.proj": "lm_head"},
     # OPT
     "FlaxOPTDecoderLayer": {name: path for name, path in _BART_LAYER.items() if not name.startswith("crossattn")},
-    "FlaxOPTDecoder": {"embeddings": "embed_tokens"},
+    "FlaxOPTDecoder": {"embeddings": "embed_tokens", "layer_norm": "final_layer_norm"},
     "FlaxOPTForCausalLMModule": {"lm_head.proj": "lm_head"},
     # T5
     "FlaxT5LayerSelfAttention": {
@@ -127,6 +127,7 @@ TABLE: dict[str, Names] = {
         "ff.w2": "DenseReluDense.wo",
         "ff.layer_norm": "layer_norm",
     },
+    "FlaxT5Stack": {"layer_norm": "final_layer_norm"},
     "FlaxT5Module": {"embeddings": "shared"},
     "FlaxT5EncoderModule": {"embeddings": "shared"},
     "FlaxT5ForConditionalGenerationModule": {"embeddings": "shared", "lm_head.proj": "lm_head"},
@@ -150,7 +151,7 @@ TABLE: dict[str, Names] = {
         "ff.w2": "mlp.down_proj",
         "ff.layer_norm": "post_attention_layernorm",
     },
-    "FlaxLlamaModule": {"embeddings": "embed_tokens"},
+    "FlaxLlamaModule": {"embeddings": "embed_tokens", "layer_norm": "norm"},
     "FlaxLlamaForCausalLMModule": {"lm_head.proj": "lm_head"},
 }
 

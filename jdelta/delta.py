@@ -88,9 +88,12 @@ class DeltaModel:
 
         common = bool(common_structure) or modified_modules is None
         patterns = self.default_modified_modules if modified_modules is None else modified_modules
+        method = type(self).__name__
+        if not patterns and type(self) is not DeltaModel:
+            raise ValueError(f"{method} was given no modules. Name some: modified_modules=[…].")
         edits = list(self.place(self._structure, self._finder(common, exclude_modules or ()), patterns))
-        if not edits and (patterns or type(self).edits is not DeltaModel.edits):
-            raise ValueError(f"{type(self).__name__}: the modules of this model that it was pointed at need no change.")
+        if patterns and not edits:
+            raise ValueError(f"{method}: none of the modules that {list(patterns)} mean gets a change from it.")
         self._put(edits, check=self.trainable_mask)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -189,7 +192,9 @@ class DeltaModel:
     def detach(self) -> None:
         """Takes the delta off: the model then computes what it computed without it.
 
-        The leaves that `model.params` held are kept, and `attach` puts them back. Deltas come off in any order.
+        The leaves that `model.params` held are kept, and `attach` puts them back; leaves of the backbone's own that
+        trained with the delta get their earlier values meanwhile. Deltas come off in any order. A tree that you hold
+        yourself is yours to change: `jdelta.prune(params, delta.name)`.
 
         Raises:
           RuntimeError: it is detached already.
@@ -361,7 +366,7 @@ class DeltaModel:
             self._face.module = instrument(module, draft)
             if params is not None:
                 self._face.params = after
-                self._kept = {path: _copy(leaf) for path, leaf in self._borrowed(after).items()}
+                self._kept = {p: _copy(leaf) for p, leaf in self._borrowed(after).items()} | self._kept
             if check is not None:
                 check()
         except Exception:

@@ -287,3 +287,10 @@ def test_the_model_is_usable_after_a_mistake(bert):
     before = bert(IDS).logits
     jdelta.LoraModel(bert, modified_modules=["query"])
     chex.assert_trees_all_equal(bert(IDS).logits, before)
+
+
+def test_no_modules_at_all(bert):
+    with pytest.raises(ValueError, match=r"LoraModel was given no modules\. Name some"):
+        jdelta.LoraModel(bert, modified_modules=[])
+    with pytest.raises(ValueError, match=r"BitFitModel: none of the modules that \['dropout'\] mean gets a change"):
+        jdelta.BitFitModel(bert, modified_modules=["dropout"])

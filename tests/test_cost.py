@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.extend
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -27,7 +28,7 @@ def load(path: Path) -> ModuleType:
 
 handwritten = load(Path(__file__).parent.parent / "benchmarks" / "handwritten.py")
 
-SMALL = handwritten.Sizes(layers=2, hidden=64, vocab=100, batch=3, length=16)
+SMALL = handwritten.Sizes(layers=2, hidden=64, vocab=100, batch=3, length=16, dropout=0.1)
 # The width of BERT large: LoRA's own products are a small part of the whole there.
 WIDE = handwritten.Sizes(layers=2, hidden=1024, vocab=100, batch=8, length=128)
 
@@ -87,5 +88,5 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations, also inside nested jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from equations(inner)

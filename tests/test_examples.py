@@ -70,7 +70,7 @@ def test_sentiment_gives_finite_results_and_leaves_the_backbone_untouched(method
 
 def test_sentiment_counts_what_trains(lora, bitfit):
     width, inner, head = 384, 1536, 2 * 384 + 2
-    assert lora["trainable"] == 6 * 2 * (4 * 2 * width + 2 * (width + inner)) + head
+    assert lora["trainable"] == 2 * (6 * (4 * 2 * width + 2 * (width + inner)) + 2 * width) + head
     assert bitfit["trainable"] == 6 * (7 * width + inner) + head
     for results in (lora, bitfit):
         assert results["stored_bytes"] == 4 * results["trainable"]

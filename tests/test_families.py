@@ -117,6 +117,7 @@ def test_bitfit_adds_biases_where_there_are_none():
     assert layer["self_attn"]["q_proj"]["bitfit"]["bias"].shape == (16,)
     assert layer["input_layernorm"]["bitfit"]["bias"].shape == (16,)
     assert "bitfit" not in model.params["model"]["embed_tokens"]
+    assert model.params["model"]["norm"]["bitfit"]["bias"].shape == (16,)
     assert all(path[-1] == "bias" for path in surgery.flatten(delta.partition()[0]))
 
 

@@ -239,3 +239,11 @@ def test_the_initial_values_depend_on_the_seed_and_not_on_other_deltas():
     other, *_ = attach(nn.Dense(4), X, jdelta.LoraModel, lora_r=2, rng=2)
     assert (one.params["host"]["lora"]["a"] == same.params["host"]["lora"]["a"]).all()
     assert (one.params["host"]["lora"]["a"] != other.params["host"]["lora"]["a"]).any()
+
+
+def test_a_later_insertion_does_not_forget_the_pretrained_bias():
+    backbone, delta, before = attach(nn.Dense(4), X, jdelta.BitFitModel)
+    backbone.params = {"host": {**backbone.params["host"], "bias": jnp.ones(4)}}
+    delta.insert_sequential_module("host", nn.LayerNorm())
+    delta.detach()
+    assert (backbone(X) == before).all()

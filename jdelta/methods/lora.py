@@ -59,15 +59,18 @@ class Lora(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """From `(…, *d_in)` to `(…, *features)`; computes in the dtype of `x`."""
-        x = nn.Dropout(self.dropout)(x, deterministic)
+        x = self.dropped(x, deterministic)
         a = self.param("a", _kaiming_uniform, (*(x.shape[i] for i in self.axis), self.rank), jnp.float32)
-        down = nn.DenseGeneral(self.rank, axis=self.axis, use_bias=False, dtype=x.dtype, parent=None)
-        return self.up(down.apply({"params": {"kernel": a}}, x), nn.initializers.zeros)
+        return self.up(_contract(x, a.astype(x.dtype), self.axis), nn.initializers.zeros)
+
+    def dropped(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """The input after dropout."""
+        return nn.Dropout(self.dropout)(x, deterministic) if self.dropout else x
 
     def up(self, z: jax.Array, init: nn.initializers.Initializer) -> jax.Array:
-        """From the rank to the output."""
-        b = self.param("b", init, (self.rank, *self.features), jnp.float32)
-        return jnp.tensordot(z * jnp.asarray(self.scale, z.dtype), b.astype(z.dtype), axes=1)
+        """From the rank to the output. Scaling `b` costs less than scaling either activation."""
+        b = self.scale * self.param("b", init, (self.rank, *self.features), jnp.float32)
+        return _contract(z, b.astype(z.dtype), (-1,))
 
 
 class LoraConv(Lora):
@@ -81,7 +84,7 @@ class LoraConv(Lora):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        x = nn.Dropout(self.dropout)(x, deterministic)
+        x = self.dropped(x, deterministic)
         down = nn.Conv(self.rank, use_bias=False, dtype=x.dtype, **dict(self.conv), parent=None)
         window = down.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
@@ -156,6 +159,12 @@ class LoraModel(DeltaModel):
                 f"lora_r={self.config.lora_r} is above the width of this module, {d_in} -> {d_out}: take at most "
                 f"{min(d_in, d_out)}, or leave it out with exclude_modules."
             )
+
+
+def _contract(x: jax.Array, w: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    """The product over some axes of `x` and the first of `w`."""
+    axes = tuple(i % x.ndim for i in axis)
+    return jax.lax.dot_general(x, w, ((axes, tuple(range(len(axes)))), ((), ())))
 
 
 def _kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
