@@ -68,9 +68,9 @@ class Lora(nn.Module):
         return nn.Dropout(self.dropout)(x, deterministic) if self.dropout else x
 
     def up(self, z: jax.Array, init: nn.initializers.Initializer) -> jax.Array:
-        """From the rank to the output. Scaling `b` costs less than scaling either activation."""
-        b = self.scale * self.param("b", init, (self.rank, *self.features), jnp.float32)
-        return _contract(z, b.astype(z.dtype), (-1,))
+        """From the rank to the output."""
+        b = self.param("b", init, (self.rank, *self.features), jnp.float32)
+        return _contract(z, b.astype(z.dtype), (-1,)) * self.scale
 
 
 class LoraConv(Lora):
