@@ -50,19 +50,20 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a method trains, and the learning rate that suits it at the default budget."""
+    """What a method trains, and the batch size and peak learning rate that suit it at the default two epochs."""
 
     trains: tuple[str, ...]
+    batch_size: int
     learning_rate: float
 
 
 METHODS = {
-    "lora": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
-    "adapter": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
-    "parallel_adapter": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
-    "bitfit": Method(trains=("deltas", "classifier"), learning_rate=5e-3),
-    "full": Method(trains=("bert", "classifier"), learning_rate=1e-4),
-    "head": Method(trains=("classifier",), learning_rate=1e-2),
+    "lora": Method(trains=("deltas", "classifier"), batch_size=16, learning_rate=1.5e-3),
+    "adapter": Method(trains=("deltas", "classifier"), batch_size=32, learning_rate=2e-3),
+    "parallel_adapter": Method(trains=("deltas", "classifier"), batch_size=32, learning_rate=2e-3),
+    "bitfit": Method(trains=("deltas", "classifier"), batch_size=32, learning_rate=5e-3),
+    "full": Method(trains=("bert", "classifier"), batch_size=32, learning_rate=1e-4),
+    "head": Method(trains=("classifier",), batch_size=32, learning_rate=1e-2),
 }
 
 
@@ -296,7 +297,11 @@ def show_sentences(console: Console, sentences: Sequence[Sentence], probabilitie
 
 
 def show_results(console: Console, r: dict[str, Any]) -> None:
-    table = Table(title=f"{r['method']}, learning rate {r['learning_rate']:g}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"{r['method']}, batches of {r['batch_size']}, learning rate {r['learning_rate']:g}",
+        title_justify="left",
+        show_header=False,
+    )
     stored, optimizer = r["stored_bytes"], r["optimizer_bytes"]
     full, full_optimizer = r["full_stored_bytes"], r["full_optimizer_bytes"]
     table.add_row("held-out accuracy", f"[bold]{r['accuracy']:.4f}[/] of {len(r['held_out'])} sentences")
@@ -319,6 +324,7 @@ def against(have: int, full: int) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    sizes = ", ".join(f"{name} {method.batch_size}" for name, method in METHODS.items())
     rates = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -326,7 +332,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--method", choices=METHODS, default="lora", help="what trains")
     add("--epochs", type=positive, default=2, help="passes over the training sentences")
-    add("--batch-size", type=positive, default=32, help="sentences a step")
+    add("--batch-size", type=positive, default=None, help=f"sentences a step; None for the method's own ({sizes})")
     add("--learning-rate", type=float, default=None, help=f"peak learning rate; None for the method's own ({rates})")
     add("--rank", type=positive, default=8, help="rank of LoRA")
     add("--bottleneck", type=positive, default=24, help="width of the adapters")
@@ -341,6 +347,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of initial values, order and dropout; the held-out set does not depend on it",
     )
     args = parser.parse_args(argv)
+    args.batch_size = args.batch_size or METHODS[args.method].batch_size
     if args.learning_rate is None:
         args.learning_rate = METHODS[args.method].learning_rate
     return args
@@ -379,6 +386,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = {
         "method": args.method,
         "learning_rate": args.learning_rate,
+        "batch_size": args.batch_size,
         "accuracy": float(np.mean((probabilities > 0.5) == labels)),
         "trainable": count(run.trainable),
         "parameters": count(model.params),

@@ -8,6 +8,7 @@ import pytest
 import scipy.signal
 from conftest import noisy
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 
 import jdelta
 
@@ -247,3 +248,10 @@ def test_a_later_insertion_does_not_forget_the_pretrained_bias():
     delta.insert_sequential_module("host", nn.LayerNorm())
     delta.detach()
     assert (backbone(X) == before).all()
+
+
+def test_leaves_of_a_wrong_shape_are_an_error_that_names_them():
+    backbone, *_ = attach(nn.Dense(4), X, jdelta.LoraModel, lora_r=2)
+    other, *_ = attach(nn.Dense(4), X, jdelta.LoraModel, lora_r=3)
+    with pytest.raises(ScopeParamShapeError, match=r'"a" in "/host/lora".*\(4, 2\).*\(4, 3\)'):
+        backbone(X, params=other.params)

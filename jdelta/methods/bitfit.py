@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
+from jdelta.methods.leaf import leaf
 from jdelta.structure import ModuleInfo, Structure
 
 
@@ -21,7 +21,7 @@ class Bias(nn.Module):
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        return y + self.param("bias", nn.initializers.zeros, (y.shape[-1],), jnp.float32).astype(y.dtype)
+        return y + leaf(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
 
 
 class BitFitModel(DeltaModel):

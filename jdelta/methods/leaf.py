@@ -1,0 +1,28 @@
+"""How the layers of the methods get their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from flax.errors import ScopeParamShapeError
+
+
+def leaf(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:
+    """`module.param(name, init, shape, float32)`, traced in a fraction of the time.
+
+    For a parameter that is there, flax runs the initialiser abstractly to learn its shape; with LoRA on every Dense of
+    BERT that was a fifth of the time that tracing took. Here the shape is known.
+
+    Raises:
+      flax.errors.ScopeParamShapeError: the tree holds another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, jnp.float32)
+    value: Any = meta.unbox(module.get_variable("params", name))
+    if value.shape != shape:
+        raise ScopeParamShapeError(name, module.scope.path_text, value.shape, shape)
+    return value
