@@ -32,6 +32,9 @@ SMALL = handwritten.Sizes(layers=2, hidden=64, vocab=100, batch=3, length=16, dr
 # The width of BERT large: LoRA's own products are a small part of the whole there.
 WIDE = handwritten.Sizes(layers=2, hidden=1024, vocab=100, batch=8, length=128)
 
+# On a GPU XLA does not count what it hands to libraries.
+counts_products = pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA counts all FLOPs on the CPU only")
+
 each_choice = pytest.mark.parametrize("choice", handwritten.TARGETS)
 
 
@@ -65,6 +68,7 @@ def test_no_weight_gradient_of_the_backbone_is_computed(choice: str) -> None:
     assert products(training, kernels) == head
 
 
+@counts_products
 @pytest.mark.parametrize("choice", ["every Dense"])
 def test_a_step_takes_at_most_068_of_the_flops_of_full_fine_tuning(choice: str) -> None:
     patterns, _ = handwritten.TARGETS[choice]
