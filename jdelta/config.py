@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ class DeltaConfig:
 
 def require_positive_int(name: str, value: Any) -> None:
     """Raises `TypeError` or `ValueError` unless `value` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is a whole number, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} is at least 1, got {value}.")

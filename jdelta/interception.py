@@ -240,7 +240,15 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
         y = main_output(output)
         return with_main_output(output, _same_dtype(_layer(edit, frame)(y), y))
     # parallel
-    x = main_input(type(frame.module), args, kwargs)[1] if edit.start in (None, edit.host) else inputs[edit.start]
+    if edit.start is None or edit.start == edit.host:
+        x = main_input(type(frame.module), args, kwargs)[1]
+    elif edit.start in inputs:
+        x = inputs[edit.start]
+    else:
+        raise ValueError(
+            f"the span to {_where(frame.module)} starts at {surgery.name_of(edit.start)}, which was not called "
+            "before it in this run of the model."
+        )
     output = call(*args, **kwargs)
     y = main_output(output)
     change = _layer(edit, frame)(x)

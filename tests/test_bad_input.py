@@ -294,3 +294,35 @@ def test_no_modules_at_all(bert):
         jdelta.LoraModel(bert, modified_modules=[])
     with pytest.raises(ValueError, match=r"BitFitModel: none of the modules that \['dropout'\] mean gets a change"):
         jdelta.BitFitModel(bert, modified_modules=["dropout"])
+
+
+class Halves(nn.Module):
+    def setup(self):
+        self.first, self.second = nn.Dense(4), nn.Dense(4)
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+    def only_second(self, x):
+        return self.second(x)
+
+
+def test_a_span_whose_start_is_not_called_in_this_run():
+    x = jnp.ones((2, 4))
+    backbone = jdelta.Backbone(Halves(), Halves().init(jax.random.key(0), x)["params"], dummy_inputs=(x,))
+    jdelta.ParallelAdapterModel(backbone, modified_modules=["first", "second"])
+    assert backbone(x).shape == (2, 4)
+    with pytest.raises(
+        ValueError, match=r"the span to second \(Dense\) starts at first, which was not called before it"
+    ):
+        backbone(x, method="only_second")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"feature_group_count": 2}, "does not take grouped"), ({"mask": jnp.ones((2, 4, 4))}, "does not take masked")],
+)
+def test_convolutions_that_lora_cannot_follow(options, message):
+    backbone = jdelta.Backbone(nn.Sequential([nn.Conv(4, (2,), **options)]), dummy_inputs=(jnp.ones((1, 5, 4)),))
+    with pytest.raises(TypeError, match=message):
+        jdelta.LoraModel(backbone, modified_modules=["layers_0"], lora_r=2)

@@ -53,4 +53,4 @@ class Bottleneck(nn.Module):
         up = nn.Dense(self.features or x.shape[-1], dtype=x.dtype, kernel_init=self.up_init, name="up")
         # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
         y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(-1, x.shape[-1]))))
-        return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], -1)
+        return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], y.shape[-1])

@@ -60,8 +60,9 @@ class Lora(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """From `(…, *d_in)` to `(…, *features)`; computes in the dtype of `x`."""
-        n = len(self.axis)
-        x = jnp.moveaxis(self.dropped(x, deterministic), self.axis, range(-n, 0))
+        x, n = self.dropped(x, deterministic), len(self.axis)
+        if self.axis != (-1,):
+            x = jnp.moveaxis(x, self.axis, range(-n, 0))
         a = leaf(self, "a", _kaiming_uniform, (*x.shape[-n:], self.rank))
         # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
         z = x.reshape(-1, math.prod(a.shape[:-1])) @ a.reshape(-1, self.rank).astype(x.dtype)
@@ -144,6 +145,8 @@ class LoraModel(DeltaModel):
         if issubclass(host.type, nn.Conv):
             if host.fields["feature_group_count"] != 1:
                 raise TypeError("LoRA does not take grouped convolutions (feature_group_count above 1).")
+            if host.fields["mask"] is not None:
+                raise TypeError("LoRA does not take masked convolutions: its update would not be masked.")
             self._check_rank(math.prod(kernel.shape[:-1]), kernel.shape[-1])
             keys = ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
             conv = tuple((key, _hashable(host.fields[key])) for key in keys)
