@@ -51,6 +51,7 @@ class AdapterModel(DeltaModel):
         delta = jdelta.AdapterModel(model, bottleneck_dim=24)
 
     The leaves are `adapter/down/{kernel,bias}`, `(d, bottleneck_dim)`, and `adapter/up/{kernel,bias}`.
+    Its own arguments are those of `AdapterConfig`, the common ones and errors those of `DeltaModel`.
     """
 
     delta_type = "adapter"

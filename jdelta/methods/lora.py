@@ -120,6 +120,7 @@ class LoraModel(DeltaModel):
         delta = jdelta.LoraModel(model, modified_modules=["query", "value"], lora_r=8)
 
     The leaves are `lora/a`, `(*d_in, r)`, and `lora/b`, `(r, *d_out)`. The output is unchanged at initialisation.
+    Its own arguments are those of `LoraConfig`, the common ones and errors those of `DeltaModel`.
     """
 
     delta_type = "lora"

@@ -47,7 +47,8 @@ class ParallelAdapterModel(DeltaModel):
     As in OpenDelta, `modified_modules` are pairs: from, to, from, to. A pair of twice the same pattern spans each
     module that it means. Otherwise each `to` is paired with the nearest `from` before it. By default, beside the
     attention and beside the feed-forward. The leaves are below the module at the span's end,
-    `parallel_adapter/{down,up}/{kernel,bias}`.
+    `parallel_adapter/{down,up}/{kernel,bias}`. Its own arguments are those of `ParallelAdapterConfig`, the common ones
+    and errors those of `DeltaModel`.
     """
 
     delta_type = "parallel_adapter"
