@@ -30,7 +30,8 @@ class BitFitModel(DeltaModel):
         delta = jdelta.BitFitModel(model)
 
     Existing biases train where they are, and `detach` puts their pretrained values back. A linear or normalisation
-    module without one gets the leaf `bitfit/bias`. The output is unchanged at initialisation. It has no arguments of its own.
+    module without one gets the leaf `bitfit/bias`. The output is unchanged at initialisation. It has no
+    arguments of its own.
     """
 
     delta_type = "bitfit"
