@@ -325,8 +325,17 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment]) -> nn.Modul
             "Use module.apply({'params': params}, …, method=…)."
         )
 
+    def __post_init__(self: nn.Module) -> None:
+        original.__post_init__(self)
+        if isinstance(self.parent, nn.Module):
+            raise ValueError(
+                f"{original.__name__} carries deltas and cannot be a part of {type(self.parent).__name__}: they would "
+                "not run there. Detach them, and attach to a jdelta.Backbone of the outer module."
+            )
+
     namespace = {
         "apply": apply,
+        "__post_init__": __post_init__,
         "init_with_output": init_with_output,
         "bind": bind,
         "__module__": original.__module__,

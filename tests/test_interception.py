@@ -470,6 +470,21 @@ def test_a_bound_module_would_run_without_the_delta_and_is_refused():
         backbone.module.bind({"params": backbone.params})
 
 
+def test_a_module_with_deltas_inside_another_would_run_without_them_and_is_refused():
+    class Outer(nn.Module):
+        inner: nn.Module
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    backbone = backbone_of(MLP())
+    delta = jdelta.DeltaModel(backbone, name="s")
+    delta.insert_sequential_module("two", Scale(2.0))
+    params = {"inner": backbone.params}
+    with pytest.raises(ValueError, match="MLP carries deltas and cannot be a part of Outer"):
+        Outer(backbone.module).apply({"params": params}, X)
+
+
 def test_two_threads_with_their_own_deltas_do_not_disturb_each_other():
     scales = [2.0, 3.0]
     backbones = [backbone_of(MLP()) for _ in scales]
