@@ -378,9 +378,7 @@ class DeltaModel:
     def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
         modules = {info.path: info for info in self._structure}
         order = {path: i for i, path in enumerate(modules)}
-        lent = {
-            (*e.host, *e.leaf): a.name for a in others if a.name != self.name for e in a.edits if e.where == "train"
-        }
+        lent = {path: a.name for a in others if a.name != self.name for path in a.borrowed}
         for edit in edits:
             host = modules[edit.host]
             if edit.where == "train":
@@ -429,15 +427,14 @@ class DeltaModel:
 
     def _mask_of(self, params: Tree) -> Tree:
         if self._exclude is None:
-            return freezing.trainable_mask(params, [freezing.DELTAS, *self._unfrozen], _trained_by(self._attachment))
+            return freezing.trainable_mask(params, [freezing.DELTAS, *self._unfrozen], self._attachment.trained)
         active = [a for a in attachments_of(self._face.module) if a.active]
-        return freezing.trainable_mask(params, self._exclude, {path for a in active for path in _trained_by(a)})
+        return freezing.trainable_mask(params, self._exclude, {path for a in active for path in a.trained})
 
     def _borrowed(self, params: Tree) -> dict[Path, Any]:
         """The backbone's own leaves that train with this delta."""
         flat, start = surgery.flatten(params), surgery.root(params)
-        paths = [(*start, *e.host, *e.leaf) for e in self._attachment.edits if e.where == "train"]
-        return {path: flat[path] for path in paths}
+        return {(*start, *path): flat[(*start, *path)] for path in self._attachment.borrowed}
 
     def _switch(self, active: bool) -> None:
         own = self._attachment
@@ -465,11 +462,6 @@ class DeltaModel:
             self._face.params = surgery.unflatten(flat, like=params)
             self._kept = keep
         self._face.module = instrument(self._face.module, attachments)
-
-
-def _trained_by(attachment: Attachment) -> set[Path]:
-    """Paths of a delta's own leaves and of the backbone's leaves that train with it."""
-    return {*attachment.leaves, *((*e.host, *e.leaf) for e in attachment.edits if e.where == "train")}
 
 
 def _select(tree: Tree, paths: Iterable[Path]) -> Tree:

@@ -54,6 +54,16 @@ class Attachment:
     leaves: tuple[Path, ...]
     active: bool = True
 
+    @property
+    def borrowed(self) -> tuple[Path, ...]:
+        """Paths of the backbone's own leaves that train with the delta."""
+        return tuple((*edit.host, *edit.leaf) for edit in self.edits if edit.where == "train")
+
+    @property
+    def trained(self) -> set[Path]:
+        """Paths of everything that trains with the delta: its own leaves and the borrowed."""
+        return {*self.leaves, *self.borrowed}
+
 
 # --- following the calls of one run
 

@@ -88,8 +88,8 @@ class Structure:
           ValueError: as `addressing.match`; also if a pattern means only parts that cannot carry a layer.
         """
         names = [name for name in self.modules if name]
-        for pattern in patterns if not isinstance(patterns, str) else ():
-            if isinstance(pattern, str) and not any(addressing.matches(name, pattern) for name in names):
+        for pattern in addressing.checked(patterns):
+            if not any(addressing.matches(name, pattern) for name in names):
                 for name, reason in self.uncalled.items():
                     if addressing.matches(name, pattern):
                         raise ValueError(f"{pattern!r} means {name!r}, which cannot be a target: {reason}")

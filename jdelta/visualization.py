@@ -96,13 +96,8 @@ class Visualization:
             params = backbone.tree_of(self._face)
         params = surgery.shapes(params)
         flags = mask(params) if callable(mask) else mask
-        deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}
-        deltas |= {
-            (*e.host, *e.leaf)
-            for a in attachments_of(self._face.module)
-            for e in a.edits
-            if a.active and e.where == "train"
-        }
+        carried = attachments_of(self._face.module)
+        deltas = {path for a in carried for path in (a.trained if a.active else a.leaves)}
         leaves = _leaves(params, flags, deltas)
         node = fold(build(structure, leaves))
         console = console or Console()
