@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from jdelta import addressing, backbone, common_names, freezing, surgery
 from jdelta.config import DeltaConfig
-from jdelta.interception import Attachment, Edit, attachments_of, bare, instrument, interceptor
+from jdelta.interception import Attachment, Edit, attachments_of, instrument
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path, Tree
 from jdelta.visualization import Visualization
@@ -94,7 +94,7 @@ class DeltaModel:
         edits = list(self.place(self._structure, self._finder(common, exclude_modules or ()), patterns))
         if patterns and not edits:
             raise ValueError(f"{method}: none of the modules that {list(patterns)} mean gets a change from it.")
-        self._put(edits, check=self.trainable_mask)
+        self._put(edits)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the configuration's fields in the signature."""
@@ -122,6 +122,23 @@ class DeltaModel:
                 yield from self.edits(host, structure)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{type(self).__name__} at {host.name} ({host.type.__name__}): {error}") from error
+
+    def shared(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
+        """A module that makes leaves of several hosts from parameters of its own. Override it.
+
+        Its parameters lie once in the tree, below the delta's name at the root; what it makes is then not in the tree.
+
+        Args:
+          shapes: path to shape of each leaf that the delta's layers have.
+
+        Returns:
+          An unbound module which, called without arguments, returns `{path: array}` for some of these paths.
+        """
+        return None
+
+    def frozen(self, leaf: Path) -> bool:
+        """Whether this leaf of the delta's own never trains. Override it."""
+        return False
 
     # --- the operations
 
@@ -336,7 +353,7 @@ class DeltaModel:
             edits.append(Edit(host.path, where, layer, start=begin.path if begin else None, leaf=leaf))
         self._put([*own.edits, *edits])
 
-    def _put(self, edits: Sequence[Edit], check: Callable[[], Any] | None = None) -> None:
+    def _put(self, edits: Sequence[Edit]) -> None:
         """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
         edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
         others = attachments_of(self._face.module)
@@ -344,17 +361,16 @@ class DeltaModel:
         if index < len(others) and not others[index].active:
             raise RuntimeError(f"delta {self.name!r} is detached; call attach() before changing it.")
         self._check(edits, others)
-        draft = [*others[:index], Attachment(self.name, tuple(edits), ()), *others[index + 1 :]]
+        draft = [*others[:index], Attachment(self.name, tuple(edits)), *others[index + 1 :]]
         ran: set[Edit] = set()
         everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
         for edit in edits:
             if edit.layer is not None and edit not in ran:
                 raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
-        start = len(surgery.root(everything))
         known = {path for path in surgery.flatten(self._structure.params)}
         known.update(path for a in others if a.name != self.name for path in a.leaves)
-        leaves = [path[start:] for path in surgery.flatten(everything) if path[:start] == surgery.root(everything)]
-        draft[index] = Attachment(self.name, tuple(edits), tuple(path for path in leaves if path not in known))
+        shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
+        draft[index] = self._attachment_of(edits, shapes)
 
         module, params = self._face.module, self._face.params
         after = params
@@ -367,13 +383,23 @@ class DeltaModel:
             if params is not None:
                 self._face.params = after
                 self._kept = {p: _copy(leaf) for p, leaf in self._borrowed(after).items()} | self._kept
-            if check is not None:
-                check()
+            self._mask_of(everything if params is None and not draft[index].made else self._tree(None))
         except Exception:
             self._face.module = module
             if params is not None:
                 self._face.params = params
             raise
+
+    def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> Attachment:
+        """The attachment of these edits, whose layers have leaves of these shapes."""
+        source, made, own = self.shared(shapes), set[Path](), list(shapes)
+        if source is not None:
+            output, variables = jax.eval_shape(source.init_with_output, self._rng)
+            made = set(output)
+            own = [path for path in shapes if path not in made]
+            own += [(self.name, *path) for path in surgery.flatten(variables["params"])]
+        fixed = frozenset(path for path in own if self.frozen(path))
+        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, tuple(made))
 
     def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
         modules = {info.path: info for info in self._structure}
@@ -400,10 +426,7 @@ class DeltaModel:
                     )
 
     def _run_init(self, attachments: Sequence[Attachment], rng: jax.Array, ran: set[Edit] | None = None) -> Tree:
-        module = bare(self._face.module)
-        edits = [edit for a in attachments if a.active for edit in a.edits]
-        with nn.intercept_methods(interceptor(edits, type(module), ran)):
-            return self._face.init(module, rng)
+        return self._face.init(instrument(self._face.module, attachments, ran), rng)
 
     def _init_model(self, rng: jax.Array) -> Tree:
         own = dataclasses.replace(self._attachment, active=True)

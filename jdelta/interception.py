@@ -31,15 +31,15 @@ class Edit:
     Attributes:
       host: path of the module that is changed; the layer's parameters live below it.
       where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`; `"replace"`,
-        `layer(*args, **kwargs)` in place of the host; `"train"`, no computation: the host's own leaf `leaf` trains
-        with the delta.
+        `layer(*args, **kwargs)` in place of the host; `"around"`, `layer(host, *args, **kwargs)`, where `host` is a
+        `Host`; `"train"`, no computation: the host's own leaf `leaf` trains with the delta.
       layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument.
       start: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
       leaf: path below the host: of the layer's parameters, or of the leaf that trains.
     """
 
     host: Path
-    where: Literal["after", "before", "parallel", "replace", "train"]
+    where: Literal["after", "before", "parallel", "replace", "around", "train"]
     layer: nn.Module | None = None
     start: Path | None = None
     leaf: Path = ()
@@ -47,12 +47,26 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True)
 class Attachment:
-    """A delta as the model knows it: its edits, its leaves in the tree, and whether it is active."""
+    """A delta as the model knows it.
+
+    Attributes:
+      name: its name in the tree.
+      edits: what it does.
+      leaves: paths of its leaves in the tree.
+      active: whether the model runs it.
+      fixed: those of its leaves that never train.
+      source: a module whose parameters are the leaves below `(name,)`, and which makes from them, once a run, leaves
+        of the hosts that are not in the tree: `source() -> {path: array}`.
+      made: the paths of what the source makes.
+    """
 
     name: str
     edits: tuple[Edit, ...]
-    leaves: tuple[Path, ...]
+    leaves: tuple[Path, ...] = ()
     active: bool = True
+    fixed: frozenset[Path] = frozenset()
+    source: nn.Module | None = None
+    made: tuple[Path, ...] = ()
 
     @property
     def borrowed(self) -> tuple[Path, ...]:
@@ -62,7 +76,7 @@ class Attachment:
     @property
     def trained(self) -> set[Path]:
         """Paths of everything that trains with the delta: its own leaves and the borrowed."""
-        return {*self.leaves, *self.borrowed}
+        return {*self.leaves, *self.borrowed} - self.fixed
 
 
 # --- following the calls of one run
@@ -106,7 +120,7 @@ class Calls:
         path = module.scope.path if module.scope is not None else ()
         # A tied head runs as `head.apply({'params': …}, x)`: a root of its own, and not this one.
         nested = (outer is not None and outer.nested) or (path == () and not issubclass(self._root_type, type(module)))
-        again = outer is not None and not nested and outer.path == path
+        again = not nested and any(frame.path == path and not frame.nested for frame in self._stack)
         deterministic = _deterministic(module, args, kwargs)
         if deterministic is None and outer is not None:
             deterministic = outer.deterministic
@@ -200,6 +214,29 @@ def _where(module: nn.Module) -> str:
 
 # --- the interceptor
 
+Watcher = Callable[[Frame, tuple, dict], tuple[tuple, dict]]
+
+
+class Host:
+    """The host as an "around" layer is given it: called like the host, it runs it."""
+
+    def __init__(self, call: Callable, frame: Frame, watchers: list[Watcher]):
+        self._call = call
+        self.frame = frame
+        self._watchers = watchers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def watched(self, watch: Watcher) -> Iterator[None]:
+        """While this lasts, `args, kwargs = watch(frame, args, kwargs)` for every call inside the host."""
+        self._watchers.append(watch)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watch)
+
 
 def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit] | None = None) -> Callable:
     """An interceptor for `nn.intercept_methods` that runs the edits. Make a fresh one for every run.
@@ -216,6 +253,7 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
             by_host.setdefault(edit.host, []).append(edit)
     starts = {edit.start for edit in edits if edit.start is not None}
     inputs: dict[Path, Any] = {}  # the newest input of each start
+    watchers: list[Watcher] = []  # of the hosts in progress, outermost first
 
     def intercept(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         if context.method_name != "__call__":
@@ -223,12 +261,17 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
         with calls.enter(context.module, args, kwargs) as frame:
             if frame.nested or frame.again:
                 return next_call(*args, **kwargs)
+            for watch in watchers:
+                args, kwargs = watch(frame, args, kwargs)
             if frame.path in starts:
                 inputs[frame.path] = main_input(type(frame.module), args, kwargs)[1]
             # Each edit wraps what the earlier ones made of the host.
             call = next_call
             for edit in by_host.get(frame.path, ()):
-                call = functools.partial(_run, edit, call, frame, inputs)
+                if edit.where == "around":
+                    call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
+                else:
+                    call = functools.partial(_run, edit, call, frame, inputs)
                 if ran is not None:
                     ran.add(edit)
             return call(*args, **kwargs)
@@ -300,12 +343,12 @@ def _same_dtype(new: Any, old: Any) -> Any:
 # --- a module that runs edits
 
 
-def instrument(module: nn.Module, attachments: Sequence[Attachment]) -> nn.Module:
+def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Edit] | None = None) -> nn.Module:
     """A copy of a linen module that runs the active attachments' edits in `apply`, `init` and `init_with_output`.
 
     It is an instance of a subclass with the name, docstring, fields and signatures of the original. Its `apply`
     raises `ValueError` for a tree that lacks leaves of an active attachment or holds leaves of an inactive one.
-    `instrument(module, ())` is the original module.
+    `instrument(module, ())` is the original module. In `ran`, the edits that were run are noted.
     """
     module = bare(module)
     if not attachments:
@@ -318,14 +361,15 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment]) -> nn.Modul
     def apply(self: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
         creating = in_filter(kwargs.get("mutable", False), "params")
         _check_leaves(variables.get("params", {}), attachments, creating)
-        with nn.intercept_methods(interceptor(edits, type(self))):
-            return original.apply(self, variables, *args, **kwargs)
+        with nn.intercept_methods(interceptor(edits, type(self), ran)):
+            return original.apply(self, _with_made(variables, attachments), *args, **kwargs)
 
     @nn.nowrap
     @functools.wraps(original.init_with_output)
-    def init_with_output(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(interceptor(edits, type(self))):
-            return original.init_with_output(self, *args, **kwargs)
+    def init_with_output(self: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(interceptor(edits, type(self), ran)):
+            output, variables = original.init_with_output(self, rngs, *args, **kwargs)
+        return output, _without_made(variables, attachments, rngs)
 
     @nn.nowrap
     @functools.wraps(original.bind)
@@ -357,6 +401,29 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment]) -> nn.Modul
     subclass = metaclass(original.__name__, (original,), namespace)
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init and f.name != "parent"}
     return subclass(**fields, parent=None)
+
+
+def _with_made(variables: Any, attachments: Sequence[Attachment]) -> Any:
+    """The variables with the leaves that the sources make."""
+    for attachment in attachments:
+        if attachment.active and attachment.source is not None and attachment.name in variables.get("params", {}):
+            made = attachment.source.apply({"params": variables["params"][attachment.name]})
+            leaves = {**surgery.flatten(variables["params"]), **made}
+            variables = {**variables, "params": surgery.unflatten(leaves)}
+    return variables
+
+
+def _without_made(variables: Any, attachments: Sequence[Attachment], rngs: Any) -> Any:
+    """Fresh variables with the sources' parameters in place of what they make."""
+    rng = rngs["params"] if isinstance(rngs, Mapping) else rngs
+    for attachment in attachments:
+        if attachment.active and attachment.source is not None and "params" in variables:
+            own = attachment.source.init(rng)["params"]
+            leaves = surgery.flatten(variables["params"])
+            kept = {path: leaf for path, leaf in leaves.items() if path not in attachment.made}
+            params = surgery.graft(surgery.unflatten(kept), {attachment.name: own})
+            variables = {**variables, "params": params}
+    return variables
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ class ModuleInfo:
       output: what it returned, likewise.
       params: shapes of its own parameters as the module itself sees them: inside `nn.scan` without the layer axis.
       calls: how often it is called in one run of the model; inside `nn.scan`, once for each layer.
+      caller: path of the module in whose call its first call was; `None` for the outermost.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ModuleInfo:
     output: Any
     params: Mapping[str, jax.ShapeDtypeStruct]
     calls: int = 1
+    caller: Path | None = None
 
     @property
     def name(self) -> str:
@@ -164,7 +166,7 @@ class _Recorder:
             yield dataclasses.replace(info, calls=round(calls))
 
     def _note(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> None:
-        module, known = frame.module, self._seen[frame.path]
+        module, known, outer = frame.module, self._seen[frame.path], self._calls.outer
         own = module.scope.variables().get("params", {}) if module.scope is not None else {}
         self._seen[frame.path] = ModuleInfo(
             path=frame.path,
@@ -179,6 +181,7 @@ class _Recorder:
             output=_abstract(output),
             params={key: _abstract(leaf) for key, leaf in own.items() if is_array(leaf)},
             calls=known.calls + 1 if known is not None else 1,
+            caller=known.caller if known is not None else outer.path if outer is not None else None,
         )
 
     def _note_nested(self, frame: Frame) -> None:
