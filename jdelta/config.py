@@ -1,45 +1,181 @@
-"""The arguments of a delta method, as a frozen dataclass that checks itself."""
+"""The arguments of a delta method, as a frozen dataclass that checks itself and goes to JSON and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import numbers
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import os
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-C = TypeVar("C", bound="DeltaConfig")
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaConfig:
-    """Base of all configurations. A subclass adds fields with defaults, and checks them in `__post_init__`."""
+    """The arguments that every method has. A method's own configuration adds fields with defaults:
+
+        @dataclasses.dataclass(frozen=True)
+        class ScaleConfig(jdelta.DeltaConfig):
+            init: float = 1.0
+
+            def __post_init__(self):
+                super().__post_init__()  # types
+                …                        # limits
+
+    Every value has to have its field's type; lists become tuples, and `to_dict` makes them lists again.
+
+    Attributes:
+      modified_modules: patterns of the modules to change; without them, the method's default positions.
+      exclude_modules: patterns of modules to leave alone, with everything below them.
+      unfrozen_modules: patterns of what trains besides the delta.
+      common_structure: whether `modified_modules` are common names.
+
+    Raises:
+      TypeError: a value of a wrong type.
+      ValueError: a value beyond its limits.
+    """
+
+    delta_type: ClassVar[str] = "delta"  # that of the method; its `DeltaModel` puts it here
+
+    modified_modules: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] | None = None
+    unfrozen_modules: tuple[str, ...] | None = None
+    common_structure: bool | None = None
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
 
     @classmethod
-    def from_arguments(cls: type[C], owner: str, arguments: Mapping[str, Any]) -> C:
-        """Builds the configuration from keyword arguments.
+    def from_arguments(cls, owner: str, arguments: Mapping[str, Any]) -> Self:
+        """Builds the configuration from keyword arguments; `owner` is who is said to have no such argument.
 
         Raises:
           TypeError: an argument that the method does not have; the message suggests the closest.
         """
         names = [field.name for field in dataclasses.fields(cls)]
+        common = [field.name for field in dataclasses.fields(DeltaConfig)]
         for key in arguments:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"{owner} has no argument {key!r}.{hint} Its own are: {', '.join(names) or 'none'}.")
+                own = ", ".join(name for name in names if name not in common) or "none"
+                raise TypeError(
+                    f"{owner} has no argument {key!r}.{did_you_mean(key, names)} Its own are: {own}; "
+                    f"every method has {', '.join(common)}."
+                )
         return cls(**arguments)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. What is left out has its default.
 
-def require_positive_int(name: str, value: Any) -> None:
-    """Raises `TypeError` or `ValueError` unless `value` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is a whole number, got {value!r}.")
+        Raises:
+          TypeError: an unknown key or a value of a wrong type.
+          ValueError: the `delta_type` of another method, or a value beyond its limits.
+        """
+        values = dict(values)
+        if values.pop("delta_type", cls.delta_type) != cls.delta_type:
+            raise ValueError(f"{cls.__name__} is of delta_type {cls.delta_type!r}; AutoDeltaConfig takes every type.")
+        return cls.from_arguments(cls.__name__, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `delta_type` and all fields, as JSON has them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {"delta_type": self.delta_type, **listed}
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
+        """The inverse of `to_json_file`."""
+        return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_json_string` to a file."""
+        Path(path).write_text(self.to_json_string(), "utf-8")
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON; `AutoDeltaConfig.from_json_string` reads it."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """` Did you mean 'lora_r'?`, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def require_positive_int(name: str, value: int) -> None:
+    """Raises `ValueError` unless `value` is at least 1."""
     if value < 1:
         raise ValueError(f"{name} is at least 1, got {value}.")
 
 
-def require_probability(name: str, value: Any) -> None:
+def require_probability(name: str, value: float) -> None:
     """Raises `ValueError` unless `0 <= value < 1`."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not 0 <= value < 1:
         raise ValueError(f"{name} is at least 0 and below 1, got {value!r}.")
+
+
+# --- values and the types of their fields
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+
+
+def _checked(name: str, value: Any, expected: Any) -> Any:
+    try:
+        return _as(expected, value)
+    except TypeError:
+        hint = f" Write [{value!r}]." if isinstance(value, str) and "a list" in _words(expected) else ""
+        raise TypeError(f"{name} is {_words(expected)}, got {value!r}.{hint}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is unknown. There are: {error}.") from None
+
+
+def _as(expected: Any, value: Any) -> Any:
+    """The value as a field of this type holds it.
+
+    Raises:
+      TypeError: it is of another type.
+      ValueError: it is none of a `Literal`'s; with a list of these.
+    """
+    origin, parts = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        for part in parts:
+            try:
+                return _as(part, value)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is typing.Literal:
+        if type(value) not in {type(part) for part in parts}:
+            raise TypeError
+        if value not in parts:
+            raise ValueError(", ".join(map(str, parts)))
+        return value
+    if origin is tuple and parts[1:] == (...,):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError
+        return tuple(_as(parts[0], item) for item in value)
+    if expected is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if expected is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    kind = origin or expected
+    if isinstance(kind, type) and (kind in (int, float) or not isinstance(value, kind)):
+        raise TypeError
+    return value
+
+
+def _words(expected: Any) -> str:
+    origin, parts = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(map(_words, parts))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if origin is tuple and parts[1:] == (...,):
+        return f"a list of {_words(parts[0]).removeprefix('a ')}s"
+    return _WORDS[expected] if expected in _WORDS else getattr(expected, "__name__", str(expected))

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,13 @@ class DeltaModel:
         rng: int | jax.Array = 0,
         **arguments: Any,
     ):
-        self.config = self.config_class.from_arguments(type(self).__name__, arguments)
+        where = {
+            "modified_modules": modified_modules,
+            "exclude_modules": exclude_modules,
+            "unfrozen_modules": unfrozen_modules,
+            "common_structure": common_structure,
+        }
+        self.config = self.config_class.from_arguments(type(self).__name__, where | arguments)
         if interactive_modify and modified_modules is not None:
             raise ValueError("give either modified_modules or interactive_modify, not both.")
         if interactive_modify:
@@ -97,15 +103,40 @@ class DeltaModel:
         self._put(edits)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Shows the configuration's fields in the signature."""
+        """Registers the method by its `delta_type`, and shows the configuration's fields in the signature."""
         super().__init_subclass__(**kwargs)
+        if "delta_type" in vars(cls):
+            _register(cls)
         common = [p for p in inspect.signature(DeltaModel.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD]
         own = [
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
             for f in dataclasses.fields(cls.config_class)
+            if f.name not in {p.name for p in common}
         ]
         if cls.__init__ is DeltaModel.__init__:
             cls.__signature__ = inspect.Signature([*common[1:], *own])  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_config(cls, config: DeltaConfig, backbone_model: Any, name: str | None = None, rng: Any = 0) -> Self:
+        """Attaches the delta that a configuration describes.
+
+            delta = jdelta.LoraModel.from_config(jdelta.LoraConfig(lora_r=4), model)
+
+        Args:
+          config: a configuration of this method.
+          backbone_model, name, rng: as in the constructor.
+
+        Raises:
+          TypeError: it is no configuration of this method.
+          TypeError, ValueError: as the constructor.
+        """
+        if not isinstance(config, DeltaConfig) or config.delta_type != cls.delta_type:
+            raise TypeError(
+                f"{cls.__name__}.from_config takes a {cls.config_class.__name__}, got {config!r}. "
+                "AutoDeltaModel takes the configuration of any method, AutoDeltaConfig makes one from a dict."
+            )
+        arguments = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return cls(backbone_model, name=name, rng=rng, **arguments)
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         """What this method does at a module that it was pointed at. Override it.
@@ -485,6 +516,22 @@ class DeltaModel:
             self._face.params = surgery.unflatten(flat, like=params)
             self._kept = keep
         self._face.module = instrument(self._face.module, attachments)
+
+
+METHODS: dict[str, type[DeltaModel]] = {}  # by delta_type: every subclass that defines one of its own
+
+
+def _register(method: type[DeltaModel]) -> None:
+    """Makes a method known by its `delta_type`, and its configuration class the one of that type."""
+    taken, kind = METHODS.get(method.delta_type), method.delta_type
+    if taken is not None and taken.__module__.startswith("jdelta.") and taken.__module__ != method.__module__:
+        raise ValueError(f"{method.__name__}: delta_type {kind!r} is that of jdelta.{taken.__name__}. Choose another.")
+    base = method.config_class
+    if vars(base).get("delta_type", kind) != kind:  # inherited from a method of another type
+        namespace = {"__module__": method.__module__, "__doc__": f"Arguments of {method.__name__}."}
+        method.config_class = type(f"{method.__name__.removesuffix('Model')}Config", (base,), namespace)
+    method.config_class.delta_type = kind
+    METHODS[kind] = method
 
 
 def _select(tree: Tree, paths: Iterable[Path]) -> Tree:

@@ -34,6 +34,7 @@ class AdapterConfig(DeltaConfig):
     zero_up: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive_int("bottleneck_dim", self.bottleneck_dim)
         require_non_linearity(self.non_linearity)
 

@@ -5,15 +5,22 @@ As in OpenDelta, a linear or normalisation module without a bias gets one, of ze
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import jax
 from flax import linen as nn
 
+from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.leaf import leaf
 from jdelta.structure import ModuleInfo, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class BitFitConfig(DeltaConfig):
+    """BitFit has the common arguments only."""
 
 
 class Bias(nn.Module):
@@ -35,6 +42,7 @@ class BitFitModel(DeltaModel):
     """
 
     delta_type = "bitfit"
+    config_class = BitFitConfig
     default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj")
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:

@@ -36,6 +36,7 @@ class LoraConfig(DeltaConfig):
     lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive_int("lora_r", self.lora_r)
         require_probability("lora_dropout", self.lora_dropout)
 

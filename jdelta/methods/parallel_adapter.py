@@ -35,6 +35,7 @@ class ParallelAdapterConfig(DeltaConfig):
     zero_up: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive_int("bottleneck_dim", self.bottleneck_dim)
         require_non_linearity(self.non_linearity)
 
