@@ -29,6 +29,13 @@ def require_non_linearity(name: str) -> None:
         raise ValueError(f"non_linearity={name!r} is unknown. There are: {', '.join(NON_LINEARITIES)}.")
 
 
+def reduced(d: int, reduction_factor: int) -> int:
+    """`d // reduction_factor`; `ValueError` if that is nothing."""
+    if d < reduction_factor:
+        raise ValueError(f"reduction_factor={reduction_factor} leaves nothing of {d} dimensions: take at most {d}.")
+    return d // reduction_factor
+
+
 class Bottleneck(nn.Module):
     """`scale · up(act(down(x)))`.
 

@@ -1,0 +1,117 @@
+"""Low-rank adapter: an adapter whose two weights are products (a baseline of Mahabadi et al. 2021, arXiv 2106.04647).
+
+`y + up(act(down(y)))`, where `down` and `up` are `x left right + bias`. Initialised like OpenDelta's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+import jax
+from flax import linen as nn
+
+from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.delta import DeltaModel
+from jdelta.interception import Edit
+from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
+from jdelta.methods.leaf import leaf
+from jdelta.structure import ModuleInfo, Structure
+
+# Glorot with gain √2
+INITIALIZERS: dict[str, nn.initializers.Initializer] = {
+    "glorot-uniform": nn.initializers.variance_scaling(2, "fan_avg", "uniform"),
+    "glorot-normal": nn.initializers.variance_scaling(2, "fan_avg", "normal"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankAdapterConfig(DeltaConfig):
+    """Arguments of LowRankAdapter.
+
+    Attributes:
+      reduction_factor: the width in the middle is `d // reduction_factor`.
+      non_linearity: gelu_new, gelu, relu, silu, tanh, …
+      low_rank_rank: rank of each of the two weights.
+      low_rank_w_init: distribution of `left` and `right`.
+      zero_up: start `up/right` at 0, so that the output is unchanged at initialisation. The gradient then reaches
+        `up/right` and `up/bias` in the first step, and everything from the second on. By default all are Glorot.
+    """
+
+    reduction_factor: int = 32
+    non_linearity: str = "gelu_new"
+    low_rank_rank: int = 1
+    low_rank_w_init: Literal["glorot-uniform", "glorot-normal"] = "glorot-uniform"
+    zero_up: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_int("reduction_factor", self.reduction_factor)
+        require_positive_int("low_rank_rank", self.low_rank_rank)
+        require_non_linearity(self.non_linearity)
+
+
+class LowRankDense(nn.Module):
+    """`x left right + bias`.
+
+    Attributes:
+      features: width of the output.
+      rank: rank of the weight.
+      left_init: initialiser of `left`, `(d_in, rank)`.
+      right_init: initialiser of `right`, `(rank, features)`; the bias is 0.
+    """
+
+    features: int
+    rank: int
+    left_init: nn.initializers.Initializer
+    right_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From `(n, d_in)` to `(n, features)`; computes in the dtype of `x`."""
+        left = leaf(self, "left", self.left_init, (x.shape[-1], self.rank))
+        right = leaf(self, "right", self.right_init, (self.rank, self.features))
+        bias = leaf(self, "bias", nn.initializers.zeros, (self.features,))
+        return x @ left.astype(x.dtype) @ right.astype(x.dtype) + bias.astype(x.dtype)
+
+
+class LowRankAdapter(nn.Module):
+    """`y + up(act(down(y)))`.
+
+    Attributes:
+      bottleneck_dim: width in the middle.
+      config: the other arguments.
+    """
+
+    bottleneck_dim: int
+    config: LowRankAdapterConfig
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """From `(…, d)` to `(…, d)`."""
+        rank, init = self.config.low_rank_rank, INITIALIZERS[self.config.low_rank_w_init]
+        last = nn.initializers.zeros if self.config.zero_up else init
+        down = LowRankDense(self.bottleneck_dim, rank, init, init, name="down")
+        up = LowRankDense(y.shape[-1], rank, init, last, name="up")
+        # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
+        z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(-1, y.shape[-1])))
+        return y + up(z).reshape(y.shape)
+
+
+class LowRankAdapterModel(DeltaModel):
+    """A low-rank adapter after each module; by default after the attention's output projection and the feed-forward.
+
+        delta = jdelta.LowRankAdapterModel(model, reduction_factor=32)
+
+    The leaves are `low_rank_adapter/{down,up}/{left,right,bias}`; `down` is from `d` to `d // reduction_factor`.
+    Its own arguments are those of `LowRankAdapterConfig`, the common ones and errors those of `DeltaModel`.
+    """
+
+    delta_type = "low_rank_adapter"
+    config_class = LowRankAdapterConfig
+    default_modified_modules = ("attn.proj", "ff.w2")
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        width = reduced(host.y.shape[-1], self.config.reduction_factor)
+        yield Edit(host.path, "after", LowRankAdapter(width, self.config), leaf=(self.name,))
