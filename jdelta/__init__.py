@@ -10,6 +10,7 @@ from jdelta.methods.adapter import AdapterConfig, AdapterModel
 from jdelta.methods.bitfit import BitFitModel
 from jdelta.methods.lora import LoraConfig, LoraModel
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
+from jdelta.methods.prefix import PrefixConfig, PrefixModel
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import combine, graft, partition, prune
 from jdelta.version import __version__
@@ -28,6 +29,8 @@ __all__ = [
     "ModuleInfo",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
+    "PrefixConfig",
+    "PrefixModel",
     "Structure",
     "Visualization",
     "__version__",

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from jdelta import addressing, backbone, common_names, freezing, surgery
 from jdelta.config import DeltaConfig
-from jdelta.interception import Attachment, Edit, attachments_of, instrument
+from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path, Tree
 from jdelta.visualization import Visualization
@@ -423,14 +423,35 @@ class DeltaModel:
 
     def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> Attachment:
         """The attachment of these edits, whose layers have leaves of these shapes."""
-        source, made, own = self.shared(shapes), set[Path](), list(shapes)
+        source, own = self.shared(shapes), list(shapes)
+        made: tuple[Path, ...] = ()
         if source is not None:
             output, variables = jax.eval_shape(source.init_with_output, self._rng)
-            made = set(output)
+            made = tuple(path for path in shapes if path in output)
             own = [path for path in shapes if path not in made]
             own += [(self.name, *path) for path in surgery.flatten(variables["params"])]
         fixed = frozenset(path for path in own if self.frozen(path))
-        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, tuple(made))
+        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made)
+
+    def _write_out(self, params: Tree | None, config: DeltaConfig) -> Tree:
+        """Puts what the source makes into the tree in place of its parameters. `config` is then the delta's own."""
+        own = self._attachment
+        if own.source is None or not own.active:
+            raise ValueError(f"delta {self.name!r} {'is detached' if own.source else 'has nothing to fold'}.")
+        tree = self._tree(params)
+        start = surgery.root(tree)
+        leaves = surgery.flatten(with_made({"params": surgery.parameters(tree)}, [own])["params"])
+        leaves = {path: leaf for path, leaf in leaves.items() if path[0] != self.name}
+        rest = {path: leaf for path, leaf in surgery.flatten(tree).items() if path[: len(start)] != start}
+        folded = surgery.unflatten(rest | {(*start, *path): leaf for path, leaf in leaves.items()}, like=tree)
+        kept = tuple(path for path in own.leaves if path[0] != self.name)
+        written = dataclasses.replace(own, leaves=(*kept, *own.made), source=None, made=())
+        others = attachments_of(self._face.module)
+        self._face.module = instrument(self._face.module, [written if a.name == own.name else a for a in others])
+        self.config = config
+        if params is None and self._face.params is not None:
+            self._face.params = folded
+        return folded
 
     def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
         modules = {info.path: info for info in self._structure}

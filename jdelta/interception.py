@@ -207,7 +207,8 @@ def _argument_names(call: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(call).parameters)
 
 
-def _where(module: nn.Module) -> str:
+def describe(module: nn.Module) -> str:
+    """Name and class of a bound module, for messages."""
     path = module.scope.path if module.scope is not None else ()
     return f"{surgery.name_of(path) or 'the root module'} ({type(module).__name__})"
 
@@ -218,7 +219,7 @@ Watcher = Callable[[Frame, tuple, dict], tuple[tuple, dict]]
 
 
 class Host:
-    """The host as an "around" layer is given it: called like the host, it runs it."""
+    """What an "around" layer is given: calling it runs the host."""
 
     def __init__(self, call: Callable, frame: Frame, watchers: list[Watcher]):
         self._call = call
@@ -226,6 +227,7 @@ class Host:
         self._watchers = watchers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the host."""
         return self._call(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -299,7 +301,7 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
         x = inputs[edit.start]
     else:
         raise ValueError(
-            f"the span to {_where(frame.module)} starts at {surgery.name_of(edit.start)}, which was not called "
+            f"the span to {describe(frame.module)} starts at {surgery.name_of(edit.start)}, which was not called "
             "before it in this run of the model."
         )
     output = call(*args, **kwargs)
@@ -307,7 +309,7 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
     change = _layer(edit, frame)(x)
     if jnp.shape(change) != y.shape:
         raise ValueError(
-            f"the parallel layer {type(edit.layer).__name__} at {_where(frame.module)} returned shape "
+            f"the parallel layer {type(edit.layer).__name__} at {describe(frame.module)} returned shape "
             f"{jnp.shape(change)}, but the module's output has shape {y.shape}."
         )
     return with_main_output(output, y + _same_dtype(change, y))
@@ -362,7 +364,7 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
         creating = in_filter(kwargs.get("mutable", False), "params")
         _check_leaves(variables.get("params", {}), attachments, creating)
         with nn.intercept_methods(interceptor(edits, type(self), ran)):
-            return original.apply(self, _with_made(variables, attachments), *args, **kwargs)
+            return original.apply(self, with_made(variables, attachments), *args, **kwargs)
 
     @nn.nowrap
     @functools.wraps(original.init_with_output)
@@ -403,13 +405,13 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
     return subclass(**fields, parent=None)
 
 
-def _with_made(variables: Any, attachments: Sequence[Attachment]) -> Any:
+def with_made(variables: Any, attachments: Sequence[Attachment]) -> Any:
     """The variables with the leaves that the sources make."""
     for attachment in attachments:
         if attachment.active and attachment.source is not None and attachment.name in variables.get("params", {}):
             made = attachment.source.apply({"params": variables["params"][attachment.name]})
-            leaves = {**surgery.flatten(variables["params"]), **made}
-            variables = {**variables, "params": surgery.unflatten(leaves)}
+            params = surgery.unflatten({**surgery.flatten(variables["params"]), **made})
+            variables = {**variables, "params": params}
     return variables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -26,3 +27,9 @@ def leaf(module: nn.Module, name: str, init: nn.initializers.Initializer, shape:
     if value.shape != shape:
         raise ScopeParamShapeError(name, module.scope.path_text, value.shape, shape)
     return value
+
+
+def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """U(±1/√fan_in), which PyTorch calls Kaiming-uniform with a=√5; fan_in is all but the last axis."""
+    bound = 1 / math.sqrt(math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
-from jdelta.methods.leaf import leaf
+from jdelta.methods.leaf import kaiming_uniform, leaf
 from jdelta.structure import ModuleInfo, Structure
 
 
@@ -64,7 +64,7 @@ class Lora(nn.Module):
         x, n = self.dropped(x, deterministic), len(self.axis)
         if self.axis != (-1,):
             x = jnp.moveaxis(x, self.axis, range(-n, 0))
-        a = leaf(self, "a", _kaiming_uniform, (*x.shape[-n:], self.rank))
+        a = leaf(self, "a", kaiming_uniform, (*x.shape[-n:], self.rank))
         # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
         z = x.reshape(-1, math.prod(a.shape[:-1])) @ a.reshape(-1, self.rank).astype(x.dtype)
         return self.up(z, nn.initializers.zeros).reshape(*x.shape[:-n], *self.features)
@@ -94,7 +94,7 @@ class LoraConv(Lora):
         down = nn.Conv(self.rank, use_bias=False, dtype=x.dtype, **dict(self.conv), parent=None)
         window = down.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
-        a = leaf(self, "a", _kaiming_uniform, (*window, x.shape[-1], self.rank))
+        a = leaf(self, "a", kaiming_uniform, (*window, x.shape[-1], self.rank))
         z = down.apply({"params": {"kernel": a}}, x)
         return self.up(z.reshape(-1, self.rank), nn.initializers.zeros).reshape(*z.shape[:-1], *self.features)
 
@@ -170,12 +170,6 @@ class LoraModel(DeltaModel):
                 f"lora_r={self.config.lora_r} is above the width of this module, {d_in} -> {d_out}: take at most "
                 f"{min(d_in, d_out)}, or leave it out with exclude_modules."
             )
-
-
-def _kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """U(±1/√fan_in), which PyTorch calls Kaiming-uniform with a=√5; fan_in is all but the last axis."""
-    bound = 1 / math.sqrt(math.prod(shape[:-1]))
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

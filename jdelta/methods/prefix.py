@@ -1,0 +1,160 @@
+"""Prefix tuning: trainable keys and values before the attention's own (Li and Liang 2021, arXiv 2101.00190).
+
+A prefix is never masked and does not shift positions. Numbers agree with PyTorch PEFT's for the same prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta import attention, common_names
+from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.delta import DeltaModel
+from jdelta.interception import Edit, Host, describe
+from jdelta.methods.leaf import kaiming_uniform, leaf
+from jdelta.structure import ModuleInfo, Structure
+from jdelta.surgery import Path, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig(DeltaConfig):
+    """Arguments of prefix tuning.
+
+    Attributes:
+      prefix_token_num: number of keys and values before the attention's own.
+      reparameterize: whether a small network, one for all layers, makes the keys and values while they are trained.
+      embed_dim: width of that network's input.
+      mid_dim: width of its middle.
+    """
+
+    prefix_token_num: int = 6
+    reparameterize: bool = True
+    embed_dim: int = 512
+    mid_dim: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("prefix_token_num", "embed_dim", "mid_dim"):
+            require_positive_int(name, getattr(self, name))
+
+
+class PrefixLayer(nn.Module):
+    """Runs an attention module with keys and values before its own.
+
+    Attributes:
+      tokens: how many.
+      key_width: width of what the host projects keys to, if it is known: where queries share keys, in fewer heads.
+    """
+
+    tokens: int
+    key_width: int | None = None
+
+    @nn.compact
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        def make(heads: int, width: int) -> tuple[jax.Array, jax.Array]:
+            groups = 1
+            if self.key_width and self.key_width < heads * width and heads * width % self.key_width == 0:
+                groups = heads * width // self.key_width
+            shape = (self.tokens, heads // groups, width)
+            keys, values = (leaf(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
+            return jnp.repeat(keys, groups, axis=1), jnp.repeat(values, groups, axis=1)
+
+        given = inspect.signature(type(host.frame.module).__call__).bind(None, *args, **kwargs).arguments
+        prefix = attention.Prefix(describe(host.frame.module), make, head_mask=given.get("layer_head_mask"))
+        with prefix.active(), host.watched(prefix.join):
+            output = host(*args, **kwargs)
+        return prefix.finish(output)
+
+
+class Reparameterization(nn.Module):
+    """The keys and values of all layers: an embedding, a dense layer with tanh, and another dense layer.
+
+    Attributes:
+      tokens: how many keys and values.
+      embed_dim: width of the embedding.
+      mid_dim: width of the first dense layer.
+      leaves: path and shape of everything to be made, `(…, tokens, heads, width)`.
+    """
+
+    tokens: int
+    embed_dim: int
+    mid_dim: int
+    leaves: tuple[tuple[Path, tuple[int, ...]], ...]
+
+    @nn.compact
+    def __call__(self) -> dict[Path, jax.Array]:
+        sizes = [math.prod(shape) // self.tokens for _, shape in self.leaves]
+        embed = nn.Embed(self.tokens, self.embed_dim, embedding_init=nn.initializers.normal(1.0), name="embed")
+        hidden = jnp.tanh(
+            nn.Dense(self.mid_dim, kernel_init=kaiming_uniform, name="down")(embed(jnp.arange(self.tokens)))
+        )
+        rows = nn.Dense(sum(sizes), kernel_init=kaiming_uniform, name="up")(hidden)
+        made, start = {}, 0
+        for (path, shape), size in zip(self.leaves, sizes, strict=True):
+            part = rows[:, start : start + size].reshape(self.tokens, *shape[:-3], *shape[-2:])
+            made[path] = jnp.moveaxis(part, 0, -3)
+            start += size
+        return made
+
+
+class PrefixModel(DeltaModel):
+    """Trainable keys and values in attention modules.
+
+        delta = jdelta.PrefixModel(model, prefix_token_num=6)
+
+    A host is a module that computes one attention, such as BERT's `attention` or `crossattention`. Its leaves are
+    `prefix/keys` and `prefix/values`, `(prefix_token_num, heads, width)`. With `reparameterize`, they are made in every
+    run by one small network, whose leaves are below `prefix` at the root of the tree; `fold` writes them out.
+    The output changes at once. Its own arguments are those of `PrefixConfig`, the common ones and errors those of
+    `DeltaModel`; a host that computes no attention, or several, is a `TypeError`.
+    """
+
+    delta_type = "prefix"
+    config_class = PrefixConfig
+    default_modified_modules = ("attn",)
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        if not any([attention.prepare(info.type) for info in structure.below(host.path)]):
+            raise TypeError("it computes no attention that a prefix could join.")
+        keys = [info.y.shape[-1] for info in self._key_projections if info.path[: len(host.path)] == host.path]
+        key_width = keys[0] if keys else None
+        yield Edit(host.path, "around", PrefixLayer(self.config.prefix_token_num, key_width), leaf=(self.name,))
+
+    @functools.cached_property
+    def _key_projections(self) -> list[ModuleInfo]:
+        try:
+            return common_names.resolve(self.structure, ["attn.k", "crossattn.k"])
+        except ValueError:  # the names know nothing of this model
+            return []
+
+    def fold(self, params: Tree | None = None) -> Tree:
+        """Writes the keys and values out at their hosts, in place of the network that makes them.
+
+        The model computes the same; the leaves are then those of `reparameterize=False`, the configuration says so,
+        and training goes on with them.
+
+        Args:
+          params: the tree to take the values from; by default `model.params`.
+
+        Returns:
+          The new tree. Without `params`, it is also put into `model.params`.
+
+        Raises:
+          ValueError: there is no such network, or the delta is detached.
+        """
+        return self._write_out(params, dataclasses.replace(self.config, reparameterize=False))
+
+    def shared(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
+        config: PrefixConfig = self.config
+        if not config.reparameterize:
+            return None
+        leaves = tuple((path, shape.shape) for path, shape in shapes.items())
+        return Reparameterization(config.prefix_token_num, config.embed_dim, config.mid_dim, leaves)
