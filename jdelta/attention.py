@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta.interception import Frame, main_input, main_output, with_main_output
+from jdelta.interception import Frame, main_input, main_output, with_main_input, with_main_output
 
 _WEIGHTS = "dot_product_attention_weights"
 _active: contextvars.ContextVar[tuple[Prefix, ...]] = contextvars.ContextVar("prefixes", default=())
@@ -75,18 +75,19 @@ class Prefix:
         """Leaves the prefix's part of the result, `(batch, …, heads, width)`, to be added where it belongs."""
         self._waiting = result if self._head_mask is None else result * self._head_mask[:, None]
 
-    def join(self, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Adds what is waiting to the input of a module, if its shape says that it takes the attention's result."""
+    def join(self, frame: Frame, call: Callable) -> Callable:
+        """A call which adds what is waiting to its input, if the shape says that it takes the attention's result."""
+        return functools.partial(self._joined, frame, call)
+
+    def _joined(self, frame: Frame, call: Callable, /, *args: Any, **kwargs: Any) -> Any:
         if self._waiting is not None:
             with contextlib.suppress(TypeError):  # a call without an array
                 key, x = main_input(type(frame.module), args, kwargs)
                 part = self._fitting(x)
                 if part is not None:
                     self._waiting = None
-                    if isinstance(key, int):
-                        return (*args[:key], x + part, *args[key + 1 :]), kwargs
-                    return args, {**kwargs, key: x + part}
-        return args, kwargs
+                    args, kwargs = with_main_input(args, kwargs, key, x + part)
+        return call(*args, **kwargs)
 
     def finish(self, output: Any) -> Any:
         """What the attention module returns; where no output projection is inside it, with what is waiting."""

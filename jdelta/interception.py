@@ -173,6 +173,13 @@ def main_input(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, A
     raise TypeError(f"{module_type.__name__} was called without an array argument.")
 
 
+def with_main_input(args: tuple, kwargs: dict, key: int | str, value: Any) -> tuple[tuple, dict]:
+    """The same arguments with another array at the place of `main_input`."""
+    if isinstance(key, int):
+        return (*args[:key], value, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: value}
+
+
 def main_output(output: Any) -> Any:
     """The array a module returns: itself, or the first element of a tuple, list or model output.
 
@@ -215,7 +222,7 @@ def describe(module: nn.Module) -> str:
 
 # --- the interceptor
 
-Watcher = Callable[[Frame, tuple, dict], tuple[tuple, dict]]
+Watcher = Callable[[Frame, Callable], Callable]
 
 
 class Host:
@@ -232,7 +239,7 @@ class Host:
 
     @contextlib.contextmanager
     def watched(self, watch: Watcher) -> Iterator[None]:
-        """While this lasts, `args, kwargs = watch(frame, args, kwargs)` for every call inside the host."""
+        """While this lasts, every `call` inside the host is replaced by `watch(frame, call)`."""
         self._watchers.append(watch)
         try:
             yield
@@ -263,19 +270,24 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
         with calls.enter(context.module, args, kwargs) as frame:
             if frame.nested or frame.again:
                 return next_call(*args, **kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if frame.path in starts:
+                    inputs[frame.path] = main_input(type(frame.module), args, kwargs)[1]
+                # Each edit wraps what the earlier ones made of the host.
+                call = next_call
+                for edit in by_host.get(frame.path, ()):
+                    if edit.where == "around":
+                        call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
+                    else:
+                        call = functools.partial(_run, edit, call, frame, inputs)
+                    if ran is not None:
+                        ran.add(edit)
+                return call(*args, **kwargs)
+
+            call: Callable = run
             for watch in watchers:
-                args, kwargs = watch(frame, args, kwargs)
-            if frame.path in starts:
-                inputs[frame.path] = main_input(type(frame.module), args, kwargs)[1]
-            # Each edit wraps what the earlier ones made of the host.
-            call = next_call
-            for edit in by_host.get(frame.path, ()):
-                if edit.where == "around":
-                    call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
-                else:
-                    call = functools.partial(_run, edit, call, frame, inputs)
-                if ran is not None:
-                    ran.add(edit)
+                call = watch(frame, call)
             return call(*args, **kwargs)
 
     return intercept
@@ -287,9 +299,8 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
     if edit.where == "before":
         key, x = main_input(type(frame.module), args, kwargs)
         new = _same_dtype(_layer(edit, frame)(x), x)
-        if isinstance(key, int):
-            return call(*args[:key], new, *args[key + 1 :], **kwargs)
-        return call(*args, **{**kwargs, key: new})
+        args, kwargs = with_main_input(args, kwargs, key, new)
+        return call(*args, **kwargs)
     if edit.where == "after":
         output = call(*args, **kwargs)
         y = main_output(output)
