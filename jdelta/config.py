@@ -165,7 +165,7 @@ def _as(expected: Any, value: Any) -> Any:
     if expected is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     kind = origin or expected
-    if isinstance(kind, type) and (kind in (int, float) or not isinstance(value, kind)):
+    if isinstance(kind, type) and kind is not Any and (kind in (int, float) or not isinstance(value, kind)):
         raise TypeError
     return value
 
