@@ -1,159 +1,20 @@
-"""Common names: where attention, feed-forward and heads are in each family of models.
+"""Common names: `attn.q` or `ff.w2` in place of what a family of models calls them.
 
-`TABLE` maps the class of a block (and all its subclasses) to the common names of what is inside it. A block is found
-wherever it is in a model, so a family is covered also inside a wrapper. Each value is the path from the block, or
-several paths; what a variant of the family lacks is passed over. A new family is a new entry.
+The table maps the class of a block, and all its subclasses, to the common names of what is inside it. A block is found
+wherever it is in a model, so a family is covered also inside a wrapper. `register_common_names` adds to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from flax import linen as nn
+
+from jdelta import common_names_guess, outline
+from jdelta.common_names_table import NAMES, TABLE, Names, as_tuple
 from jdelta.structure import ModuleInfo, Structure
-
-Names = Mapping[str, str | tuple[str, ...]]
-
-_BERT_LAYER: Names = {
-    "attn": "attention",
-    "attn.q": "attention.self.query",
-    "attn.k": "attention.self.key",
-    "attn.v": "attention.self.value",
-    "attn.proj": "attention.output.dense",
-    "attn.layer_norm": "attention.output.LayerNorm",
-    "crossattn": "crossattention",
-    "crossattn.q": "crossattention.self.query",
-    "crossattn.k": "crossattention.self.key",
-    "crossattn.v": "crossattention.self.value",
-    "crossattn.proj": "crossattention.output.dense",
-    "crossattn.layer_norm": "crossattention.output.LayerNorm",
-    "ff.w1": "intermediate.dense",
-    "ff.w2": "output.dense",
-    "ff.layer_norm": "output.LayerNorm",
-}
-
-_BART_LAYER: Names = {
-    "attn": "self_attn",
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-    "attn.proj": "self_attn.out_proj",
-    "attn.layer_norm": "self_attn_layer_norm",
-    "crossattn": "encoder_attn",
-    "crossattn.q": "encoder_attn.q_proj",
-    "crossattn.k": "encoder_attn.k_proj",
-    "crossattn.v": "encoder_attn.v_proj",
-    "crossattn.proj": "encoder_attn.out_proj",
-    "crossattn.layer_norm": "encoder_attn_layer_norm",
-    "ff.w1": "fc1",
-    "ff.w2": "fc2",
-    "ff.layer_norm": "final_layer_norm",
-}
-
-TABLE: dict[str, Names] = {
-    # BERT
-    "FlaxBertLayer": _BERT_LAYER,
-    "FlaxBertEmbeddings": {"embeddings": "word_embeddings"},
-    "FlaxBertLMPredictionHead": {"lm_head.proj": "decoder"},
-    "FlaxBertForSequenceClassificationModule": {"classifier": "classifier"},
-    "FlaxBertForTokenClassificationModule": {"classifier": "classifier"},
-    # RoBERTa
-    "FlaxRobertaLayer": _BERT_LAYER,
-    "FlaxRobertaEmbeddings": {"embeddings": "word_embeddings"},
-    "FlaxRobertaLMHead": {"lm_head.proj": "decoder"},
-    "FlaxRobertaForSequenceClassificationModule": {"classifier": "classifier"},
-    "FlaxRobertaForTokenClassificationModule": {"classifier": "classifier"},
-    # DistilBERT, whose block is called FlaxTransformerBlock
-    "FlaxTransformerBlock": {
-        "attn": "attention",
-        "attn.q": "attention.q_lin",
-        "attn.k": "attention.k_lin",
-        "attn.v": "attention.v_lin",
-        "attn.proj": "attention.out_lin",
-        "attn.layer_norm": "sa_layer_norm",
-        "ff": "ffn",
-        "ff.w1": "ffn.lin1",
-        "ff.w2": "ffn.lin2",
-        "ff.layer_norm": "output_layer_norm",
-    },
-    "FlaxDistilBertModule": {"embeddings": "embeddings.word_embeddings"},
-    "FlaxDistilBertForMaskedLMModule": {"lm_head.proj": "vocab_projector"},
-    "FlaxDistilBertForSequenceClassificationModule": {"classifier": "classifier"},
-    "FlaxDistilBertForTokenClassificationModule": {"classifier": "classifier"},
-    # GPT-2, whose query, key and value are one fused module
-    "FlaxGPT2Block": {
-        "attn": "attn",
-        "attn.q": "attn.c_attn",
-        "attn.k": "attn.c_attn",
-        "attn.v": "attn.c_attn",
-        "attn.proj": "attn.c_proj",
-        "attn.layer_norm": "ln_1",
-        "crossattn": "crossattention",
-        "crossattn.q": "crossattention.q_attn",
-        "crossattn.k": "crossattention.c_attn",
-        "crossattn.v": "crossattention.c_attn",
-        "crossattn.proj": "crossattention.c_proj",
-        "crossattn.layer_norm": "ln_cross_attn",
-        "ff": "mlp",
-        "ff.w1": "mlp.c_fc",
-        "ff.w2": "mlp.c_proj",
-        "ff.layer_norm": "ln_2",
-    },
-    "FlaxGPT2Module": {"embeddings": "wte", "layer_norm": "ln_f"},
-    "FlaxGPT2LMHeadModule": {"lm_head.proj": "lm_head"},
-    # OPT
-    "FlaxOPTDecoderLayer": {name: path for name, path in _BART_LAYER.items() if not name.startswith("crossattn")},
-    "FlaxOPTDecoder": {"embeddings": "embed_tokens", "layer_norm": "final_layer_norm"},
-    "FlaxOPTForCausalLMModule": {"lm_head.proj": "lm_head"},
-    # T5
-    "FlaxT5LayerSelfAttention": {
-        "attn": "SelfAttention",
-        "attn.q": "SelfAttention.q",
-        "attn.k": "SelfAttention.k",
-        "attn.v": "SelfAttention.v",
-        "attn.proj": "SelfAttention.o",
-        "attn.layer_norm": "layer_norm",
-    },
-    "FlaxT5LayerCrossAttention": {
-        "crossattn": "EncDecAttention",
-        "crossattn.q": "EncDecAttention.q",
-        "crossattn.k": "EncDecAttention.k",
-        "crossattn.v": "EncDecAttention.v",
-        "crossattn.proj": "EncDecAttention.o",
-        "crossattn.layer_norm": "layer_norm",
-    },
-    "FlaxT5LayerFF": {
-        "ff": "DenseReluDense",
-        "ff.w1": ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1"),
-        "ff.w2": "DenseReluDense.wo",
-        "ff.layer_norm": "layer_norm",
-    },
-    "FlaxT5Stack": {"layer_norm": "final_layer_norm"},
-    "FlaxT5Module": {"embeddings": "shared"},
-    "FlaxT5EncoderModule": {"embeddings": "shared"},
-    "FlaxT5ForConditionalGenerationModule": {"embeddings": "shared", "lm_head.proj": "lm_head"},
-    # BART
-    "FlaxBartEncoderLayer": {name: path for name, path in _BART_LAYER.items() if not name.startswith("crossattn")},
-    "FlaxBartDecoderLayer": _BART_LAYER,
-    "FlaxBartModule": {"embeddings": "shared"},
-    "FlaxBartForConditionalGenerationModule": {"lm_head.proj": "lm_head"},
-    "FlaxBartForCausalLMModule": {"lm_head.proj": "lm_head"},
-    "FlaxBartForSequenceClassificationModule": {"classifier": "classification_head"},
-    # Llama
-    "FlaxLlamaDecoderLayer": {
-        "attn": "self_attn",
-        "attn.q": "self_attn.q_proj",
-        "attn.k": "self_attn.k_proj",
-        "attn.v": "self_attn.v_proj",
-        "attn.proj": "self_attn.o_proj",
-        "attn.layer_norm": "input_layernorm",
-        "ff": "mlp",
-        "ff.w1": ("mlp.gate_proj", "mlp.up_proj"),
-        "ff.w2": "mlp.down_proj",
-        "ff.layer_norm": "post_attention_layernorm",
-    },
-    "FlaxLlamaModule": {"embeddings": "embed_tokens", "layer_norm": "norm"},
-    "FlaxLlamaForCausalLMModule": {"lm_head.proj": "lm_head"},
-}
 
 
 def resolve(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
@@ -161,39 +22,117 @@ def resolve(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
 
     A name means itself and what is named below it where it has no module of its own: `"ff"` in BERT, whose two
     feed-forward layers have no common parent, means `ff.w1`, `ff.w2` and `ff.layer_norm`; `"layer_norm"` means every
-    name that ends with it.
+    name that ends with it. Names that this model lacks are passed over if it has one of the others.
 
     Raises:
-      ValueError: no block of a known family is in the model, or a name that no family has.
+      ValueError: a name that is no common name, a model without a block of a known family (the message shows its
+        structure and the line that registers it), or one that has none of these names.
     """
-    known = {name for entry in TABLE.values() for name in entry} | {"ff", "layer_norm"}
     for name in names:
-        if name not in known:
-            raise ValueError(f"{name!r} is no common name. There are: {', '.join(sorted(known))}.")
-    found: set[str] = set()
-    blocks = 0
-    for info in structure:
-        for entry in (TABLE[cls.__name__] for cls in info.type.__mro__ if cls.__name__ in TABLE):
-            blocks += 1
-            for wanted in names:
-                for path in _paths(entry, wanted):
-                    found.add(".".join((*info.path, path)))
-            break
+        _check_name(name)
+    blocks = _blocks(structure)
     if not blocks:
+        raise ValueError(_unknown_model(structure, names))
+    found = {path for block, entry in blocks for name in names for path in _paths(block, entry, name)}
+    modules = [info for info in structure if info.name and info.name in found]
+    if names and not modules:
+        have = [n for n in NAMES if any(p in structure.modules for b, entry in blocks for p in _paths(b, entry, n))]
+        tied = sorted(found & structure.uncalled.keys())
+        reasons = [f" {path!r} cannot be a target: {structure.uncalled[path]}" for path in tied]
         raise ValueError(
-            "the common names know no part of this model, so there are no default positions. "
-            f"Name the modules: modified_modules=[…]. It has, for example: {', '.join(_examples(structure))}."
+            f"{structure[''].type.__name__} has none of the common names {', '.join(names)}. "
+            f"It has: {', '.join(have)}.{''.join(reasons)}"
         )
-    return [info for info in structure if info.name in found]
+    return modules
 
 
-def _paths(entry: Names, wanted: str) -> list[str]:
-    if wanted in entry:
-        values = [entry[wanted]]
-    else:
-        values = [v for k, v in entry.items() if k.startswith(wanted + ".") or k.endswith("." + wanted)]
-    return [path for value in values for path in ((value,) if isinstance(value, str) else value)]
+def register_common_names(block: type[nn.Module] | str, names: Mapping[str, str | Sequence[str]]) -> None:
+    """Adds a family of models to the common names, or replaces what is known of one.
+
+        jdelta.register_common_names("MyBlock", {"attn.q": "attention.wq", "ff.w1": ("mlp.gate", "mlp.up")})
+
+    Default positions and `common_structure=True` then work on every model with such blocks.
+
+    Args:
+      block: the class of a block, or its name. Subclasses are covered too.
+      names: common name to the path of the module from the block, or several paths; `""` is the block itself.
+
+    Raises:
+      TypeError: the block is neither a linen class nor a name, or a path is no string.
+      ValueError: a name that is no common name, or a path that cannot be one.
+    """
+    if not isinstance(block, str) and not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise TypeError(f"register_common_names: the block is a linen class or its name, got {block!r}.")
+    if not isinstance(names, Mapping):
+        raise TypeError(f"register_common_names: the names are a mapping {{'attn.q': 'path', …}}, got {names!r}.")
+    key = block if isinstance(block, str) else block.__name__
+    if not key.isidentifier():
+        raise ValueError(f"register_common_names: {key!r} is not the name of a class.")
+    if not names:
+        raise ValueError(f"register_common_names: no names were given for {key}.")
+    entry: dict[str, tuple[str, ...]] = {}
+    for name, value in names.items():
+        _check_name(name)
+        paths = (value,) if isinstance(value, str) else value
+        if not isinstance(paths, (tuple, list)) or not all(isinstance(path, str) for path in paths):
+            raise TypeError(
+                f"register_common_names: {name!r} of {key} is a path like 'attention.query', or several, got {value!r}."
+            )
+        for path in paths:
+            if path and not all(part and part == part.strip() for part in path.split(".")):
+                raise ValueError(f"register_common_names: {name!r} of {key}: {path!r} is not a dot-joined path.")
+        entry[name] = tuple(paths)
+    TABLE[key] = entry
 
 
-def _examples(structure: Structure) -> list[str]:
-    return [info.name for info in structure if info.name and info.params][:5]
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a common name is a string, got {name!r}.")
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name!r} is no common name.{hint} There are: {', '.join(NAMES)}.")
+
+
+def _blocks(structure: Structure) -> list[tuple[ModuleInfo, Names]]:
+    """The blocks of known families. A class that merely shares its name with one has nothing at the table's paths."""
+    blocks, there = [], structure.modules.keys() | structure.uncalled.keys()
+    for info in structure:
+        entry = next((TABLE[cls.__name__] for cls in info.type.__mro__ if cls.__name__ in TABLE), {})
+        if any(path in there for name in entry for path in _paths(info, entry, name)):
+            blocks.append((info, entry))
+    return blocks
+
+
+def _paths(block: ModuleInfo, entry: Names, wanted: str) -> Iterator[str]:
+    """The full names of what a common name means in a block."""
+    for name, value in entry.items():
+        below = name.startswith(wanted + ".") and wanted not in entry
+        if name == wanted or below or name.endswith("." + wanted):
+            for path in as_tuple(value):
+                yield ".".join((*block.path, path) if path else block.path)
+
+
+def _unknown_model(structure: Structure, names: Sequence[str]) -> str:
+    guesses = common_names_guess.guess(structure)
+    asked = [path for entry in guesses.values() for name in names for path in as_tuple(entry.get(name, ()))]
+    example = list(dict.fromkeys(asked)) or [info.name for info in structure if info.name and info.params]
+    lines = [f"jdelta.register_common_names({block!r}, {entry})".replace("'", '"') for block, entry in guesses.items()]
+    message = (
+        f"{structure[''].type.__name__} has no block of a known family, so the common names {', '.join(names)} mean "
+        f"nothing in it. It is this model:\n\n{_indented(outline.lines(structure))}\n\n"
+        f"Name the modules, for example modified_modules={example[:2]}"
+    )
+    if not lines:
+        return message + "."
+    return f"{message}, or say what its blocks hold (guessed from the names, so check it):\n\n{_indented(lines)}"
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def known(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
+    """What of the names is known in a model, without complaint."""
+    found = {path for block, entry in _blocks(structure) for name in names for path in _paths(block, entry, name)}
+    return [info for info in structure if info.name and info.name in found]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from rich.tree import Tree as RichTree
 
 from jdelta import backbone, surgery
 from jdelta.interception import attachments_of
-from jdelta.structure import ModuleInfo, Structure
+from jdelta.outline import Leaf, Node, build, fold, shape
 from jdelta.surgery import Path, Tree
 
 # OpenDelta's colour scheme. The marks say the same without colour.
@@ -30,37 +29,6 @@ STYLES = {
     "delta": "rgb(175,0,255)",
 }
 MARKS = {"trainable": "+", "frozen": "-", "delta": "Δ"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One parameter: its name, shape, and whether it trains and belongs to a delta."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    trainable: bool
-    delta: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """One module: its name, class, shapes of input and output, parameters, and children in order of execution."""
-
-    name: str
-    type: str = ""
-    shapes: str = ""
-    calls: int = 1
-    leaves: tuple[Leaf, ...] = ()
-    children: tuple[Node, ...] = ()
-    copies: tuple[str, ...] = ()  # names of the repeated modules that this one stands for
-
-    def all_leaves(self) -> Iterator[Leaf]:
-        """Its parameters and those of everything inside it, repeated ones as often as they are there."""
-        yield from self.leaves
-        for child in self.children:
-            for _ in range(max(len(child.copies), 1)):
-                yield from child.all_leaves()
 
 
 class Visualization:
@@ -106,58 +74,6 @@ class Visualization:
         console.print(_summary(list(leaves.values()), params, flags), highlight=False)
 
 
-def build(structure: Structure, leaves: dict[Path, Leaf]) -> Node:
-    """The tree of modules with their parameters, in order of execution; parts that are never called come last."""
-    paths = {path[:i] for path in leaves for i in range(len(path))}
-    called = {info.path: info for info in structure}
-    children: dict[Path, list[Path]] = {}
-    for path in [*called, *sorted(paths - called.keys())]:
-        for i in range(1, len(path) + 1):
-            siblings = children.setdefault(path[: i - 1], [])
-            if path[:i] not in siblings:
-                siblings.append(path[:i])
-
-    own: dict[Path, list[Leaf]] = {}
-    for path, leaf in leaves.items():
-        own.setdefault(path[:-1], []).append(leaf)
-
-    def node(path: Path) -> Node:
-        info = called.get(path)
-        return Node(
-            name=path[-1] if path else "",
-            type=info.type.__name__ if info else "",
-            shapes=_flow(info) if info else "",
-            calls=info.calls if info else 1,
-            leaves=tuple(own.get(path, ())),
-            children=tuple(node(child) for child in children.get(path, ())),
-        )
-
-    return node(())
-
-
-def fold(node: Node) -> Node:
-    """The same tree with runs of equal, numbered siblings folded into one node."""
-    folded: list[Node] = []
-    for child in map(fold, node.children):
-        last = folded[-1] if folded else None
-        if last is not None and _numbered(child.name) and _alike(last, child):
-            copies = (*(last.copies or (last.name,)), child.name)
-            folded[-1] = dataclasses.replace(last, copies=copies)
-        else:
-            folded.append(child)
-    return dataclasses.replace(node, children=tuple(folded))
-
-
-def _alike(a: Node, b: Node) -> bool:
-    plain = {"name": "", "copies": ()}
-    prefix = [n.name.rstrip("0123456789") for n in (a, b)]
-    return prefix[0] == prefix[1] and dataclasses.replace(a, **plain) == dataclasses.replace(b, **plain)  # type: ignore[arg-type]
-
-
-def _numbered(name: str) -> bool:
-    return name[-1:].isdigit()
-
-
 def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, Leaf]:
     start = surgery.root(params)
     trains = surgery.flatten(flags) if flags is not None else {}
@@ -168,17 +84,6 @@ def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, L
         for path, leaf in surgery.flatten(params).items()
         if path[: len(start)] == start and hasattr(leaf, "shape")
     }
-
-
-def _flow(info: ModuleInfo) -> str:
-    try:
-        return f"{_shape(info.x.shape)} → {_shape(info.y.shape)}"
-    except TypeError:
-        return ""
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def _render(node: Node) -> RichTree:
@@ -196,29 +101,15 @@ def _render(node: Node) -> RichTree:
 
 
 def _label(node: Node, delta: bool = False) -> Text:
-    text = Text()
-    if node.copies:
-        text.append(f"{node.copies[0]}-{_number(node.copies[-1])}", STYLES["folded"])
-        text.append(f" ({len(node.copies)} layers)", STYLES["folded"])
-    else:
-        text.append(node.name or "model", STYLES["delta" if delta else "name"])
-    if node.type:
-        text.append(f" {node.type}", STYLES["type"])
-    if node.shapes:
-        text.append(f" {node.shapes}", STYLES["shape"])
-    if node.calls > 1:
-        text.append(f" called {node.calls} times", STYLES["name"])
-    return text
-
-
-def _number(name: str) -> str:
-    return name[len(name.rstrip("0123456789")) :]
+    return Text.assemble(
+        *((text, STYLES["delta" if kind == "name" and delta else kind]) for kind, text in node.label())
+    )
 
 
 def _leaf_label(leaf: Leaf) -> Text:
     kind = "delta" if leaf.delta else "trainable" if leaf.trainable else "frozen"
     mark = MARKS[kind] + (MARKS["trainable"] if leaf.trainable else MARKS["frozen"]) * leaf.delta
-    return Text(f"{mark} {leaf.name} {_shape(leaf.shape)} {leaf.dtype}", STYLES[kind])
+    return Text(f"{mark} {leaf.name} {shape(leaf.shape)} {leaf.dtype}", STYLES[kind])
 
 
 def _legend() -> Text:
