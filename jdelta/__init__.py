@@ -11,6 +11,7 @@ from jdelta.methods.bitfit import BitFitModel
 from jdelta.methods.lora import LoraConfig, LoraModel
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
 from jdelta.methods.prefix import PrefixConfig, PrefixModel
+from jdelta.methods.soft_prompt import SoftPromptConfig, SoftPromptModel
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import combine, graft, partition, prune
 from jdelta.version import __version__
@@ -31,6 +32,8 @@ __all__ = [
     "ParallelAdapterModel",
     "PrefixConfig",
     "PrefixModel",
+    "SoftPromptConfig",
+    "SoftPromptModel",
     "Structure",
     "Visualization",
     "__version__",

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta import structure, surgery
+from jdelta import generation, structure, surgery
 from jdelta.interception import bare
-from jdelta.structure import Structure
+from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Tree
 
 
@@ -126,6 +126,7 @@ class _PretrainedFace:
     @module.setter
     def module(self, module: nn.Module) -> None:
         self._model._module = module
+        self._model.__class__ = generation.generating(type(self._model), bool(generation.prompt_ids(module)))
 
     @property
     def params(self) -> Tree | None:
@@ -174,6 +175,15 @@ def tree_of(face: Face) -> Tree:
     if face.params is not None:
         return face.params
     return jax.eval_shape(lambda: face.init(face.module, _key()))
+
+
+def positions(info: ModuleInfo) -> int | None:
+    """How many positions a module's configuration says that it has; `None` if it says nothing."""
+    config: Any = info.fields.get("config")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and "roberta" in getattr(config, "model_type", ""):
+        limit -= config.pad_token_id + 1  # its positions begin there
+    return limit
 
 
 def _check_fit(given: Tree, wanted: Tree, name: str) -> None:

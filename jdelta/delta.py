@@ -171,6 +171,15 @@ class DeltaModel:
         """Whether this leaf of the delta's own never trains. Override it."""
         return False
 
+    def start(self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array]) -> Mapping[Path, jax.Array]:
+        """The initial values of the delta's own leaves, where they depend on the backbone's. Override it.
+
+        Args:
+          leaves: path to value, as the layers initialise it.
+          params: path to value of the backbone's parameters.
+        """
+        return leaves
+
     # --- the operations
 
     def insert_sequential_module(
@@ -273,21 +282,29 @@ class DeltaModel:
     @property
     def targets(self) -> list[str]:
         """The names of the modules this delta sits on, in the order of execution."""
-        hosts = {edit.host for edit in self._attachment.edits}
+        hosts = {edit.host for edit in self._attachment.edits if not edit.helps}
         return [info.name for info in self._structure if info.path in hosts]
 
     def shapes(self) -> Tree:
         """Shapes of the delta's own leaves, as a tree to be grafted into the backbone's."""
         return self._only_own(jax.eval_shape(self._init_model, self._rng))
 
-    def init(self, rng: int | jax.Array) -> Tree:
+    def init(self, rng: int | jax.Array, params: Tree | None = None) -> Tree:
         """Fresh values of the delta's own leaves, as a tree to be grafted into the backbone's.
 
             params = jdelta.graft(params, jax.jit(delta.init)(jax.random.key(0)))
 
         It can be jitted, with `out_shardings` too; the compiled program holds nothing of the backbone's.
+
+        Args:
+          rng: seed or key.
+          params: the backbone's tree, for a method that starts from its values; by default `model.params`.
+
+        Raises:
+          ValueError: the method starts from the backbone's values, and there are none.
         """
-        return self._only_own(self._init_model(jax.random.key(rng) if isinstance(rng, int) else rng))
+        own = self._only_own(self._init_model(jax.random.key(rng) if isinstance(rng, int) else rng))
+        return self._started(own, self._face.params if params is None else params)
 
     # --- what trains
 
@@ -492,7 +509,22 @@ class DeltaModel:
 
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return jax.eval_shape(new, self._rng)
-        return jax.jit(new)(self._rng)
+        return self._started(jax.jit(new)(self._rng), params)
+
+    def _started(self, own: Tree, params: Tree | None) -> Tree:
+        """The delta's own leaves after `start`."""
+        if type(self).start is DeltaModel.start:
+            return own
+        leaves = surgery.flatten(surgery.parameters(own))
+        values = surgery.flatten(surgery.parameters(params)) if params is not None else {}
+        if not values or any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in values.values()):
+            raise ValueError(
+                f"{type(self).__name__} starts from the backbone's values, which are elsewhere. Pass them: "
+                "delta.init(rng, params)."
+            )
+        begin = surgery.root(own)
+        started = self.start(leaves, values)
+        return surgery.unflatten({(*begin, *path): leaf for path, leaf in started.items()}, like=own)
 
     def _only_own(self, tree: Tree) -> Tree:
         return _select(tree, self._attachment.leaves)

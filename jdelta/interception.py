@@ -36,6 +36,7 @@ class Edit:
       layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument.
       start: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
       leaf: path below the host: of the layer's parameters, or of the leaf that trains.
+      helps: whether it only helps another edit, and its host is none of the delta's targets.
     """
 
     host: Path
@@ -43,6 +44,7 @@ class Edit:
     layer: nn.Module | None = None
     start: Path | None = None
     leaf: Path = ()
+    helps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +211,19 @@ def with_main_output(output: Any, value: Any) -> Any:
     return type(output)((value, *rest))
 
 
+def arguments(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a call by name; `args` begins with `None`, for `self`."""
+    return _signature(module_type.__call__).bind(None, *args, **kwargs)
+
+
+@functools.cache
+def _signature(call: Callable) -> inspect.Signature:
+    return inspect.signature(call)
+
+
 @functools.cache
 def _argument_names(call: Callable) -> tuple[str, ...]:
-    return tuple(inspect.signature(call).parameters)
+    return tuple(_signature(call).parameters)
 
 
 def describe(module: nn.Module) -> str:

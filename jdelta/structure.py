@@ -97,6 +97,14 @@ class Structure:
                         raise ValueError(f"{pattern!r} means {name!r}, which cannot be a target: {reason}")
         return [self.modules[name] for name in addressing.match(names, patterns, exclude)]
 
+    def callers(self, info: ModuleInfo) -> list[ModuleInfo]:
+        """The modules in whose calls a module was first called, innermost first; the last is the root."""
+        found = []
+        while info.caller is not None:
+            info = self.modules[surgery.name_of(info.caller)]
+            found.append(info)
+        return found
+
     def below(self, path: Path) -> list[ModuleInfo]:
         """A module and everything inside it, in order of execution."""
         return [info for info in self if info.path[: len(path)] == path]

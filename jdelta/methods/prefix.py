@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from flax import linen as nn
 from jdelta import attention, common_names
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit, Host, describe
+from jdelta.interception import Edit, Host, arguments, describe
 from jdelta.methods.leaf import kaiming_uniform, leaf
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path, Tree
@@ -42,6 +41,7 @@ class PrefixConfig(DeltaConfig):
     mid_dim: int = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("prefix_token_num", "embed_dim", "mid_dim"):
             require_positive_int(name, getattr(self, name))
 
@@ -67,7 +67,7 @@ class PrefixLayer(nn.Module):
             keys, values = (leaf(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
             return jnp.repeat(keys, groups, axis=1), jnp.repeat(values, groups, axis=1)
 
-        given = inspect.signature(type(host.frame.module).__call__).bind(None, *args, **kwargs).arguments
+        given = arguments(type(host.frame.module), args, kwargs).arguments
         prefix = attention.Prefix(describe(host.frame.module), make, head_mask=given.get("layer_head_mask"))
         with prefix.active(), host.watched(prefix.join):
             output = host(*args, **kwargs)
@@ -130,10 +130,7 @@ class PrefixModel(DeltaModel):
 
     @functools.cached_property
     def _key_projections(self) -> list[ModuleInfo]:
-        try:
-            return common_names.resolve(self.structure, ["attn.k", "crossattn.k"])
-        except ValueError:  # the names know nothing of this model
-            return []
+        return common_names.known(self.structure, ["attn.k", "crossattn.k"])
 
     def fold(self, params: Tree | None = None) -> Tree:
         """Writes the keys and values out at their hosts, in place of the network that makes them.

@@ -1,0 +1,69 @@
+"""Lets `model.generate` of transformers put soft prompts before the input, once, as tokens among tokens.
+
+An active edit whose layer has `prompt_ids`, a `range` beyond the vocabulary, embeds these ids wherever they occur.
+While `generate` runs, they are in the input already: caches, masks and positions treat them like any other token.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta.interception import attachments_of
+
+_prompted: contextvars.ContextVar[bool] = contextvars.ContextVar("prompted", default=False)
+
+
+def prompt_is_in() -> bool:
+    """Whether the prompts are in the input of the model already."""
+    return _prompted.get()
+
+
+def prompt_ids(module: nn.Module) -> list[int]:
+    """The ids of all active prompts, in the order in which the model is to see them."""
+    edits = [edit for a in reversed(attachments_of(module)) if a.active for edit in a.edits]
+    return [i for edit in edits for i in getattr(edit.layer, "prompt_ids", ())]
+
+
+def generating(cls: type, prompted: bool) -> type:
+    """The class of a model, with a `generate` that knows prompts or without."""
+    original = vars(cls).get("_jdelta_original", cls)
+    if not prompted:
+        return original
+
+    @functools.wraps(original.generate)
+    def generate(self: Any, input_ids: jax.Array, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        prompt = jnp.array(prompt_ids(self.module), jnp.int32)
+        n, rows = len(prompt), len(input_ids)
+        ids = jnp.concatenate([jnp.broadcast_to(prompt, (rows, n)), jnp.asarray(input_ids, jnp.int32)], axis=1)
+        for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
+            if kwargs.get(name) is not None:
+                given = jnp.asarray(kwargs[name])
+                kwargs[name] = jnp.concatenate([jnp.full((rows, n), fill, given.dtype), given], axis=1)
+        config = generation_config or self.generation_config
+        decoder_only = not self.config.is_encoder_decoder
+        if decoder_only:  # lengths count the input
+            asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("max_length", "min_length")}
+            if kwargs.get("max_new_tokens", config.max_new_tokens) is not None:
+                del asked["max_length"]
+            kwargs |= {name: value + n for name, value in asked.items() if value}
+        token = _prompted.set(True)
+        try:
+            output = original.generate(self, ids, generation_config, *args, **kwargs)
+        finally:
+            _prompted.reset(token)
+        return output.replace(sequences=output.sequences[:, n:]) if decoder_only else output
+
+    namespace = {
+        "generate": generate,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_jdelta_original": original,
+    }
+    return type(original.__name__, (original,), namespace)

@@ -1,0 +1,303 @@
+"""Soft prompt: trainable vectors before the embedded input (Lester et al. 2021, arXiv 2104.08691).
+
+The prompt's tokens have ids of their own, beyond the vocabulary. They are put before the input's where the model embeds
+those; masks, token types and positions grow with them; after the last layer they are taken off again.
+Numbers agree with PyTorch PEFT's prompt tuning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta import backbone, common_names, generation
+from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.delta import DeltaModel, Find
+from jdelta.interception import (
+    Edit,
+    Frame,
+    Host,
+    arguments,
+    attachments_of,
+    describe,
+    is_array,
+    main_input,
+    main_output,
+    with_main_input,
+)
+from jdelta.methods.leaf import leaf
+from jdelta.structure import ModuleInfo, Structure
+from jdelta.surgery import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftPromptConfig(DeltaConfig):
+    """Arguments of the soft prompt.
+
+    Attributes:
+      soft_token_num: number of trainable vectors.
+      init_range: without `token_init`, they start at U(±init_range).
+      token_init: start them at the first rows of the word embedding.
+    """
+
+    soft_token_num: int = 100
+    init_range: float = 0.5
+    token_init: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_int("soft_token_num", self.soft_token_num)
+        if not self.init_range > 0:
+            raise ValueError(f"init_range is above 0, got {self.init_range}.")
+
+
+class PromptTable(nn.Module):
+    """Embeds the prompt's ids; around a word embedding.
+
+    Attributes:
+      prompt_ids: the prompt's ids.
+      features: width of an embedding.
+      init_range: the vectors start at U(±init_range).
+    """
+
+    prompt_ids: range
+    features: int
+    init_range: float
+
+    @nn.compact
+    def __call__(self, host: Host, ids: jax.Array) -> jax.Array:
+        """From `(…)` ids, the prompt's among them, to `(…, features)`."""
+        table = leaf(self, "embedding", self._uniform, (len(self.prompt_ids), self.features))
+        row = ids - self.prompt_ids.start
+        mine = (row >= 0) & (row < len(table))
+        embedded = host(jnp.where(mine, 0, ids))
+        return jnp.where(mine[..., None], jnp.take(table, row, axis=0, mode="clip").astype(embedded.dtype), embedded)
+
+    def _uniform(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -self.init_range, self.init_range)
+
+
+class Prompted(nn.Module):
+    """Runs layers on the prompt and the input; around the module that embeds tokens and calls the layers.
+
+    Attributes:
+      prompt_ids: the prompt's ids.
+      entry: path of the module, the host or one inside it, that takes the ids to be embedded.
+      exit: path of the module, the host or one inside it, whose output loses the prompt; `None` if the prompt stays.
+      positions: how many positions the host has, if that is limited.
+    """
+
+    prompt_ids: range
+    entry: Path
+    exit: Path | None
+    positions: int | None
+
+    @nn.compact
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        module, n = host.frame.module, len(self.prompt_ids)
+        ids = main_input(type(module), args, kwargs)[1]
+        if generation.prompt_is_in():
+            given: dict[str, Any] = arguments(type(module), args, kwargs).arguments
+            mask = given.get("attention_mask")  # covers the cache
+            self._check_length(module, 0, ids.shape[1] if mask is None else mask.shape[1])
+            return host(*args, **kwargs)
+        if not self.is_initializing() and module.scope.is_mutable_collection("cache"):
+            raise ValueError(
+                f"soft prompt at {describe(module)}: in a call with a cache, the prompt would be put in again and "
+                "again. Use model.generate, which puts it in once, or call the model without a cache."
+            )
+        self._check_length(module, n, ids.shape[1])
+        args, kwargs = self._grown(type(module), args, kwargs, ids)
+
+        def watch(frame: Frame, call: Callable) -> Callable:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                if frame.path == self.entry:
+                    args, kwargs = self._prompted(type(frame.module), args, kwargs)
+                output = call(*args, **kwargs)
+                return _cut(output, main_output(output).shape[1], n) if frame.path == self.exit else output
+
+            return watched
+
+        if self.entry == host.frame.path:
+            args, kwargs = self._prompted(type(module), args, kwargs)
+        with host.watched(watch):
+            output = host(*args, **kwargs)
+        return _cut(output, ids.shape[1] + n, n) if self.exit == host.frame.path else output
+
+    def _check_length(self, module: nn.Module, prompt: int, length: int) -> None:
+        if self.positions is not None and prompt + length > self.positions:
+            tokens = f"a prompt of {prompt} tokens and an input of {length}" if prompt else "prompt, input and output"
+            raise ValueError(
+                f"soft prompt at {describe(module)}: {tokens} make {prompt + length} positions, and the model has "
+                f"{self.positions}: {prompt + length - self.positions} too many. Shorten the input, or take a lower "
+                "soft_token_num."
+            )
+
+    def _prompted(self, module_type: type, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments with the prompt's ids before the others."""
+        key, ids = main_input(module_type, args, kwargs)
+        prompt = jnp.array(self.prompt_ids, ids.dtype)
+        prompt = jnp.broadcast_to(prompt, (*ids.shape[:-1], len(prompt)))
+        return with_main_input(args, kwargs, key, jnp.concatenate([prompt, ids], axis=-1))
+
+    def _grown(self, module_type: type, args: tuple, kwargs: dict, ids: jax.Array) -> tuple[tuple, dict]:
+        """The arguments with mask, token types and positions for the prompt too."""
+        bound, n = arguments(module_type, args, kwargs), len(self.prompt_ids)
+        given: dict[str, Any] = bound.arguments
+        mask, types, places = (given.get(name) for name in ("attention_mask", "token_type_ids", "position_ids"))
+        if mask is not None:
+            given["attention_mask"] = _before(mask, jnp.ones((len(mask), n), mask.dtype))
+        if "token_type_ids" in bound.signature.parameters:
+            types = jnp.zeros_like(ids) if types is None else types
+            given["token_type_ids"] = _before(types, jnp.zeros((len(types), n), types.dtype))
+        if "position_ids" in bound.signature.parameters:
+            places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) if places is None else places
+            first = jnp.maximum(places[:, :1], 0)  # RoBERTa begins at 2; padding on the left may be at -1
+            given["position_ids"] = _before(places + n, first + jnp.arange(n))
+        return bound.args[1:], bound.kwargs
+
+
+class MaskGrown(nn.Module):
+    """Lets a decoder attend to the prompt in the encoder's states, for which the caller's mask has no place."""
+
+    @nn.compact
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        bound = arguments(type(host.frame.module), args, kwargs)
+        given: dict[str, Any] = bound.arguments
+        mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
+        if mask is not None and states is not None and mask.shape[1] < states.shape[1]:
+            new = jnp.ones((len(mask), states.shape[1] - mask.shape[1]), mask.dtype)
+            given["encoder_attention_mask"] = _before(mask, new)
+        return host(*bound.args[1:], **bound.kwargs)
+
+
+class EncoderStatesCut(nn.Module):
+    """Takes the prompt off an encoder's states where a whole encoder-decoder returns them.
+
+    Attributes:
+      encoder: path of the encoder's layers, a `Prompted` host.
+    """
+
+    encoder: Path
+
+    @nn.compact
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        extra = total = 0
+        states: dict[int, jax.Array] = {}  # by id: what the encoder returned, wherever it is in the output
+
+        def watch(frame: Frame, call: Callable) -> Callable:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                nonlocal extra, total
+                output = call(*args, **kwargs)
+                total = main_output(output).shape[1]
+                extra = total - main_input(type(frame.module), args, kwargs)[1].shape[1]
+                states.update({id(leaf): leaf for leaf in jax.tree.leaves(output)})
+                return output
+
+            return watched if frame.path == self.encoder else call
+
+        with host.watched(watch):
+            output = host(*args, **kwargs)
+        if not extra:
+            return output
+        if cross := getattr(output, "cross_attentions", None):
+            output = output.replace(cross_attentions=tuple(weights[..., extra:] for weights in cross))
+        return jax.tree.map(lambda a: _cut(a, total, extra) if id(a) in states else a, output)
+
+
+class SoftPromptModel(DeltaModel):
+    """Trainable vectors before a model's embedded tokens: a decoder's, an encoder's, or those of an encoder-decoder's
+    encoder, where the decoder attends to them too.
+
+        delta = jdelta.SoftPromptModel(model, soft_token_num=20)
+
+    Its host is the word embedding, and its leaf `soft_prompt/embedding`, `(soft_token_num, features)`. Outputs keep the
+    length of the input, except that `encode` returns the prompt's states too, which `decode` expects. The output
+    changes at once. Its own arguments are those of `SoftPromptConfig`, the common ones and errors those of
+    `DeltaModel`; a model that takes no tokens is a `TypeError`, a sequence beyond the position table a `ValueError`.
+    """
+
+    delta_type = "soft_prompt"
+    config_class = SoftPromptConfig
+    default_modified_modules = ("embeddings",)
+
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+        hosts = [info for info in find(patterns) if jnp.issubdtype(info.x.dtype, jnp.integer)]
+        if not hosts:
+            raise TypeError(f"SoftPromptModel: the modules that {list(patterns)} mean take no token ids.")
+        if len(hosts) > 1 and self.config.modified_modules is not None:
+            names = ", ".join(host.name for host in hosts)
+            raise ValueError(f"SoftPromptModel goes before one input; {list(patterns)} mean {names}. Name one.")
+        host = hosts[0]
+        callers = structure.callers(host)
+        if any(_attends_to_encoder(info) for info in callers):
+            raise TypeError(
+                f"SoftPromptModel: {host.name} takes the tokens of a decoder whose encoder takes none; a prompt before "
+                "the encoder's input needs token ids there."
+            )
+        ids = self._ids(host)
+        table = PromptTable(ids, host.y.shape[-1], self.config.init_range)
+        yield Edit(host.path, "around", table, leaf=(self.name,))
+        top, entry, exit = _extent(structure, host, callers)
+        decoders = [info for info in structure if _attends_to_encoder(info)]
+        around = Prompted(ids, entry, None if decoders else exit, backbone.positions(top))
+        yield Edit(top.path, "around", around, leaf=(self.name,), helps=True)
+        for info in decoders:
+            yield Edit(info.path, "around", MaskGrown(), leaf=(self.name,), helps=True)
+        if decoders:
+            yield Edit((), "around", EncoderStatesCut(top.path), leaf=(self.name,), helps=True)
+
+    def _ids(self, host: ModuleInfo) -> range:
+        """Ids beyond the vocabulary, and beyond other prompts'."""
+        table = host.params.get("embedding")
+        if table is None or len(table.shape) != 2:
+            raise TypeError(f"SoftPromptModel at {host.name} ({host.type.__name__}): it is no word embedding.")
+        edits = [edit for a in attachments_of(self._face.module) for edit in a.edits if edit.host == host.path]
+        taken = [edit.layer.prompt_ids.stop for edit in edits if isinstance(edit.layer, PromptTable)]
+        start = max([table.shape[0], *taken])
+        return range(start, start + self.config.soft_token_num)
+
+    def start(self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array]) -> Mapping[Path, jax.Array]:
+        if not self.config.token_init:
+            return leaves
+        n = self.config.soft_token_num
+        rows = {path: params[(*path[:-2], "embedding")] for path in leaves}
+        return {path: jnp.resize(table[:n], (n, table.shape[1])).astype(jnp.float32) for path, table in rows.items()}
+
+
+def _extent(structure: Structure, host: ModuleInfo, callers: Sequence[ModuleInfo]) -> tuple[ModuleInfo, Path, Path]:
+    """Where a prompt is in the model: the module that calls both word embedding and layers, the module in it that takes
+    the ids, and the last that has layers in it. In a model whose layers are unknown, the root is all three."""
+    layers = [[info, *structure.callers(info)] for info in common_names.known(structure, ["attn"])]
+    inside = {info.path for stack in layers for info in stack}
+    path = [host, *callers]
+    for i, top in enumerate(path):
+        if top.path in inside:
+            last = next(stack for stack in reversed(layers) if top in stack)
+            return top, path[i - 1].path, last[last.index(top) - 1].path
+    root = path[-1]
+    return root, root.path, root.path
+
+
+def _attends_to_encoder(info: ModuleInfo) -> bool:
+    return is_array(arguments(info.type, info.args, info.kwargs).arguments.get("encoder_hidden_states"))
+
+
+def _before(rest: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.concatenate([new.astype(rest.dtype), rest], axis=1)
+
+
+def _cut(tree: Any, length: int, n: int) -> Any:
+    """Everything without its first `n` of `length` positions: `(batch, length, …)`, and attention weights."""
+
+    def cut(a: jax.Array) -> jax.Array:
+        if a.ndim == 4 and a.shape[-2:] == (length, length):
+            return a[..., n:, n:]
+        return a[:, n:] if a.ndim > 1 and a.shape[1] == length else a
+
+    return jax.tree.map(cut, tree)
