@@ -51,13 +51,14 @@ class AdapterModel(DeltaModel):
 
         delta = jdelta.AdapterModel(model, bottleneck_dim=24)
 
-    The leaves are `adapter/down/{kernel,bias}`, `(d, bottleneck_dim)`, and `adapter/up/{kernel,bias}`.
+    A model without attention gets one after each block. The leaves are `adapter/down/{kernel,bias}`,
+    `(d, bottleneck_dim)`, and `adapter/up/{kernel,bias}`.
     Its own arguments are those of `AdapterConfig`, the common ones and errors those of `DeltaModel`.
     """
 
     delta_type = "adapter"
     config_class = AdapterConfig
-    default_modified_modules = ("attn.proj", "ff.w2")
+    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         config: AdapterConfig = self.config

@@ -36,14 +36,14 @@ class BitFitModel(DeltaModel):
 
         delta = jdelta.BitFitModel(model)
 
-    Existing biases train where they are, and `detach` puts their pretrained values back. A linear or normalisation
-    module without one gets the leaf `bitfit/bias`. The output is unchanged at initialisation. It has no
-    arguments of its own.
+    In a model without attention it is all in the blocks. Existing biases train where they are, and `detach` puts
+    their pretrained values back. A linear or normalisation module without one gets the leaf `bitfit/bias`. The output
+    is unchanged at initialisation. It has no arguments of its own.
     """
 
     delta_type = "bitfit"
     config_class = BitFitConfig
-    default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj")
+    default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj", "block")
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         for info in structure.below(host.path):

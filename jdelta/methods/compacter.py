@@ -159,8 +159,9 @@ class CompacterModel(DeltaModel):
 
         delta = jdelta.CompacterModel(model, reduction_factor=16, hypercomplex_division=4)
 
-    The leaves are `compacter/{down,up}/{phm_rule,W_left,W_right,bias}`, with `n` for `hypercomplex_division`
-    and `d_in`, `d_out` for the widths of `down` or `up`:
+    A model without attention gets one after each block. The leaves are
+    `compacter/{down,up}/{phm_rule,W_left,W_right,bias}`, with `n` for `hypercomplex_division` and `d_in`, `d_out` for
+    the widths of `down` or `up`:
 
     - `phm_rule`, `(n, n, n)`, or `phm_rule_left`, `(n, n, 1)`, and `phm_rule_right`, `(n, 1, n)`;
     - `W_left`, `(n, d_in/n, phm_rank)`, and `W_right`, `(n, phm_rank, d_out/n)`, or `W`, `(n, d_in/n, d_out/n)`.
@@ -171,7 +172,7 @@ class CompacterModel(DeltaModel):
 
     delta_type = "compacter"
     config_class = CompacterConfig
-    default_modified_modules = ("attn.proj", "ff.w2")
+    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         config: CompacterConfig = self.config

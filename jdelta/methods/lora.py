@@ -120,13 +120,14 @@ class LoraModel(DeltaModel):
 
         delta = jdelta.LoraModel(model, modified_modules=["query", "value"], lora_r=8)
 
+    By default it sits on query and value, or in a model without attention on the convolutions of its blocks.
     The leaves are `lora/a`, `(*d_in, r)`, and `lora/b`, `(r, *d_out)`. The output is unchanged at initialisation.
     Its own arguments are those of `LoraConfig`, the common ones and errors those of `DeltaModel`.
     """
 
     delta_type = "lora"
     config_class = LoraConfig
-    default_modified_modules = ("attn.q", "attn.v")
+    default_modified_modules = ("attn.q", "attn.v", "conv")  # conv: of ResNet and its like
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         yield Edit(host.path, "parallel", self._layer(host), leaf=(self.name,))

@@ -36,7 +36,8 @@ class LowRankAdapterConfig(DeltaConfig):
       low_rank_rank: rank of each of the two weights.
       low_rank_w_init: distribution of `left` and `right`.
       zero_up: start `up/right` at 0, so that the output is unchanged at initialisation. The gradient then reaches
-        `up/right` and `up/bias` in the first step, and everything from the second on. By default all are Glorot.
+        `up/right` and `up/bias` in the first step, and everything from the second on. By default all are Glorot, and the output is
+        changed.
     """
 
     reduction_factor: int = 32
@@ -104,13 +105,14 @@ class LowRankAdapterModel(DeltaModel):
 
         delta = jdelta.LowRankAdapterModel(model, reduction_factor=32)
 
-    The leaves are `low_rank_adapter/{down,up}/{left,right,bias}`; `down` is from `d` to `d // reduction_factor`.
+    A model without attention gets one after each block. The leaves are
+    `low_rank_adapter/{down,up}/{left,right,bias}`; `down` is from `d` to `d // reduction_factor`.
     Its own arguments are those of `LowRankAdapterConfig`, the common ones and errors those of `DeltaModel`.
     """
 
     delta_type = "low_rank_adapter"
     config_class = LowRankAdapterConfig
-    default_modified_modules = ("attn.proj", "ff.w2")
+    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         width = reduced(host.y.shape[-1], self.config.reduction_factor)
