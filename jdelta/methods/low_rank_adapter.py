@@ -36,8 +36,8 @@ class LowRankAdapterConfig(DeltaConfig):
       low_rank_rank: rank of each of the two weights.
       low_rank_w_init: distribution of `left` and `right`.
       zero_up: start `up/right` at 0, so that the output is unchanged at initialisation. The gradient then reaches
-        `up/right` and `up/bias` in the first step, and everything from the second on. By default all are Glorot, and the output is
-        changed.
+        `up/right` and `up/bias` in the first step, and everything from the second on. By default all are Glorot,
+        and the output is changed.
     """
 
     reduction_factor: int = 32
