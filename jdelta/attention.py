@@ -71,9 +71,14 @@ class Prefix:
         keys, values = self._make(heads, width)
         return keys.astype(dtype), values.astype(dtype)
 
-    def leave(self, result: jax.Array) -> None:
-        """Leaves the prefix's part of the result, `(batch, …, heads, width)`, to be added where it belongs."""
-        self._waiting = result if self._head_mask is None else result * self._head_mask[:, None]
+    def leave(self, result: jax.Array, masked: bool = True) -> None:
+        """Leaves the prefix's part of the result, `(batch, …, heads, width)`, to be added where it belongs.
+
+        Args:
+          result: that part.
+          masked: whether the model masks the heads of its own part.
+        """
+        self._waiting = result * self._head_mask[:, None] if masked and self._head_mask is not None else result
 
     def join(self, frame: Frame, call: Callable) -> Callable:
         """A call which adds what is waiting to its input, if the shape says that it takes the attention's result."""
@@ -246,7 +251,7 @@ def _prepare_big_bird(file: Any) -> None:
         prefix.scratch = call = _BigBirdCall(query)
         output = attend(self, query, key, value, band_mask, from_mask, *args, **kwargs)
         part = jnp.concatenate(call.parts, axis=2) * from_mask
-        prefix.leave(part.swapaxes(1, 2))
+        prefix.leave(part.swapaxes(1, 2), masked=False)
         return output
 
     def softmax(softmax: Callable, scores: jax.Array, axis: int = -1) -> jax.Array:
