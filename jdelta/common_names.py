@@ -119,8 +119,8 @@ def _unknown_model(structure: Structure, names: Sequence[str]) -> str:
     example = list(dict.fromkeys(asked)) or [info.name for info in structure if info.name and info.params]
     lines = [f"jdelta.register_common_names({block!r}, {entry})".replace("'", '"') for block, entry in guesses.items()]
     message = (
-        f"{structure[''].type.__name__} has no block of a known family, so the common names {', '.join(names)} mean "
-        f"nothing in it. It is this model:\n\n{_indented(outline.lines(structure))}\n\n"
+        f"{structure[''].type.__name__} has no block of a known family, so neither default positions nor common names "
+        f"(here {', '.join(names)}) mean anything in it. It is this model:\n\n{_indented(outline.lines(structure))}\n\n"
         f"Name the modules, for example modified_modules={example[:2]}"
     )
     if not lines:

@@ -103,7 +103,7 @@ def lines(structure: Structure, most: int = 40) -> list[str]:
 
     Args:
       structure: what to show.
-      most: of more lines, the deepest are left out, and a last line says so.
+      most: of more lines, the deepest are left out; a last line then counts them.
     """
     rows: list[tuple[int, str]] = []
 
@@ -123,7 +123,7 @@ def lines(structure: Structure, most: int = 40) -> list[str]:
         depth -= 1
     shown = [row for d, row in rows if d <= depth][:most]
     left = len(rows) - len(shown)
-    return [*shown, f"… and {left} modules inside them"] if left else shown
+    return [*shown, f"… and {left} more"] if left else shown
 
 
 def shape(dims: Sequence[int]) -> str:
