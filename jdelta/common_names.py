@@ -33,17 +33,23 @@ def resolve(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
     blocks = _blocks(structure)
     if not blocks:
         raise ValueError(_unknown_model(structure, names))
-    found = {path for block, entry in blocks for name in names for path in _paths(block, entry, name)}
-    modules = [info for info in structure if info.name and info.name in found]
+    modules = known(structure, names)
     if names and not modules:
-        have = [n for n in NAMES if any(p in structure.modules for b, entry in blocks for p in _paths(b, entry, n))]
-        tied = sorted(found & structure.uncalled.keys())
+        have = [name for name in NAMES if known(structure, [name])]
+        paths = {path for block, entry in blocks for name in names for path in _paths(block, entry, name)}
+        tied = sorted(paths & structure.uncalled.keys())
         reasons = [f" {path!r} cannot be a target: {structure.uncalled[path]}" for path in tied]
         raise ValueError(
             f"{structure[''].type.__name__} has none of the common names {', '.join(names)}. "
             f"It has: {', '.join(have)}.{''.join(reasons)}"
         )
     return modules
+
+
+def known(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
+    """What of the names is known in a model, in order of execution; nothing is an error."""
+    found = {path for block, entry in _blocks(structure) for name in names for path in _paths(block, entry, name)}
+    return [info for info in structure if info.name and info.name in found]
 
 
 def register_common_names(block: type[nn.Module] | str, names: Mapping[str, str | Sequence[str]]) -> None:
@@ -130,9 +136,3 @@ def _unknown_model(structure: Structure, names: Sequence[str]) -> str:
 
 def _indented(lines: Sequence[str]) -> str:
     return "\n".join(f"    {line}" for line in lines)
-
-
-def known(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
-    """What of the names is known in a model, without complaint."""
-    found = {path for block, entry in _blocks(structure) for name in names for path in _paths(block, entry, name)}
-    return [info for info in structure if info.name and info.name in found]

@@ -160,9 +160,8 @@ def test_embeddings_are_those_of_tokens_or_of_patches(case):
     tokens = [info for info in structure if info.type is nn.Embed and info.fields["num_embeddings"] == VOCAB]
     patches = [info for info in structure if info.type is nn.Conv and info.fields["kernel_size"] == (4, 4)]
     assert named(case, "embeddings") == sorted(tokens + patches, key=list(structure).index)
-    assert bool(tokens or patches) == (zoo.family_of(CASES[case][0]) not in ("resnet", "regnet", "wav2vec2")) or (
-        case == "FlaxWhisperForAudioClassification"
-    )
+    without = zoo.family_of(CASES[case][0]) in ("resnet", "regnet", "wav2vec2")  # and Whisper's encoder alone
+    assert bool(tokens or patches) != (without or case == "FlaxWhisperForAudioClassification")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -228,9 +227,11 @@ def test_the_widths_are_those_of_the_configuration(case):
                 assert info in named(case, "attn.v")
             else:
                 assert (info.x.shape[-1], width(info)) == (HIDDEN, HIDDEN)
+                assert info.path[-1][0] == "q"
         for info in named(case, f"{kind}.k", f"{kind}.v"):
             held = {"c_attn": 3 if kind == "attn" else 2, "query_key_value": 3}.get(info.path[-1], 1)
             assert width(info) == (held * HIDDEN if held > 1 else narrow)
+            assert held > 1 or info.path[-1][0] == ("k" if info in named(case, f"{kind}.k") else "v")
         for info in named(case, f"{kind}.proj"):
             assert (info.x.shape[-1], width(info)) == (HIDDEN, HIDDEN)
     if case != "SwiGLU DINOv2":
@@ -474,7 +475,7 @@ def test_a_long_model_is_shown_in_forty_lines():
             return x
 
     structure = backbone.trace(jdelta.Backbone(Long(), dummy_inputs=(jnp.ones((1, 3)),)))
-    with pytest.raises(ValueError, match="Dense_38 Dense 1×40 → 1×41\n *… and 21 more") as caught:
+    with pytest.raises(ValueError, match=r"Dense_38 Dense 1×40 → 1×41\n *… and 21 more") as caught:
         resolve(structure, ["attn.q"])
     assert "Dense_39" not in str(caught.value)
     assert "register_common_names" not in str(caught.value)  # nothing repeated, nothing like attention
@@ -490,6 +491,7 @@ def test_a_name_that_is_none_gets_the_closest():
 def test_names_that_a_model_lacks_are_an_error_that_says_what_it_has():
     with pytest.raises(ValueError, match=r"FlaxResNetModule has none of .* attn, ff\. It has: block, conv\.$"):
         resolve(traced("FlaxResNetModel")[0], ["attn", "ff"])
+    assert common_names.known(traced("FlaxResNetModel")[0], ["attn", "ff"]) == []
     with pytest.raises(ValueError, match=r"none of .* lm_head\.proj\. It has: attn, .*'lm_head' cannot .*tied head"):
         resolve(traced("FlaxGPT2LMHeadModel")[0], ["lm_head.proj"])
 
