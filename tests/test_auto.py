@@ -7,7 +7,7 @@ from typing import Any, Literal
 import chex
 import jax
 import pytest
-from conftest import fresh
+from conftest import build, fresh
 from flax import linen as nn
 
 import jdelta
@@ -72,14 +72,23 @@ def test_every_field_of_every_method_refuses_a_wrong_type_by_name(delta_type):
 @pytest.mark.parametrize("delta_type", OWN)
 def test_the_delta_of_a_configuration_is_that_of_its_arguments(delta_type):
     config = AutoDeltaConfig.from_dict({"delta_type": delta_type, **ARGUMENTS[delta_type]})
-    one, two, three = (fresh("bert", "FlaxBertForSequenceClassification") for _ in range(3))
-    delta = AutoDeltaModel.from_config(config, backbone_model=one, rng=3)
-    same = METHODS[delta_type](two, **ARGUMENTS[delta_type], rng=3)
-    again = METHODS[delta_type].from_config(config, three, rng=jax.random.key(3))
-    assert type(delta) is type(again) is METHODS[delta_type]
+    one, two, three = (build("bert", "FlaxBertForSequenceClassification", _do_init=False) for _ in range(3))
+    method = METHODS[delta_type]
+    delta = AutoDeltaModel.from_config(config, backbone_model=one)
+    same = method(two, **ARGUMENTS[delta_type])
+    again = method.from_config(config, three)
+    assert type(delta) is type(again) is method
     assert delta.config == same.config == again.config == config
     assert delta.targets == same.targets == again.targets
-    chex.assert_trees_all_equal(one.params, two.params, three.params)
+    assert delta.shapes() == same.shapes() == again.shapes()
+
+
+def test_the_name_and_the_seed_are_given_beside_the_configuration():
+    models = [fresh("bert", "FlaxBertForSequenceClassification") for _ in range(2)]
+    delta = AutoDeltaModel.from_config(jdelta.LoraConfig(lora_r=2), models[0], name="first", rng=3)
+    jdelta.LoraModel(models[1], lora_r=2, name="first", rng=jax.random.key(3))
+    assert delta.name == "first"
+    chex.assert_trees_all_equal(*(model.params for model in models))
 
 
 def test_the_common_arguments_are_in_the_configuration():

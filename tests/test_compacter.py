@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import jdelta
 from jdelta import surgery
-from jdelta.methods.compacter import CompacterModel
+from jdelta.methods.compacter import Compacter, CompacterConfig, CompacterModel, SharedLeaves
 
 D, N, FACTOR, RANK = 16, 2, 4, 3  # hidden size, hypercomplex_division, reduction_factor, phm_rank
 K = D // FACTOR
@@ -215,12 +215,15 @@ def test_a_rule_that_is_not_learnt_stays_as_it_was_drawn(shared):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_initial_values(shared):
-    wide = jax.random.normal(jax.random.key(0), (2, 768))
-    arguments = {"hypercomplex_division": 8, "shared_phm_rule": shared, "shared_W_phm": shared, "phm_rank": 4}
-
     def leaves(**more):
-        backbone, *_ = attach(Hosts((768,)), wide, **{**arguments, **more})
-        return with_shared(backbone.params["host_0"]["compacter"], backbone.params.get("compacter", {}))
+        config = CompacterConfig(hypercomplex_division=8, phm_rank=4, **more)
+        own = jax.eval_shape(Compacter(48, config).init, jax.random.key(0), jnp.ones((2, 768)))["params"]
+        if not shared:
+            return jax.jit(Compacter(48, config).init)(jax.random.key(0), jnp.ones((2, 768)))["params"]
+        shapes = tuple((path, leaf.shape) for path, leaf in surgery.flatten(own).items() if path[-1] != "bias")
+        made, _ = SharedLeaves(config, shapes).init_with_output(jax.random.key(0))
+        zeros = {path: jnp.zeros(leaf.shape) for path, leaf in surgery.flatten(own).items()}
+        return surgery.unflatten({**zeros, **made})
 
     p = leaves()
     assert np.std(p["down"]["phm_rule"]) == pytest.approx(0.01, rel=0.15)
