@@ -57,21 +57,23 @@ class PrefixLayer(nn.Module):
     tokens: int
     key_width: int | None = None
 
-    @nn.compact
+    @nn.nowrap  # Inside a wrapped method, modules that a compact host makes would become this layer's.
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        def make(heads: int, width: int) -> tuple[jax.Array, jax.Array]:
-            groups = 1
-            if self.key_width and self.key_width < heads * width and heads * width % self.key_width == 0:
-                groups = heads * width // self.key_width
-            shape = (self.tokens, heads // groups, width)
-            keys, values = (leaf(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
-            return jnp.repeat(keys, groups, axis=1), jnp.repeat(values, groups, axis=1)
-
         given = arguments(type(host.frame.module), args, kwargs).arguments
-        prefix = attention.Prefix(describe(host.frame.module), make, head_mask=given.get("layer_head_mask"))
+        prefix = attention.Prefix(describe(host.frame.module), self.pair, head_mask=given.get("layer_head_mask"))
         with prefix.active(), host.watched(prefix.join):
             output = host(*args, **kwargs)
         return prefix.finish(output)
+
+    @nn.compact
+    def pair(self, heads: int, width: int) -> tuple[jax.Array, jax.Array]:
+        """The keys and the values, `(tokens, heads, width)` each."""
+        groups = 1
+        if self.key_width and self.key_width < heads * width and heads * width % self.key_width == 0:
+            groups = heads * width // self.key_width
+        shape = (self.tokens, heads // groups, width)
+        keys, values = (leaf(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
+        return jnp.repeat(keys, groups, axis=1), jnp.repeat(values, groups, axis=1)
 
 
 class Reparameterization(nn.Module):
