@@ -199,6 +199,7 @@ def _distilbert_matmul(matmul: Callable, a: jax.Array, b: jax.Array) -> jax.Arra
         else:
             values = jnp.broadcast_to(prefix.scratch.swapaxes(0, 1), (*b.shape[:2], *prefix.scratch.shape[::2]))
             b = jnp.concatenate([values, b], axis=2)
+            prefix.scratch = None
     return matmul(a, b)
 
 
