@@ -258,7 +258,7 @@ def test_albert_shares_one_prefix_over_its_layers():
     model = transformers.FlaxAlbertModel(config, _do_init=False)
     params = random(model.params_shape_tree, 0)
     delta = jdelta.PrefixModel(model, prefix_token_num=3, reparameterize=False)
-    (target,) = delta.targets
+    assert len(delta.targets) == 1
     ids = np.arange(5, 5 + BATCH * LENGTH).reshape(BATCH, LENGTH)
     params = jdelta.graft(params, random(delta.shapes(), 1))
     run = jax.jit(lambda params: model(ids, MASK, params=params, output_hidden_states=True).hidden_states)
