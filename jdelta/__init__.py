@@ -2,13 +2,17 @@
 
 from jdelta import transformers_repair as _transformers_repair
 from jdelta.addressing import match
+from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
 from jdelta.backbone import Backbone
+from jdelta.common_names import register_common_names
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.adapter import AdapterConfig, AdapterModel
-from jdelta.methods.bitfit import BitFitModel
+from jdelta.methods.bitfit import BitFitConfig, BitFitModel
+from jdelta.methods.compacter import CompacterConfig, CompacterModel
 from jdelta.methods.lora import LoraConfig, LoraModel
+from jdelta.methods.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
 from jdelta.methods.prefix import PrefixConfig, PrefixModel
 from jdelta.methods.soft_prompt import SoftPromptConfig, SoftPromptModel
@@ -20,13 +24,20 @@ from jdelta.visualization import Visualization
 __all__ = [
     "AdapterConfig",
     "AdapterModel",
+    "AutoDeltaConfig",
+    "AutoDeltaModel",
     "Backbone",
+    "BitFitConfig",
     "BitFitModel",
+    "CompacterConfig",
+    "CompacterModel",
     "DeltaConfig",
     "DeltaModel",
     "Edit",
     "LoraConfig",
     "LoraModel",
+    "LowRankAdapterConfig",
+    "LowRankAdapterModel",
     "ModuleInfo",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
@@ -42,6 +53,7 @@ __all__ = [
     "match",
     "partition",
     "prune",
+    "register_common_names",
 ]
 
 _transformers_repair.install()

@@ -481,6 +481,8 @@ class DeltaModel:
                     owner = lent[(*edit.host, *edit.leaf)]
                     raise ValueError(f"{host.name}.{surgery.name_of(edit.leaf)} is trained by delta {owner!r} already.")
                 continue
+            if edit.where == "around" and not getattr(type(edit.layer).__call__, "nowrap", False):
+                raise TypeError(f"{type(edit.layer).__name__} goes around modules: mark its __call__ with nn.nowrap.")
             if edit.start is not None and order[edit.start] > order[edit.host]:
                 raise ValueError(f"the span starts at {surgery.name_of(edit.start)}, which runs after {host.name}.")
             for side in {"before": "x", "after": "y", "parallel": "y"}.get(edit.where, ""):

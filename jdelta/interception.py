@@ -32,7 +32,8 @@ class Edit:
       host: path of the module that is changed; the layer's parameters live below it.
       where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`; `"replace"`,
         `layer(*args, **kwargs)` in place of the host; `"around"`, `layer(host, *args, **kwargs)`, where `host` is a
-        `Host`; `"train"`, no computation: the host's own leaf `leaf` trains with the delta.
+        `Host` and `__call__` is `nn.nowrap`, so that modules which a compact host makes stay its own; `"train"`, no
+        computation: the host's own leaf `leaf` trains with the delta.
       layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument.
       start: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
       leaf: path below the host: of the layer's parameters, or of the leaf that trains.

@@ -57,7 +57,7 @@ class PrefixLayer(nn.Module):
     tokens: int
     key_width: int | None = None
 
-    @nn.nowrap  # Inside a wrapped method, modules that a compact host makes would become this layer's.
+    @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         given = arguments(type(host.frame.module), args, kwargs).arguments
         prefix = attention.Prefix(describe(host.frame.module), self.pair, head_mask=given.get("layer_head_mask"))

@@ -69,14 +69,19 @@ class PromptTable(nn.Module):
     features: int
     init_range: float
 
-    @nn.compact
+    @nn.nowrap
     def __call__(self, host: Host, ids: jax.Array) -> jax.Array:
         """From `(…)` ids, the prompt's among them, to `(…, features)`."""
-        table = leaf(self, "embedding", self._uniform, (len(self.prompt_ids), self.features))
+        table = self.table()
         row = ids - self.prompt_ids.start
         mine = (row >= 0) & (row < len(table))
         embedded = host(jnp.where(mine, 0, ids))
         return jnp.where(mine[..., None], jnp.take(table, row, axis=0, mode="clip").astype(embedded.dtype), embedded)
+
+    @nn.compact
+    def table(self) -> jax.Array:
+        """The prompt, `(tokens, features)`."""
+        return leaf(self, "embedding", self._uniform, (len(self.prompt_ids), self.features))
 
     def _uniform(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -self.init_range, self.init_range)
@@ -97,21 +102,22 @@ class Prompted(nn.Module):
     exit: Path | None
     positions: int | None
 
-    @nn.compact
+    @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         module, n = host.frame.module, len(self.prompt_ids)
         ids = main_input(type(module), args, kwargs)[1]
+        given: dict[str, Any] = arguments(type(module), args, kwargs).arguments
+        mask = given.get("attention_mask")  # covers the cache, and other prompts
+        length = ids.shape[1] if mask is None else mask.shape[1]
         if generation.prompt_is_in():
-            given: dict[str, Any] = arguments(type(module), args, kwargs).arguments
-            mask = given.get("attention_mask")  # covers the cache
-            self._check_length(module, 0, ids.shape[1] if mask is None else mask.shape[1])
+            self._check_length(module, 0, length)
             return host(*args, **kwargs)
         if not self.is_initializing() and module.scope.is_mutable_collection("cache"):
             raise ValueError(
                 f"soft prompt at {describe(module)}: in a call with a cache, the prompt would be put in again and "
                 "again. Use model.generate, which puts it in once, or call the model without a cache."
             )
-        self._check_length(module, n, ids.shape[1])
+        self._check_length(module, n, length)
         args, kwargs = self._grown(type(module), args, kwargs, ids)
 
         def watch(frame: Frame, call: Callable) -> Callable:
@@ -165,7 +171,7 @@ class Prompted(nn.Module):
 class MaskGrown(nn.Module):
     """Lets a decoder attend to the prompt in the encoder's states, for which the caller's mask has no place."""
 
-    @nn.compact
+    @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         bound = arguments(type(host.frame.module), args, kwargs)
         given: dict[str, Any] = bound.arguments
@@ -185,7 +191,7 @@ class EncoderStatesCut(nn.Module):
 
     encoder: Path
 
-    @nn.compact
+    @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         extra = total = 0
         states: dict[int, jax.Array] = {}  # by id: what the encoder returned, wherever it is in the output
