@@ -26,7 +26,7 @@ def prompt_is_in() -> bool:
 
 def prompt_ids(module: nn.Module) -> list[int]:
     """The ids of all active prompts, in the order in which the model is to see them."""
-    edits = [edit for a in reversed(attachments_of(module)) if a.active for edit in a.edits]
+    edits = [edit for a in reversed(attachments_of(module)) if a.active for edit in a.edits if not edit.helps]
     return [i for edit in edits for i in getattr(edit.layer, "prompt_ids", ())]
 
 
@@ -48,10 +48,12 @@ def generating(cls: type, prompted: bool) -> type:
         config = generation_config or self.generation_config
         decoder_only = not self.config.is_encoder_decoder
         if decoder_only:  # lengths count the input
-            asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("max_length", "min_length")}
-            if kwargs.get("max_new_tokens", config.max_new_tokens) is not None:
-                del asked["max_length"]
-            kwargs |= {name: value + n for name, value in asked.items() if value}
+            if kwargs.get("max_new_tokens", config.max_new_tokens) is None:
+                # transformers reads a max_length of 20, its default, as none; with the prompt, another may become 20
+                longest = kwargs.pop("max_length", None) or config.max_length
+                kwargs["max_new_tokens"] = longest - jnp.shape(input_ids)[1]
+            least = kwargs.get("min_length", config.min_length)
+            kwargs |= {"min_length": least + n} if least else {}
         token = _prompted.set(True)
         try:
             output = original.generate(self, ids, generation_config, *args, **kwargs)
