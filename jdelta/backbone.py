@@ -22,6 +22,7 @@ class Face(Protocol):
 
     module: nn.Module
     params: Tree | None  # None: the user holds them elsewhere
+    traced: tuple[nn.Module, Structure] | None  # the newest trace, and of which module it was
 
     def init(self, module: nn.Module, rng: jax.Array) -> Tree:
         """Initialises `module`, a variant of this backbone's, on the pseudo input; the tree is laid out as `params`."""
@@ -65,6 +66,7 @@ class Backbone:
         if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list)):
             raise TypeError(f"Backbone: dummy_inputs is a tuple of arguments, got {_kind(dummy_inputs)}: write (x,).")
         self.module = module
+        self.traced: tuple[nn.Module, Structure] | None = None
         self._rngs = dict(rngs or {})
         self._kwargs = dict(dummy_kwargs or {})
         self._whole = params is not None and bool(surgery.root(params))
@@ -136,6 +138,14 @@ class _PretrainedFace:
     def params(self, params: Tree) -> None:
         self._model.params = params
 
+    @property
+    def traced(self) -> tuple[nn.Module, Structure] | None:
+        return vars(self._model).get("_jdelta_traced")
+
+    @traced.setter
+    def traced(self, traced: tuple[nn.Module, Structure]) -> None:
+        self._model._jdelta_traced = traced
+
     def init(self, module: nn.Module, rng: jax.Array) -> Tree:
         probe = copy.copy(self._model)
         probe._module = module
@@ -167,7 +177,9 @@ def face_of(backbone_model: Any) -> Face:
 def trace(face: Face) -> Structure:
     """The structure of the backbone alone, without the deltas that it carries."""
     module = bare(face.module)
-    return structure.trace(lambda: face.init(module, _key()), type(module))
+    if face.traced is None or face.traced[0] is not module:
+        face.traced = (module, structure.trace(lambda: face.init(module, _key()), type(module)))
+    return face.traced[1]
 
 
 def tree_of(face: Face) -> Tree:

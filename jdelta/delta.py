@@ -535,10 +535,13 @@ class DeltaModel:
         return backbone.tree_of(self._face) if params is None else params
 
     def _mask_of(self, params: Tree) -> Tree:
+        attachments = attachments_of(self._face.module)
+        never = {path for a in attachments for path in a.fixed}
         if self._exclude is None:
-            return freezing.trainable_mask(params, [freezing.DELTAS, *self._unfrozen], self._attachment.trained)
-        active = [a for a in attachments_of(self._face.module) if a.active]
-        return freezing.trainable_mask(params, self._exclude, {path for a in active for path in a.trained})
+            exclude: tuple[str, ...] = (freezing.DELTAS, *self._unfrozen)
+            return freezing.trainable_mask(params, exclude, self._attachment.trained, never)
+        trained = {path for a in attachments if a.active for path in a.trained}
+        return freezing.trainable_mask(params, self._exclude, trained, never)
 
     def _borrowed(self, params: Tree) -> dict[Path, Any]:
         """The backbone's own leaves that train with this delta."""

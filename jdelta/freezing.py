@@ -15,7 +15,9 @@ from jdelta.surgery import Path, Tree
 DELTAS = "deltas"  # in a list of patterns: all leaves of all attached deltas
 
 
-def trainable_mask(params: Tree, exclude: Sequence[str], deltas: Collection[Path] = ()) -> Tree:
+def trainable_mask(
+    params: Tree, exclude: Sequence[str], deltas: Collection[Path] = (), never: Collection[Path] = ()
+) -> Tree:
     """A tree with `True` at each leaf that trains.
 
     Args:
@@ -23,6 +25,7 @@ def trainable_mask(params: Tree, exclude: Sequence[str], deltas: Collection[Path
       exclude: what is excluded from freezing: patterns of modules or leaves (everything below a match trains, so
         `["bias"]` is BitFit), and the word `"deltas"`.
       deltas: paths of the leaves that the word means, without the collection's name.
+      never: paths of leaves that do not train even so.
 
     Returns:
       A tree of bools with the structure of `params`.
@@ -46,6 +49,7 @@ def trainable_mask(params: Tree, exclude: Sequence[str], deltas: Collection[Path
             above = [name.rpartition(".")[0] for name in names.values()]
             raise ValueError(addressing.nothing_matches(pattern, [*filter(None, above), *names.values()]))
         chosen.update(hits)
+    chosen -= {path for path in names if path[start:] in never}
     empty = surgery.empty_node
     return surgery.unflatten({p: v if v is empty else p in chosen for p, v in leaves.items()}, like=params)
 

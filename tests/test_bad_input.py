@@ -120,7 +120,7 @@ WRONG = {
         jdelta.LoraModel,
         {"modified_modules": ["attn.query"], "common_structure": True},
         ValueError,
-        "'attn.query' is no common name. There are: attn, attn.k",
+        r"'attn.query' is no common name\. Did you mean 'attn.q'\? There are: attn, attn.q",
     ),
 }
 
@@ -277,7 +277,7 @@ def test_parameters_that_do_not_fit_the_module():
 def test_a_model_of_an_unknown_family_has_no_default_positions():
     x = jnp.ones((1, 4))
     backbone = jdelta.Backbone(nn.Sequential([nn.Dense(3)]), dummy_inputs=(x,))
-    with pytest.raises(ValueError, match=r"no default positions\. Name the modules: modified_modules=\[…\].*layers_0"):
+    with pytest.raises(ValueError, match=r"(?s)no block of a known family.*modified_modules=\['layers_0'\]"):
         jdelta.LoraModel(backbone)
 
 
@@ -318,11 +318,8 @@ def test_a_span_whose_start_is_not_called_in_this_run():
         backbone(x, method="only_second")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"feature_group_count": 2}, "does not take grouped"), ({"mask": jnp.ones((2, 4, 4))}, "does not take masked")],
-)
-def test_convolutions_that_lora_cannot_follow(options, message):
-    backbone = jdelta.Backbone(nn.Sequential([nn.Conv(4, (2,), **options)]), dummy_inputs=(jnp.ones((1, 5, 4)),))
-    with pytest.raises(TypeError, match=message):
+def test_a_masked_convolution_is_no_host_for_lora():
+    conv = nn.Conv(4, (2,), mask=jnp.ones((2, 4, 4)))
+    backbone = jdelta.Backbone(nn.Sequential([conv]), dummy_inputs=(jnp.ones((1, 5, 4)),))
+    with pytest.raises(TypeError, match="does not take masked"):
         jdelta.LoraModel(backbone, modified_modules=["layers_0"], lora_r=2)

@@ -76,10 +76,12 @@ def test_lora_on_linear_hosts_is_its_formula(kind):
         {"kernel_size": (3,), "kernel_dilation": 2, "padding": "CAUSAL"},
         {"kernel_size": (3,), "padding": "CIRCULAR"},
         {"kernel_size": (2,), "padding": 1, "use_bias": False},
+        {"kernel_size": (3,), "feature_group_count": 2, "features": 6},
+        {"kernel_size": (3,), "feature_group_count": 4, "features": 8, "strides": 2},
     ],
 )
 def test_lora_on_a_convolution_is_the_convolution_with_the_product_kernel(options):
-    layer = nn.Conv(5, **options)
+    layer = nn.Conv(**{"features": 5, **options})
     backbone, _, before = attach(layer, X, jdelta.LoraModel, lora_r=2)
     assert (backbone(X) == before).all()
     change, p = lora_change(backbone, X)

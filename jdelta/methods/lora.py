@@ -84,19 +84,26 @@ class LoraConv(Lora):
 
     Attributes:
       conv: the hyperparameters of the host that say where its windows lie.
+      groups: of channels, in the host; each has its own columns of `b`, and `a` is the same for all.
     """
 
     conv: tuple[tuple[str, Any], ...] = ()
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         x = self.dropped(x, deterministic)
-        down = nn.Conv(self.rank, use_bias=False, dtype=x.dtype, **dict(self.conv), parent=None)
+        hyper = {"use_bias": False, "dtype": x.dtype, "feature_group_count": self.groups, **dict(self.conv)}
+        down = nn.Conv(self.groups * self.rank, **hyper, parent=None)
         window = down.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
-        a = leaf(self, "a", kaiming_uniform, (*window, x.shape[-1], self.rank))
-        z = down.apply({"params": {"kernel": a}}, x)
-        return self.up(z.reshape(-1, self.rank), nn.initializers.zeros).reshape(*z.shape[:-1], *self.features)
+        a = leaf(self, "a", kaiming_uniform, (*window, x.shape[-1] // self.groups, self.rank))
+        z = down.apply({"params": {"kernel": jnp.tile(a, self.groups)}}, x)
+        if self.groups == 1:
+            return self.up(z.reshape(-1, self.rank), nn.initializers.zeros).reshape(*z.shape[:-1], *self.features)
+        b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features)).astype(z.dtype)
+        z, b = z.reshape(*z.shape[:-1], self.groups, -1), b.reshape(self.rank, self.groups, -1)
+        return self.scale * jnp.einsum("...gr,rgo->...go", z, b).reshape(*z.shape[:-2], *self.features)
 
 
 class LoraEmbed(Lora):
@@ -146,14 +153,14 @@ class LoraModel(DeltaModel):
         if not jnp.issubdtype(host.x.dtype, jnp.floating):
             raise TypeError(f"LoRA needs floats; this module takes an array of {host.x.dtype}.")
         if issubclass(host.type, nn.Conv):
-            if host.fields["feature_group_count"] != 1:
-                raise TypeError("LoRA does not take grouped convolutions (feature_group_count above 1).")
             if host.fields["mask"] is not None:
                 raise TypeError("LoRA does not take masked convolutions: its update would not be masked.")
             self._check_rank(math.prod(kernel.shape[:-1]), kernel.shape[-1])
             keys = ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
             conv = tuple((key, _hashable(host.fields[key])) for key in keys)
-            return LoraConv(**common, features=(kernel.shape[-1],), conv=conv)
+            return LoraConv(
+                **common, features=(kernel.shape[-1],), conv=conv, groups=host.fields["feature_group_count"]
+            )
         if issubclass(host.type, nn.DenseGeneral):
             if host.fields["batch_dims"]:
                 raise TypeError("LoRA does not take a DenseGeneral with batch_dims.")
