@@ -198,7 +198,7 @@ class EncoderStatesCut(nn.Module):
 
         def watch(frame: Frame, call: Callable) -> Callable:
             def watched(*args: Any, **kwargs: Any) -> Any:
-                nonlocal extra, total
+                nonlocal extra, total  # extra: all prompts' tokens
                 output = call(*args, **kwargs)
                 total = main_output(output).shape[1]
                 extra = total - main_input(type(frame.module), args, kwargs)[1].shape[1]
@@ -207,13 +207,17 @@ class EncoderStatesCut(nn.Module):
 
             return watched if frame.path == self.encoder else call
 
+        bound = arguments(type(host.frame.module), args, kwargs)
+        named = bound.arguments.get("return_dict") is not False
+        if not named:  # among a tuple's elements, cross-attention cannot be told from the decoder's own
+            bound.arguments["return_dict"] = True
         with host.watched(watch):
-            output = host(*args, **kwargs)
-        if not extra:
-            return output
-        if cross := getattr(output, "cross_attentions", None):
-            output = output.replace(cross_attentions=tuple(weights[..., extra:] for weights in cross))
-        return jax.tree.map(lambda a: _cut(a, total, extra) if id(a) in states else a, output)
+            output = host(*bound.args[1:], **bound.kwargs)
+        if any(id(a) in states for a in jax.tree.leaves(output)):  # not if another prompt's cut was there before
+            if cross := getattr(output, "cross_attentions", None):
+                output = output.replace(cross_attentions=tuple(weights[..., extra:] for weights in cross))
+            output = jax.tree.map(lambda a: _cut(a, total, extra) if id(a) in states else a, output)
+        return output if named else output.to_tuple()
 
 
 class SoftPromptModel(DeltaModel):
