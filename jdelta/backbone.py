@@ -143,7 +143,7 @@ class _PretrainedFace:
         return vars(self._model).get("_jdelta_traced")
 
     @traced.setter
-    def traced(self, traced: tuple[nn.Module, Structure]) -> None:
+    def traced(self, traced: tuple[nn.Module, Structure] | None) -> None:
         self._model._jdelta_traced = traced
 
     def init(self, module: nn.Module, rng: jax.Array) -> Tree:
@@ -189,13 +189,12 @@ def tree_of(face: Face) -> Tree:
     return jax.eval_shape(lambda: face.init(face.module, _key()))
 
 
-def positions(info: ModuleInfo) -> int | None:
-    """How many positions a module's configuration says that it has; `None` if it says nothing."""
+def positions(info: ModuleInfo) -> range | None:
+    """The positions that a module's configuration says that it has; `None` if it says nothing."""
     config: Any = info.fields.get("config")
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and "roberta" in getattr(config, "model_type", ""):
-        limit -= config.pad_token_id + 1  # its positions begin there
-    return limit
+    first = config.pad_token_id + 1 if "roberta" in getattr(config, "model_type", "") else 0
+    return None if limit is None else range(first, limit)
 
 
 def _check_fit(given: Tree, wanted: Tree, name: str) -> None:

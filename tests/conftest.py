@@ -118,3 +118,24 @@ def train_deltas(delta, seed: int = 0):
 
     trainable, frozen = delta.partition()
     delta.backbone_model.params = jdelta.combine(noisy(trainable, seed), frozen)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the matrix of methods and classes that `test_matrix` found."""
+    rows = [
+        value
+        for report in terminalreporter.stats.get("passed", ())
+        for key, value in report.user_properties
+        if key == "matrix" and report.when == "call"
+    ]
+    if rows:
+        methods = list(rows[0][1])
+        terminalreporter.section("modules that each method changes at its default positions")
+        terminalreporter.write_line(f"{'':46}" + " ".join(f"{method:>16}" for method in methods))
+        for name, row in sorted(rows):
+            cells = " ".join(f"{row[method] if isinstance(row[method], int) else '—':>16}" for method in methods)
+            terminalreporter.write_line(f"{name:46}{cells}")
+        reasons = sorted({(method, why) for _, row in rows for method, why in row.items() if not isinstance(why, int)})
+        for method, why in reasons:
+            classes = [name for name, row in sorted(rows) if row[method] == why]
+            terminalreporter.write_line(f"— {method}: {why}: {', '.join(classes)}")

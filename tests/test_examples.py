@@ -49,7 +49,7 @@ def sentiment() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def lora(sentiment) -> dict:
-    return sentiment.main(["--method", "lora", "--rank", "2", *SMALL])
+    return sentiment.main(["--method", "lora", "--set", "lora_r=2", *SMALL])
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from conftest import build, fresh, noisy, train_deltas
 
 import jdelta
-from jdelta import backbone, common_names, surgery
+from jdelta import surgery
 
 METHODS = {
     "lora": (jdelta.LoraModel, {"lora_r": 2}),

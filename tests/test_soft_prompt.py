@@ -107,7 +107,11 @@ def close(found, expected, tolerance=TOLERANCE):
 # --- against a larger vocabulary
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Built of the same parts as another: the matrix has them by shapes.
+TWINS = ("blenderbot-small", "mbart", "marian", "mt5", "xlm-roberta", "mistral")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TWINS])
 def test_a_prompt_is_tokens_of_a_larger_vocabulary(family):
     name = zoo.REPRESENTATIVE[family]
     larger = zoo.build(name, words(family, WORDS + N), _do_init=False)
@@ -120,16 +124,12 @@ def test_a_prompt_is_tokens_of_a_larger_vocabulary(family):
     cut[leaf] = flat[(*leaf[:-2], "embedding")][WORDS:]
 
     inputs = zoo.inputs(name, length=LENGTH)
-    mask = MASK[:, ::-1] if "roberta" in family else MASK  # padded on the side that is usual there
+    mask = MASK
     ids = jnp.where(mask, inputs["input_ids"], 0)
     inputs |= {"input_ids": ids, "attention_mask": jnp.asarray(mask)}
-    if family == "electra":  # whose default token type is 1; a prompt's is 0
-        inputs["token_type_ids"] = jnp.zeros_like(ids)
     prompt = jnp.broadcast_to(jnp.arange(WORDS, WORDS + N), (2, N))
     longer = {**inputs, "input_ids": jnp.concatenate([prompt, ids], 1)}
     longer["attention_mask"] = jnp.concatenate([jnp.ones_like(prompt), inputs["attention_mask"]], 1)
-    if family == "electra":
-        longer["token_type_ids"] = jnp.zeros_like(longer["input_ids"])
     more = {"output_hidden_states": True, "output_attentions": family != "longt5"}
     expected = run(larger, params, **longer, **more)
     found = run(model, unflatten_dict(cut), **inputs, **more)

@@ -1,6 +1,6 @@
 """Soft prompts agree with PyTorch PEFT's prompt tuning: logits, and the gradient of the prompt.
 
-The torch model gets random weights, saved and loaded into Flax; PEFT's random prompt goes into jdelta's leaf. Torch then
+The torch model gets random weights, saved and loaded into Flax; PEFT's random prompt goes into jdelta's leaf. Torch
 computes in float64, so that what remains is the rounding of jax's float32: the tolerance is 1e-5 of the largest entry.
 PEFT returns the prompt's positions too, jdelta the caller's alone: the others are compared. Sequence classification is
 not among the tasks, since PEFT pools at the first position, which is the prompt's, and jdelta at the caller's.

@@ -94,13 +94,13 @@ class Prompted(nn.Module):
       prompt_ids: the prompt's ids.
       entry: path of the module, the host or one inside it, that takes the ids to be embedded.
       exit: path of the module, the host or one inside it, whose output loses the prompt; `None` if the prompt stays.
-      positions: how many positions the host has, if that is limited.
+      positions: the positions that the host has, if they are limited.
     """
 
     prompt_ids: range
     entry: Path
     exit: Path | None
-    positions: int | None
+    positions: range | None
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
@@ -136,18 +136,18 @@ class Prompted(nn.Module):
         return _cut(output, ids.shape[1] + n, n) if self.exit == host.frame.path else output
 
     def _check_length(self, module: nn.Module, prompt: int, length: int) -> None:
-        if self.positions is not None and prompt + length > self.positions:
+        if self.positions is not None and prompt + length > (limit := len(self.positions)):
             tokens = f"a prompt of {prompt} tokens and an input of {length}" if prompt else "prompt, input and output"
             raise ValueError(
                 f"soft prompt at {describe(module)}: {tokens} make {prompt + length} positions, and the model has "
-                f"{self.positions}: {prompt + length - self.positions} too many. Shorten the input, or take a lower "
+                f"{limit}: {prompt + length - limit} too many. Shorten the input, or take a lower "
                 "soft_token_num."
             )
 
     def _prompted(self, module_type: type, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with the prompt's ids before the others."""
         key, ids = main_input(module_type, args, kwargs)
-        prompt = jnp.array(self.prompt_ids, ids.dtype)
+        prompt = jnp.array(self.prompt_ids, jnp.int32)
         prompt = jnp.broadcast_to(prompt, (*ids.shape[:-1], len(prompt)))
         return with_main_input(args, kwargs, key, jnp.concatenate([prompt, ids], axis=-1))
 
@@ -160,10 +160,10 @@ class Prompted(nn.Module):
             given["attention_mask"] = _before(mask, jnp.ones((len(mask), n), mask.dtype))
         if "token_type_ids" in bound.signature.parameters:
             types = jnp.zeros_like(ids) if types is None else types
-            given["token_type_ids"] = _before(types, jnp.zeros((len(types), n), types.dtype))
+            given["token_type_ids"] = _before(types, jnp.repeat(types[:, :1], n, axis=1))
         if "position_ids" in bound.signature.parameters:
             places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) if places is None else places
-            first = jnp.maximum(places[:, :1], 0)  # RoBERTa begins at 2; padding on the left may be at -1
+            first = jnp.maximum(places[:, :1], self.positions.start if self.positions else 0)  # padding may be before
             given["position_ids"] = _before(places + n, first + jnp.arange(n))
         return bound.args[1:], bound.kwargs
 
@@ -245,7 +245,10 @@ class SoftPromptModel(DeltaModel):
             raise ValueError(f"SoftPromptModel goes before one input; {list(patterns)} mean {names}. Name one.")
         host = hosts[0]
         callers = structure.callers(host)
-        if any(_attends_to_encoder(info) for info in callers):
+        top, entry, exit = _extent(structure, host, callers)
+        reading = [info for info in callers if _attends_to_encoder(info)]
+        layers = common_names.known(structure, ["attn"])
+        if reading and not all(_within(structure, info, reading) for info in layers):
             raise TypeError(
                 f"SoftPromptModel: {host.name} takes the tokens of a decoder whose encoder takes none; a prompt before "
                 "the encoder's input needs token ids there."
@@ -253,8 +256,8 @@ class SoftPromptModel(DeltaModel):
         ids = self._ids(host)
         table = PromptTable(ids, host.y.shape[-1], self.config.init_range)
         yield Edit(host.path, "around", table, leaf=(self.name,))
-        top, entry, exit = _extent(structure, host, callers)
-        decoders = [info for info in structure if _attends_to_encoder(info)]
+        reads = [info for info in structure if _attends_to_encoder(info) and info not in callers]
+        decoders = [info for info in reads if not _within(structure, info, [top, *reads])]
         around = Prompted(ids, entry, None if decoders else exit, backbone.positions(top))
         yield Edit(top.path, "around", around, leaf=(self.name,), helps=True)
         for info in decoders:
@@ -292,6 +295,11 @@ def _extent(structure: Structure, host: ModuleInfo, callers: Sequence[ModuleInfo
             return top, path[i - 1].path, last[last.index(top) - 1].path
     root = path[-1]
     return root, root.path, root.path
+
+
+def _within(structure: Structure, info: ModuleInfo, others: Sequence[ModuleInfo]) -> bool:
+    """Whether a module is called inside one of the others."""
+    return any(caller in others for caller in structure.callers(info))
 
 
 def _attends_to_encoder(info: ModuleInfo) -> bool:
