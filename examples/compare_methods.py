@@ -29,16 +29,13 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs that were asked for, from the file or made now; each a dict."""
     file = args.out / "runs.json"
     done = json.loads(file.read_text()) if file.exists() else []
-    budget = {"epochs": args.epochs, "batch_size": args.batch_size, "train_sentences": args.train_sentences}
+    budget = {name: getattr(args, name) for name in ("epochs", "batch_size", "train_sentences", "test_sentences")}
     asked = [{"method": method, "seed": seed, **budget} for seed in args.seeds for method in args.methods]
     for run in asked:
         if any(run.items() <= other.items() for other in done):
             continue
-        argv = ["--method", run["method"], "--seed", run["seed"]]
-        argv += ["--epochs", args.epochs, "--batch-size", args.batch_size]
-        if args.train_sentences is not None:
-            argv += ["--train-sentences", args.train_sentences]
-        results = sentiment.main([str(a) for a in argv])
+        options = {f"--{name.replace('_', '-')}": value for name, value in run.items() if value is not None}
+        results = sentiment.main([str(word) for option in options.items() for word in option])
         done.append({**run, **{key: results[key] for key in KEPT}})
         args.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(done, indent=1) + "\n")
@@ -101,6 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=sentiment.positive, default=4, help="passes over the training sentences")
     add("--batch-size", type=sentiment.positive, default=16, help="sentences a step")
     add("--train-sentences", type=sentiment.positive, default=None, help="the first so many only; None for all")
+    add("--test-sentences", type=sentiment.positive, default=sentiment.HELD_OUT, help="judge by the first so many only")
     add("--out", type=Path, default=Path("comparison"), help="folder of runs.json and comparison.png")
     return parser.parse_args(argv)
 

@@ -69,7 +69,7 @@ METHODS = {
     "parallel_adapter": Method(1e-3),
     "low_rank_adapter": Method(3e-3, {"zero_up": True}),
     "compacter": Method(3e-3, {"zero_up": True}),
-    "bitfit": Method(1.5e-3),
+    "bitfit": Method(3e-3, {"modified_modules": ["bert"]}, classifier_rate=3e-3),
     "prefix": Method(2e-4),
     "soft_prompt": Method(3e-2, {"soft_token_num": 20}),
     "full": Method(5e-5, trains=("bert",)),

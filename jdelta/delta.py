@@ -287,7 +287,7 @@ class DeltaModel:
 
     def shapes(self) -> Tree:
         """Shapes of the delta's own leaves, as a tree to be grafted into the backbone's."""
-        return self._only_own(jax.eval_shape(self._init_model, self._rng))
+        return self._shapes
 
     def init(self, rng: int | jax.Array, params: Tree | None = None) -> Tree:
         """Fresh values of the delta's own leaves, as a tree to be grafted into the backbone's.
@@ -380,7 +380,11 @@ class DeltaModel:
         def find(patterns: Sequence[str]) -> list[ModuleInfo]:
             if not common:
                 return self._structure.find(patterns, exclude)
-            found = [info.name for info in common_names.resolve(self._structure, addressing.checked(patterns))]
+            try:
+                resolved = common_names.resolve(self._structure, addressing.checked(patterns))
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: {error}") from error
+            found = [info.name for info in resolved]
             return self._structure.find([f"[r]^{re.escape(name)}" for name in found], exclude) if found else []
 
         return find
@@ -418,7 +422,7 @@ class DeltaModel:
         known = {path for path in surgery.flatten(self._structure.params)}
         known.update(path for a in others if a.name != self.name for path in a.leaves)
         shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
-        draft[index] = self._attachment_of(edits, shapes)
+        draft[index], own = self._attachment_of(edits, shapes)
 
         module, params = self._face.module, self._face.params
         after = params
@@ -426,6 +430,7 @@ class DeltaModel:
             have = surgery.flatten(params)
             fresh = [p for p in draft[index].leaves if (*surgery.root(params), *p) not in have]
             after = surgery.graft(params, self._initial_values(draft, fresh, params)) if fresh else params
+        start = surgery.root(everything)
         try:
             self._face.module = instrument(module, draft)
             if params is not None:
@@ -437,18 +442,19 @@ class DeltaModel:
             if params is not None:
                 self._face.params = params
             raise
+        self._shapes = surgery.unflatten({(*start, *path): shape for path, shape in own.items()})
 
-    def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> Attachment:
-        """The attachment of these edits, whose layers have leaves of these shapes."""
-        source, own = self.shared(shapes), list(shapes)
+    def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, Any]) -> tuple[Attachment, dict[Path, Any]]:
+        """The attachment of these edits, whose layers have leaves of these shapes; and the shapes of its own leaves."""
+        source, own = self.shared(shapes), dict(shapes)
         made: tuple[Path, ...] = ()
         if source is not None:
             output, variables = jax.eval_shape(source.init_with_output, self._rng)
             made = tuple(path for path in shapes if path in output)
-            own = [path for path in shapes if path not in made]
-            own += [(self.name, *path) for path in surgery.flatten(variables["params"])]
+            own = {path: shape for path, shape in shapes.items() if path not in made}
+            own |= {(self.name, *path): shape for path, shape in surgery.flatten(variables["params"]).items()}
         fixed = frozenset(path for path in own if self.frozen(path))
-        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made)
+        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made), own
 
     def _write_out(self, params: Tree | None, config: DeltaConfig) -> Tree:
         """Puts what the source makes into the tree in place of its parameters. `config` is then the delta's own."""
@@ -466,6 +472,7 @@ class DeltaModel:
         others = attachments_of(self._face.module)
         self._face.module = instrument(self._face.module, [written if a.name == own.name else a for a in others])
         self.config = config
+        self._shapes = surgery.shapes(_select(folded, written.leaves))
         if params is None and self._face.params is not None:
             self._face.params = folded
         return folded

@@ -41,11 +41,10 @@ def generating(cls: type, prompted: bool) -> type:
         prompt = jnp.array(prompt_ids(self.module), jnp.int32)
         n, rows = len(prompt), len(input_ids)
         ids = jnp.concatenate([jnp.broadcast_to(prompt, (rows, n)), jnp.asarray(input_ids, jnp.int32)], axis=1)
-        for name in ("attention_mask", "token_type_ids"):
+        for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
             if kwargs.get(name) is not None:
                 given = jnp.asarray(kwargs[name])
-                new = jnp.ones((rows, n), given.dtype) if name == "attention_mask" else jnp.repeat(given[:, :1], n, 1)
-                kwargs[name] = jnp.concatenate([new, given], axis=1)
+                kwargs[name] = jnp.concatenate([jnp.full((rows, n), fill, given.dtype), given], axis=1)
         config = generation_config or self.generation_config
         decoder_only = not self.config.is_encoder_decoder
         if decoder_only:  # lengths count the input

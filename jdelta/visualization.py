@@ -65,7 +65,7 @@ class Visualization:
         params = surgery.shapes(params)
         flags = mask(params) if callable(mask) else mask
         carried = attachments_of(self._face.module)
-        deltas = {path for a in carried for path in (a.trained if a.active else a.leaves)}
+        deltas = {path for a in carried for path in (*a.leaves, *(a.borrowed if a.active else ()))}
         leaves = _leaves(params, flags, deltas)
         node = fold(build(structure, leaves))
         console = console or Console()

@@ -68,6 +68,37 @@ def test_sentiment_gives_finite_results_and_leaves_the_backbone_untouched(method
     assert results["frozen_leaves"] > 50
 
 
+def test_sentiment_takes_every_method(sentiment):
+    import jax
+
+    model = sentiment.load_model(0)
+    widths = {"lora": 338_690, "adapter": 226_850, "bitfit": 26_114, "soft_prompt": 20 * 384 + 770}
+    for method in sentiment.METHODS:
+        delta = sentiment.build_delta(model, sentiment.parse(["--method", method]))
+        trainable = sentiment.count(delta.partition()[0])
+        assert trainable == widths.get(method, trainable) >= 770
+        delta.detach()
+    words = ["--method", "soft_prompt", "--set", "soft_token_num=3", "--set", 'modified_modules=["word_embeddings"]']
+    delta = sentiment.build_delta(model, sentiment.parse(words))
+    assert jax.tree.leaves(delta.shapes())[0].shape == (3, 384)
+
+
+def test_compare_methods_prints_a_table_draws_a_picture_and_runs_nothing_twice(sentiment, tmp_path, capsys):
+    compare = load("compare_methods")
+    words = ["--methods", "head", "soft_prompt", "--seeds", "0", "--epochs", "1", "--train-sentences", "16"]
+    words += ["--test-sentences", "16", "--out", str(tmp_path)]
+    rows = compare.main(words)
+    assert {row["method"] for row in rows} == {"head", "soft_prompt"}
+    assert rows[0]["accuracy"] >= rows[1]["accuracy"]
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert len(runs) == 2
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "of each seed" in capsys.readouterr().out
+    assert compare.main(words) == rows
+    assert "training" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "runs.json").read_text()) == runs
+
+
 def test_sentiment_counts_what_trains(lora, bitfit):
     width, inner, head = 384, 1536, 2 * 384 + 2
     assert lora["trainable"] == 2 * (6 * (4 * 2 * width + 2 * (width + inner)) + 2 * width) + head

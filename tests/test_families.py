@@ -84,9 +84,9 @@ def test_default_positions_are_those_of_the_table_on_every_layer(method, family)
     assert len(delta.targets) == layers * len(POSITIONS[method][family])
 
 
-@pytest.mark.parametrize("family", CLASSES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_delta_leaves_the_output_at_first_then_changes_it_and_comes_off(method, family):
+def test_a_delta_leaves_the_output_at_first_then_changes_it_and_comes_off(method):
+    family = "bert"  # test_matrix has the others
     model = fresh(family, CLASSES[family])
     base, before = model.params, call(model, family).logits
     cls, arguments = METHODS[method]

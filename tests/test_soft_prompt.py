@@ -127,9 +127,13 @@ def test_a_prompt_is_tokens_of_a_larger_vocabulary(family):
     mask = MASK
     ids = jnp.where(mask, inputs["input_ids"], 0)
     inputs |= {"input_ids": ids, "attention_mask": jnp.asarray(mask)}
+    if family == "electra":  # whose default token type is 1; a prompt's is 0, as in PEFT
+        inputs["token_type_ids"] = jnp.zeros_like(ids)
     prompt = jnp.broadcast_to(jnp.arange(WORDS, WORDS + N), (2, N))
     longer = {**inputs, "input_ids": jnp.concatenate([prompt, ids], 1)}
     longer["attention_mask"] = jnp.concatenate([jnp.ones_like(prompt), inputs["attention_mask"]], 1)
+    if family == "electra":
+        longer["token_type_ids"] = jnp.zeros_like(longer["input_ids"])
     more = {"output_hidden_states": True, "output_attentions": family != "longt5"}
     expected = run(larger, params, **longer, **more)
     found = run(model, unflatten_dict(cut), **inputs, **more)

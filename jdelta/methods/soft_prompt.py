@@ -160,7 +160,7 @@ class Prompted(nn.Module):
             given["attention_mask"] = _before(mask, jnp.ones((len(mask), n), mask.dtype))
         if "token_type_ids" in bound.signature.parameters:
             types = jnp.zeros_like(ids) if types is None else types
-            given["token_type_ids"] = _before(types, jnp.repeat(types[:, :1], n, axis=1))
+            given["token_type_ids"] = _before(types, jnp.zeros((len(types), n), types.dtype))
         if "position_ids" in bound.signature.parameters:
             places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) if places is None else places
             first = jnp.maximum(places[:, :1], self.positions.start if self.positions else 0)  # padding may be before
