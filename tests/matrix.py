@@ -1,0 +1,69 @@
+"""Which method fits which Flax class of transformers, and why not: for the tests that go through all."""
+
+import pytest
+import zoo
+
+import jdelta
+
+METHODS = {
+    "lora": (jdelta.LoraModel, {"lora_r": 2, "lora_alpha": 2}),
+    "adapter": (jdelta.AdapterModel, {"bottleneck_dim": 3, "zero_up": True}),
+    "parallel_adapter": (jdelta.ParallelAdapterModel, {"bottleneck_dim": 3, "zero_up": True}),
+    "low_rank_adapter": (jdelta.LowRankAdapterModel, {"reduction_factor": 4, "zero_up": True}),
+    "compacter": (jdelta.CompacterModel, {"reduction_factor": 2, "zero_up": True}),
+    "bitfit": (jdelta.BitFitModel, {}),
+    "prefix": (jdelta.PrefixModel, {"prefix_token_num": 2, "embed_dim": 3, "mid_dim": 4}),
+    "soft_prompt": (jdelta.SoftPromptModel, {"soft_token_num": 4}),
+}
+# Default positions by common names, as `methods.md` has them: every module that has one of these names.
+POSITIONS = {
+    "lora": ["attn.q", "attn.v"],
+    "adapter": ["attn.proj", "ff.w2"],
+    "parallel_adapter": ["attn", "ff.w2"],
+    "low_rank_adapter": ["attn.proj", "ff.w2"],
+    "compacter": ["attn.proj", "ff.w2"],
+    "prefix": ["attn"],
+    "bitfit": ["attn", "crossattn", "ff", "layer_norm", "lm_head.proj"],  # and below them
+    "soft_prompt": ["embeddings"],  # the first
+}
+WITHOUT_ATTENTION = {
+    "lora": ["conv"],
+    "adapter": ["block"],
+    "low_rank_adapter": ["block"],
+    "compacter": ["block"],
+    "bitfit": ["block"],
+}
+
+NO_ATTENTION, NO_TOKENS, DECODER_TOKENS = "no attention", "no tokens", "tokens in the decoder alone"
+# what the errors say of it
+MESSAGES = {
+    NO_ATTENTION: "has none of the common names attn",
+    NO_TOKENS: "take no token ids|has none of the common names embeddings",
+    DECODER_TOKENS: "takes the tokens of a decoder whose encoder takes none",
+}
+# family or class -> method -> why it does not fit
+REASONS = {
+    **{family: {"soft_prompt": NO_TOKENS} for family in ("vit", "beit", "dinov2", "wav2vec2", "resnet", "regnet")},
+    **{family: {"soft_prompt": DECODER_TOKENS} for family in ("vision-encoder-decoder", "speech-encoder-decoder")},
+    "FlaxWhisperModel": {"soft_prompt": DECODER_TOKENS},
+    "FlaxWhisperForConditionalGeneration": {"soft_prompt": DECODER_TOKENS},
+    "FlaxWhisperForAudioClassification": {"soft_prompt": NO_TOKENS},
+}
+for _family in ("resnet", "regnet"):
+    REASONS[_family] |= {"parallel_adapter": NO_ATTENTION, "prefix": NO_ATTENTION}
+# Leaves that train and cannot matter: the cross-attention of a decoder that is called without an encoder.
+UNREACHED = {"FlaxBartForCausalLM": r"encoder_attn"}
+
+
+def reason(name: str, method: str) -> str | None:
+    return REASONS.get(name, REASONS.get(zoo.family_of(name), {})).get(method)
+
+
+def attach(model, name: str, method: str):
+    """The delta at default positions, or `None` where it does not fit and says so."""
+    cls, arguments = METHODS[method]
+    if (why := reason(name, method)) is None:
+        return cls(model, **arguments)
+    with pytest.raises((TypeError, ValueError), match=MESSAGES[why]):
+        cls(model, **arguments)
+    return None
