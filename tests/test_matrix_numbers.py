@@ -41,7 +41,7 @@ def new_leaves(tree, known):
 @pytest.mark.parametrize("family", sorted(zoo.REPRESENTATIVE))
 def test_every_method_on_a_class_of_each_family_with_numbers(family):
     name = zoo.REPRESENTATIVE[family]
-    model = zoo.build(name, _do_init=False)
+    model = zoo.build(name, zoo.one_layer(family), _do_init=False)
     x, base = zoo.inputs(model), random_weights(model.params_shape_tree)
 
     def run(function, *arguments):

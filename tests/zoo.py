@@ -136,6 +136,14 @@ def config(family: str, **changes):
     return getattr(transformers, name)(**{**sizes, **parts, **changes})
 
 
+def one_layer(family: str) -> dict:
+    """What changes a family's tiny configuration into one of a single layer, where its layers are all alike."""
+    if family in PARTS:
+        return {argument: one_layer(part) for argument, (part, _) in PARTS[family].items()}
+    names = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"}
+    return {} if family == "gpt_neo" else dict.fromkeys(names & FAMILIES[family][1].keys(), 1)
+
+
 def build(class_name: str, changes: dict | None = None, **kwargs):
     """A tiny model of a class.
 
