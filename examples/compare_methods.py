@@ -11,6 +11,7 @@ methods and seeds. What is run is `sentiment.py`, with the arguments and learnin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import sentiment
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -55,9 +57,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """The comparison as a table."""
-    made = Table(title=title, title_justify="left")
-    for name in ("method", "accuracy", "of each seed", "trained", "share", "stored", "seconds a step"):
-        made.add_column(name, justify="left" if name == "method" else "right")
+    made = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for name in ("method", "accuracy", "of each seed", "trained", "share", "s/step"):
+        made.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         made.add_row(
             row["method"],
@@ -65,24 +67,22 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
             " ".join(f"{a:.4f}" for a in row["accuracies"]),
             f"{row['trainable']:,}",
             f"{row['trainable'] / row['parameters']:.3%}",
-            sentiment.size_of(row["stored_bytes"]),
             f"{row['seconds']:.3f}",
         )
     return made
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
-    """The comparison as a picture: accuracy against what is stored for a task, a point for each method."""
+    """The comparison as a picture: accuracy against what is stored for a task, a mark for each method."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for row in rows:
+    for row, marker in zip(rows, itertools.cycle("os^vD*PXph")):
         parameters = row["stored_bytes"] / 4  # float32
         low, high = min(row["accuracies"]), max(row["accuracies"])
         errors = [[row["accuracy"] - low], [high - row["accuracy"]]]
-        axes.errorbar(parameters, row["accuracy"], yerr=errors, fmt="o", capsize=3)
-        axes.annotate(row["method"], (parameters, row["accuracy"]), xytext=(6, 5), textcoords="offset points")
+        axes.errorbar(parameters, row["accuracy"], yerr=errors, fmt=marker, capsize=3, label=row["method"])
     axes.set(xscale="log", xlabel="parameters stored for the task", ylabel="held-out accuracy", title=title)
-    axes.margins(x=0.15, y=0.1)
+    axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 
