@@ -1,6 +1,10 @@
 """Small models, built once: tests that change one attach to a copy."""
 
 import copy
+import os
+
+# Before jax is imported: the tests compile many tiny programs, most of them for one run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import jax.numpy as jnp

@@ -85,7 +85,7 @@ def test_sentiment_takes_every_method(sentiment):
 
 def test_compare_methods_prints_a_table_draws_a_picture_and_runs_nothing_twice(sentiment, tmp_path, capsys):
     compare = load("compare_methods")
-    words = ["--methods", "head", "soft_prompt", "--seeds", "0", "--epochs", "1", "--train-sentences", "16"]
+    words = ["--methods", "head", "soft_prompt", "--seeds", "0", "--epochs", "1", "--train-sentences", "96"]
     words += ["--test-sentences", "16", "--out", str(tmp_path)]
     rows = compare.main(words)
     assert {row["method"] for row in rows} == {"head", "soft_prompt"}
