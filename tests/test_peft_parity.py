@@ -16,18 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers  # so that it finds torch, or is not loaded
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from parity import TOLERANCE, assert_close, loss_of, peft, torch
 
 import jdelta
 
-REASON = "compares with PyTorch PEFT: pip install 'jdelta[parity]'"
-torch = pytest.importorskip("torch", reason=REASON)
-peft = pytest.importorskip("peft", reason=REASON)
-
-import transformers  # noqa: E402  # so that it finds torch, or is not loaded
-
-TOLERANCE = 1e-5
 RANK, ALPHA = 4, 16
 
 BERT = transformers.BertConfig(
@@ -184,21 +179,6 @@ def check_gradients(pair: Pair) -> None:
     found = flatten_dict(grads)
     for path, gradient in zip(pair.torch_leaves, expected, strict=True):
         assert_close(found[path], to_flax(gradient).reshape(found[path].shape), ".".join(path))
-
-
-def loss_of(logits: Any) -> Any:
-    """A scalar with a different weight for each logit, in either framework."""
-    weights = np.cos(np.arange(np.prod(logits.shape), dtype=np.float32)).reshape(tuple(logits.shape))
-    if isinstance(logits, torch.Tensor):
-        return (logits * torch.tensor(weights) + 0.1 * logits**2).mean()
-    return (logits * weights + 0.1 * logits**2).mean()
-
-
-def assert_close(found: Any, expected: np.ndarray, what: str) -> None:
-    scale = np.abs(expected).max()
-    assert scale > 0
-    difference = np.abs(np.asarray(found) - expected).max() / scale
-    assert difference < TOLERANCE, f"{what}: differs by {difference:.1e} of its largest entry"
 
 
 def add_noise(model: Any) -> None:

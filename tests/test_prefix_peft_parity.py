@@ -31,19 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers  # so that it finds torch, or is not loaded
 from flax.traverse_util import flatten_dict, unflatten_dict
+from parity import TOLERANCE, assert_close, loss_of, peft, torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import jdelta
 from jdelta.interception import attachments_of
 
-REASON = "compares with PyTorch PEFT: pip install 'jdelta[parity]'"
-torch = pytest.importorskip("torch", reason=REASON)
-peft = pytest.importorskip("peft", reason=REASON)
-
-import transformers  # noqa: E402  # so that it finds torch, or is not loaded
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # noqa: E402
-
-TOLERANCE = 1e-5
 TOKENS = 3
 LENGTH = 7
 WORDS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -367,19 +362,3 @@ def in_order_of(order: tuple, path: tuple[str, ...], array: np.ndarray) -> np.nd
     parts = np.split(array, 4, axis=-1)
     layers = {leaf: 2 * int(leaf[2]) + (leaf[-1] == "values") for leaf, _ in order}  # transformer.h.<layer>.attn
     return np.concatenate([parts[layers[leaf]] for leaf, _ in order], axis=-1)
-
-
-def loss_of(logits: Any) -> Any:
-    """A scalar with a different weight for each logit, in either framework."""
-    weights = np.cos(np.arange(np.prod(logits.shape), dtype=np.float32)).reshape(tuple(logits.shape))
-    if isinstance(logits, torch.Tensor):
-        return (logits * torch.tensor(weights) + 0.1 * logits**2).mean()
-    return (logits * weights + 0.1 * logits**2).mean()
-
-
-def assert_close(found: Any, expected: np.ndarray, what: str) -> None:
-    scale = np.abs(expected).max()
-    assert scale > 0
-    difference = np.abs(np.asarray(found) - expected).max() / scale
-    print(f"{what}: {difference:.1e}")
-    assert difference < TOLERANCE, f"{what}: differs by {difference:.1e} of its largest entry"

@@ -14,19 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
+import transformers  # so that it finds torch, or is not loaded
 import zoo
 from flax.traverse_util import flatten_dict, unflatten_dict
+from parity import peft, torch
 
 import jdelta
 
-REASON = "compares with PyTorch PEFT: pip install 'jdelta[parity]'"
-torch = pytest.importorskip("torch", reason=REASON)
-peft = pytest.importorskip("peft", reason=REASON)
-
-import transformers  # noqa: E402  # so that it finds torch, or is not loaded
-
-TOLERANCE = 1e-5
 TOKENS = 3
 LENGTH = 7
 
@@ -109,7 +105,7 @@ def test_logits_are_those_of_peft(pair: tuple[Numbers, Numbers]) -> None:
     expected, found = pair
     assert_close(found.logits, expected.logits, "logits")
     # The comparison says something: the prompt moved the logits by much more than the tolerance.
-    assert np.abs(expected.logits - expected.bare).max() > 1000 * TOLERANCE * np.abs(expected.logits).max()
+    assert np.abs(expected.logits - expected.bare).max() > 1000 * parity.TOLERANCE * np.abs(expected.logits).max()
 
 
 def test_the_gradient_of_the_prompt_is_that_of_peft(pair: tuple[Numbers, Numbers]) -> None:
@@ -146,8 +142,4 @@ def assert_close(found: Any, expected: np.ndarray, what: str) -> None:
     found, expected = np.array(found), np.array(expected)
     if what == "logits":
         found[1, 5:] = expected[1, 5:] = 0
-    scale = np.abs(expected).max()
-    assert scale > 0
-    difference = np.abs(found - expected).max() / scale
-    print(f"{what}: {difference:.1e}")
-    assert difference < TOLERANCE, f"{what}: differs by {difference:.1e} of its largest entry"
+    parity.assert_close(found, expected, what)

@@ -245,9 +245,9 @@ class SoftPromptModel(DeltaModel):
             raise ValueError(f"SoftPromptModel goes before one input; {list(patterns)} mean {names}. Name one.")
         host = hosts[0]
         callers = structure.callers(host)
-        top, entry, exit = _extent(structure, host, callers)
-        reading = [info for info in callers if _attends_to_encoder(info)]
         layers = common_names.known(structure, ["attn"])
+        top, entry, exit = _extent(structure, [host, *callers], layers)
+        reading = [info for info in callers if _attends_to_encoder(info)]
         if reading and not all(_within(structure, info, reading) for info in layers):
             raise TypeError(
                 f"SoftPromptModel: {host.name} takes the tokens of a decoder whose encoder takes none; a prompt before "
@@ -283,12 +283,13 @@ class SoftPromptModel(DeltaModel):
         return {path: jnp.resize(table[:n], (n, table.shape[1])).astype(jnp.float32) for path, table in rows.items()}
 
 
-def _extent(structure: Structure, host: ModuleInfo, callers: Sequence[ModuleInfo]) -> tuple[ModuleInfo, Path, Path]:
+def _extent(
+    structure: Structure, path: Sequence[ModuleInfo], attention: Sequence[ModuleInfo]
+) -> tuple[ModuleInfo, Path, Path]:
     """Where a prompt is in the model: the module that calls both word embedding and layers, the module in it that takes
     the ids, and the last that has layers in it. In a model whose layers are unknown, the root is all three."""
-    layers = [[info, *structure.callers(info)] for info in common_names.known(structure, ["attn"])]
+    layers = [[info, *structure.callers(info)] for info in attention]
     inside = {info.path for stack in layers for info in stack}
-    path = [host, *callers]
     for i, top in enumerate(path):
         if top.path in inside:
             last = next(stack for stack in reversed(layers) if top in stack)
