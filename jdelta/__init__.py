@@ -7,6 +7,7 @@ from jdelta.backbone import Backbone
 from jdelta.common_names import register_common_names
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
+from jdelta.finetuned import Finetuned
 from jdelta.interception import Edit
 from jdelta.methods.adapter import AdapterConfig, AdapterModel
 from jdelta.methods.bitfit import BitFitConfig, BitFitModel
@@ -34,6 +35,7 @@ __all__ = [
     "DeltaConfig",
     "DeltaModel",
     "Edit",
+    "Finetuned",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from jdelta.config import DeltaConfig, did_you_mean
+from jdelta import backbone, hub
+from jdelta.config import DeltaConfig, config_from_dict, require_known
 from jdelta.delta import METHODS, DeltaModel
+from jdelta.finetuned import Finetuned, listing
+from jdelta.interception import attachments_of
 
 
 class AutoDeltaConfig:
@@ -33,11 +36,7 @@ class AutoDeltaConfig:
           TypeError: no mapping, an unknown key or a value of a wrong type.
           ValueError: `delta_type` is missing or unknown, or a value is beyond its limits.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"AutoDeltaConfig takes a dict with a 'delta_type', got {values!r}.")
-        if "delta_type" not in values:
-            raise ValueError(f"the configuration has no 'delta_type'. There are: {', '.join(sorted(METHODS))}.")
-        return _method(values["delta_type"]).config_class.from_dict(values)
+        return config_from_dict(values)
 
     @classmethod
     def from_json_string(cls, text: str) -> DeltaConfig:
@@ -78,11 +77,48 @@ class AutoDeltaModel:
                 f"AutoDeltaModel.from_config takes a configuration such as LoraConfig(lora_r=4), got {config!r}. "
                 "AutoDeltaConfig.from_dict makes one from a dict."
             )
-        return _method(config.delta_type).from_config(config, backbone_model, name=name, rng=rng)
+        require_known(config.delta_type)
+        return METHODS[config.delta_type].from_config(config, backbone_model, name=name, rng=rng)
 
+    @classmethod
+    def from_finetuned(
+        cls,
+        source: str | os.PathLike[str] | Finetuned,
+        backbone_model: Any,
+        name: str | None = None,
+        check_hash: bool | Literal["warn"] = "warn",
+        revision: str | None = None,
+    ) -> DeltaModel:
+        """Attaches a saved delta, with its values, the classifier head that trained with it, and what trains.
 
-def _method(delta_type: Any) -> type[DeltaModel]:
-    if not isinstance(delta_type, str) or delta_type not in METHODS:
-        near = did_you_mean(str(delta_type), METHODS)
-        raise ValueError(f"no method has delta_type {delta_type!r}.{near} There are: {', '.join(sorted(METHODS))}.")
-    return METHODS[delta_type]
+            delta = jdelta.AutoDeltaModel.from_finetuned("out/", backbone_model=model)
+
+        The values have the bits and the dtype that were saved. Where `model.params` holds shapes, they stand among
+        these; with a model made with `_do_init=False`, call `delta.load_finetuned(source, params)` on your own tree.
+
+        Args:
+          source: a folder that `save_finetuned` wrote, `"user/name"` on the Hub, or what `finetuned` gave.
+          backbone_model: as in the constructor of `DeltaModel`.
+          name: the delta's name in the tree; by default that which it had, or if it is taken, a numbered one.
+          check_hash, revision: as in `DeltaModel.load_finetuned`.
+
+        Raises:
+          FileNotFoundError: no such folder or repository.
+          ConnectionError: no such folder, and the Hub cannot be reached.
+          TypeError, ValueError: as `DeltaModel.load_finetuned`. The model is then as it was.
+        """
+        found = source if isinstance(source, Finetuned) else Finetuned.read(hub.fetch(source, revision))
+        if found.inserted:
+            raise ValueError(
+                f"delta {found.name!r} has layers that were put in by hand, at {listing(found.inserted)}. Put them "
+                "into this model in the same way, and call load_finetuned on that delta."
+            )
+        face = backbone.face_of(backbone_model)
+        if name is None and found.name not in {a.name for a in attachments_of(face.module)}:
+            name = found.name
+        with backbone.unchanged_on_error(face):
+            delta = cls.from_config(found.config, backbone_model, name=name)
+            delta.load_finetuned(found, check_hash=check_hash)
+            if found.exclude is not None:
+                delta.freeze_module(found.exclude)
+        return delta

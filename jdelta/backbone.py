@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -23,6 +24,16 @@ class Face(Protocol):
     module: nn.Module
     params: Tree | None  # None: the user holds them elsewhere
     traced: tuple[nn.Module, Structure] | None  # the newest trace, and of which module it was
+
+    @property
+    def kind(self) -> str:
+        """The name of its class."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Where it was loaded from, a folder or a repository of the Hub; `""` if nobody knows."""
+        ...
 
     def init(self, module: nn.Module, rng: jax.Array) -> Tree:
         """Initialises `module`, a variant of this backbone's, on the pseudo input; the tree is laid out as `params`."""
@@ -51,6 +62,8 @@ class Backbone:
       ValueError: the dummy inputs do not fit the module, or the parameters do not.
     """
 
+    origin: str = ""
+
     def __init__(
         self,
         module: nn.Module,
@@ -76,6 +89,11 @@ class Backbone:
         else:
             _check_fit(surgery.parameters(params), surgery.parameters(initial), type(module).__name__)
         self.params: Tree = params
+
+    @property
+    def kind(self) -> str:
+        """The name of the module's class."""
+        return type(self.module).__name__
 
     def __call__(self, *args: Any, params: Tree | None = None, rngs: Any = None, **kwargs: Any) -> Any:
         """`module.apply` with `params`, or with the backbone's own. Other keywords of `apply` pass through."""
@@ -146,6 +164,14 @@ class _PretrainedFace:
     def traced(self, traced: tuple[nn.Module, Structure] | None) -> None:
         self._model._jdelta_traced = traced
 
+    @property
+    def kind(self) -> str:
+        return type(self._model).__name__
+
+    @property
+    def origin(self) -> str:
+        return getattr(self._model.config, "_name_or_path", "") or ""
+
     def init(self, module: nn.Module, rng: jax.Array) -> Tree:
         probe = copy.copy(self._model)
         probe._module = module
@@ -195,6 +221,19 @@ def positions(info: ModuleInfo) -> range | None:
     limit = getattr(config, "max_position_embeddings", None)
     first = config.pad_token_id + 1 if "roberta" in getattr(config, "model_type", "") else 0
     return None if limit is None else range(first, limit)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(face: Face) -> Iterator[None]:
+    """Whatever is raised inside, the backbone has the module and the parameters that it had."""
+    module, params = face.module, face.params
+    try:
+        yield
+    except BaseException:
+        face.module = module
+        if params is not None:
+            face.params = params
+        raise
 
 
 def _check_fit(given: Tree, wanted: Tree, name: str) -> None:

@@ -102,6 +102,33 @@ class DeltaConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
+CONFIGS: dict[str, type[DeltaConfig]] = {
+    "delta": DeltaConfig
+}  # by delta_type; a `DeltaModel` that defines one puts its own here
+
+
+def config_from_dict(values: Any) -> DeltaConfig:
+    """The configuration, of any method, that `DeltaConfig.to_dict` gave.
+
+    Raises:
+      TypeError: no mapping, an unknown key or a value of a wrong type.
+      ValueError: `delta_type` is missing or unknown, or a value is beyond its limits.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a configuration is a dict with a 'delta_type', got {values!r}.")
+    if "delta_type" not in values:
+        raise ValueError(f"the configuration has no 'delta_type'. There are: {', '.join(sorted(CONFIGS))}.")
+    require_known(values["delta_type"])
+    return CONFIGS[values["delta_type"]].from_dict(values)
+
+
+def require_known(delta_type: Any) -> None:
+    """Raises `ValueError` unless some method has this `delta_type`."""
+    if not isinstance(delta_type, str) or delta_type not in CONFIGS:
+        near = did_you_mean(str(delta_type), CONFIGS)
+        raise ValueError(f"no method has delta_type {delta_type!r}.{near} There are: {', '.join(sorted(CONFIGS))}.")
+
+
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """` Did you mean 'lora_r'?`, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta import addressing, surgery
@@ -68,11 +69,13 @@ class Structure:
       modules: name to module. The root module has the name `""`.
       uncalled: name to the reason why that part of the model cannot carry a layer.
       params: the tree of parameter shapes, without other collections.
+      tied: names of the embeddings whose rows a head computes with as well.
     """
 
     modules: Mapping[str, ModuleInfo]
     uncalled: Mapping[str, str]
     params: Tree
+    tied: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> ModuleInfo:
         return self.modules[name]
@@ -127,7 +130,9 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
             name = surgery.name_of(above)
             if name not in modules and name not in uncalled:
                 uncalled[name] = _NOT_CALLED
-    return Structure(modules, uncalled, params)
+    return Structure(
+        modules, uncalled, params, frozenset(name for name, info in modules.items() if recorder.is_tied(info))
+    )
 
 
 class _Recorder:
@@ -135,12 +140,16 @@ class _Recorder:
 
     def __init__(self, root_type: type[nn.Module]):
         self.nested: dict[str, str] = {}
+        self._handed: set[tuple[int, ...]] = set()  # shapes of the weights that nested applies were handed
+        self._attended: set[Path] = set()
         self._seen: dict[Path, ModuleInfo | None] = {}
         self._bodies: dict[Path, list[Frame | None]] = {}  # lifted module -> the call around each run of its body
         self._calls = Calls(root_type)
 
     def __call__(self, next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         if context.method_name != "__call__":
+            if context.method_name == "attend":
+                self._attended.add(context.module.scope.path)
             return next_call(*args, **kwargs)
         with self._calls.enter(context.module, args, kwargs) as frame:
             if frame.nested:
@@ -173,6 +182,11 @@ class _Recorder:
                     calls *= ratio
             yield dataclasses.replace(info, calls=round(calls))
 
+    def is_tied(self, info: ModuleInfo) -> bool:
+        """Whether a head computes with this embedding's rows as well."""
+        shape = info.params["embedding"].shape if "embedding" in info.params else ()
+        return info.path in self._attended or bool({shape, shape[::-1]} & self._handed)
+
     def _note(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> None:
         module, known, outer = frame.module, self._seen[frame.path], self._calls.outer
         own = module.scope.variables().get("params", {}) if module.scope is not None else {}
@@ -193,7 +207,8 @@ class _Recorder:
         )
 
     def _note_nested(self, frame: Frame) -> None:
-        outer = self._calls.outer
+        outer, handed = self._calls.outer, frame.module.scope.variables().get("params", {})
+        self._handed.update(jnp.shape(leaf) for leaf in jax.tree.leaves(handed) if jnp.ndim(leaf) == 2)
         if outer is not None and not outer.nested and frame.module.name:
             self.nested[surgery.name_of((*outer.path, frame.module.name))] = (
                 f"{type(frame.module).__name__} runs in a nested apply with weights handed to it (a tied head), "

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax.core import FrozenDict, freeze
+import jax.numpy as jnp
+from flax.core import FrozenDict, freeze, meta
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 Path = tuple[str, ...]
@@ -139,6 +140,22 @@ def combine(*trees: Tree, like: Tree = None) -> Tree:
                 f"combine: {len(surplus)} leaves do not belong to the tree, first {name_of(min(surplus))!r}."
             )
     return merged
+
+
+def replaced(params: Tree, values: Mapping[Path, Any]) -> Tree:
+    """The tree with other values at some paths, each in the old one's box and sharding; new paths are added."""
+    leaves = dict(flatten(params))
+    for path, value in values.items():
+        leaves[path] = in_place_of(leaves[path], value) if path in leaves else jnp.asarray(value)
+    return unflatten(leaves, like=params)
+
+
+def in_place_of(old: Any, new: Any) -> Any:
+    """A value as a tree held the old one: in its box of metadata, and with its sharding."""
+    held = meta.unbox(old)
+    placed = isinstance(held, jax.Array) and not isinstance(held, jax.core.Tracer) and held.committed
+    new = jax.device_put(new, held.sharding) if placed else jnp.asarray(new)
+    return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
 
 
 def shapes(tree: Tree) -> Tree:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -68,6 +68,16 @@ class Lora(nn.Module):
         # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
         z = x.reshape(-1, math.prod(a.shape[:-1])) @ a.reshape(-1, self.rank).astype(x.dtype)
         return self.up(z, nn.initializers.zeros).reshape(*x.shape[:-n], *self.features)
+
+    def fold(
+        self, host: ModuleInfo, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The host's weights with the update added, computed in float32."""
+        key = "embedding" if "embedding" in weights else "kernel"
+        change = self.scale * jnp.tensordot(own["a"].astype(jnp.float32), own["b"].astype(jnp.float32), 1)
+        if key == "kernel" and len(change.shape) == 2 and _is_transposed(host):
+            change = change.T
+        return {key: (weights[key] + change).astype(weights[key].dtype)}
 
     def dropped(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """The input after dropout."""
@@ -178,6 +188,20 @@ class LoraModel(DeltaModel):
                 f"lora_r={self.config.lora_r} is above the width of this module, {d_in} -> {d_out}: take at most "
                 f"{min(d_in, d_out)}, or leave it out with exclude_modules."
             )
+
+
+def _is_transposed(host: ModuleInfo) -> bool:
+    """Whether a module with a kernel of two axes stores the output's axis first; asked of the module, if need be."""
+    if issubclass(host.type, (nn.Dense, nn.DenseGeneral)):
+        return False
+    if (d := host.x.shape[-1]) != host.params["kernel"].shape[0]:
+        return True
+    with jax.ensure_compile_time_eval():
+        key_kernel, key_x = jax.random.split(jax.random.key(0))
+        kernel, x = jax.random.normal(key_kernel, (d, d)), jax.random.normal(key_x, (1, d))
+        given = {key: jnp.zeros(leaf.shape) for key, leaf in host.params.items()} | {"kernel": kernel}
+        y = host.type(**host.fields, parent=None).apply({"params": given}, x)
+        return bool(jnp.abs(y - x @ kernel).sum() > jnp.abs(y - x @ kernel.T).sum())
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

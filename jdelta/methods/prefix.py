@@ -149,7 +149,10 @@ class PrefixModel(DeltaModel):
         Raises:
           ValueError: there is no such network, or the delta is detached.
         """
-        return self._write_out(params, dataclasses.replace(self.config, reparameterize=False))
+        return self._write_out(params, self.folded())
+
+    def folded(self) -> PrefixConfig:
+        return dataclasses.replace(self.config, reparameterize=False)
 
     def shared(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
         config: PrefixConfig = self.config

@@ -1,0 +1,126 @@
+"""A folder with a description and tensors, which is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+CONFIG = "delta_config.json"
+TENSORS = "delta.safetensors"
+CARD = "README.md"
+MARK = "<!-- Written by jdelta. Remove this line, and it will not be overwritten. -->"
+
+
+def write(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], card: str
+) -> None:
+    """Writes `delta_config.json`, `delta.safetensors` and `README.md`.
+
+    Whatever happens meanwhile, a power failure too, `read` then gives what was there before or all of the new.
+    Everything is written beside the folder first. Then a new folder appears by one renaming. In a folder that is there,
+    the new tensors come under a name made of their checksum; the description that asks for this checksum replaces the
+    old one, which is the moment of change; and then the tensors get their own name. Other files there stay, and so
+    does a `README.md` without jdelta's mark.
+
+    Raises:
+      NotADirectoryError: the path is a file.
+      OSError: no permission, no space. Nothing has changed then.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file. Name a folder to save a delta in.")
+    data = safetensors.save(dict(tensors), metadata={"format": "jdelta"})
+    checksum = hashlib.sha256(data).hexdigest()
+    text = json.dumps({**config, "sha256": checksum}, indent=2) + "\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = (target if target.is_dir() else target.parent) / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    beside.mkdir()
+    try:
+        _write(beside / TENSORS, data)
+        _write(beside / CONFIG, text.encode())
+        _write(beside / CARD, f"{card}\n{MARK}\n".encode())
+        if not target.exists():
+            os.rename(beside, target)
+        else:
+            staged = target / _staged(checksum)
+            os.replace(beside / TENSORS, staged)
+            _sync(target)
+            os.replace(beside / CONFIG, target / CONFIG)
+            _sync(target)
+            os.replace(staged, target / TENSORS)
+            if not (target / CARD).exists() or MARK in (target / CARD).read_text("utf-8", "replace"):
+                os.replace(beside / CARD, target / CARD)
+            for left in target.glob(_staged("*")):
+                left.unlink()
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray], bool]:
+    """The description, the tensors, and whether these are, bit for bit, those that were written with it.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no delta in it.
+      ValueError: a file is no JSON object, or no whole safetensors file.
+    """
+    source = Path(folder)
+    if not (source / CONFIG).is_file():
+        have = ", ".join(sorted(path.name for path in source.iterdir())) if source.is_dir() else ""
+        found = f"it holds {have or 'nothing'}" if source.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"{source} holds no saved delta: {CONFIG} is missing; {found}.")
+    try:
+        config = json.loads((source / CONFIG).read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source / CONFIG} is no JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{source / CONFIG} holds no JSON object, but {type(config).__name__}.")
+    checksum = str(config.get("sha256"))
+    data = b""
+    for file in (source / TENSORS, source / _staged(checksum)):  # staged: the writer died at the last step
+        if file.is_file():
+            data = file.read_bytes()
+            if hashlib.sha256(data).hexdigest() == checksum:
+                return config, _tensors(file, data), True
+    if not (source / TENSORS).is_file():
+        raise FileNotFoundError(f"{source} holds no saved delta: {TENSORS} is missing.")
+    return config, _tensors(source / TENSORS, (source / TENSORS).read_bytes()), False
+
+
+def _tensors(file: Path, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no whole safetensors file ({len(data):,} bytes): {error}") from error
+
+
+def _staged(checksum: str) -> str:
+    return f".{checksum[:16]}.safetensors"
+
+
+def _write(file: Path, data: bytes) -> None:
+    with open(file, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Makes renamings in a folder last; where the system has no such thing, they are left to it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

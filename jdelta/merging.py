@@ -1,0 +1,98 @@
+"""Folds deltas into the weights of their hosts, as a pure function on parameter trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.core import meta
+
+from jdelta import surgery
+from jdelta.interception import Attachment, Edit
+from jdelta.structure import ModuleInfo, Structure
+from jdelta.surgery import Path, Tree
+
+
+def folded(params: Tree, name: str, attachments: Sequence[Attachment], structure: Structure) -> dict[Path, Any]:
+    """The weights of the hosts after the edits of one attached delta are folded into them.
+
+    A layer that can be folded has a method `fold(host, weights, own)`: from the host as the trace saw it, the host's
+    own leaves and the layer's, it returns those of the host's leaves that change.
+
+    Args:
+      params: the parameters, without other collections.
+      name: that of the delta.
+      attachments: all of the model, in the order of attaching.
+      structure: the backbone's.
+
+    Returns:
+      Path to new value of each leaf that changes.
+
+    Raises:
+      ValueError: an edit cannot be folded; the message names the first few modules.
+    """
+    active = [a for a in attachments if a.active]
+    earlier = {e.host: a.name for a in active[: [a.name for a in active].index(name)] for e in a.edits if _wraps(e)}
+    leaves = surgery.flatten(params)
+    modules = {info.path: info for info in structure}
+    changed: dict[Path, Any] = {}
+    problems: dict[str, list[str]] = {}
+    for edit in next(a for a in active if a.name == name).edits:
+        if edit.where == "train":
+            continue  # the value is in its place
+        host = modules[edit.host]
+        try:
+            changed |= _fold(edit, host, {**leaves, **changed}, earlier.get(edit.host), structure)
+        except (TypeError, ValueError) as error:
+            problems.setdefault(str(error), []).append(host.name)
+    if problems:
+        reason, names = next(iter(problems.items()))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"delta {name!r} cannot be merged at {', '.join(names[:3])}{more}: {reason} Keep it attached, or leave "
+            "these modules out with exclude_modules."
+        )
+    return changed
+
+
+def _wraps(edit: Edit) -> bool:
+    """Whether later edits of the same host do not see the host itself."""
+    return edit.where not in ("parallel", "train")
+
+
+def _fold(
+    edit: Edit, host: ModuleInfo, leaves: Mapping[Path, Any], earlier: str | None, structure: Structure
+) -> dict[Path, Any]:
+    fold: Callable | None = getattr(edit.layer, "fold", None)
+    if fold is None or edit.start not in (None, edit.host):
+        raise ValueError(f"what {type(edit.layer).__name__} computes is no change of the module's weights.")
+    if earlier is not None:
+        raise ValueError(f"delta {earlier!r}, which was attached before, stands between it and the weights.")
+    if host.name in structure.tied:
+        raise ValueError("its weights are those of a tied head too, which the delta does not change.")
+    weights = {key: leaves[(*host.path, key)] for key in host.params}
+    begin = (*host.path, *edit.leaf)
+    own = {path[-1]: leaf for path, leaf in leaves.items() if path[:-1] == begin}
+    # Inside nn.scan the leaves have one axis more than the module itself sees.
+    axes = _scanned(weights, host.params)
+    new = meta.unbox(weights), meta.unbox(own)
+    run: Callable = lambda weights, own: fold(host, weights, own)  # noqa: E731
+    for axis in axes:
+        run = jax.vmap(run, axis, axis)
+    return {(*host.path, key): surgery.in_place_of(weights[key], value) for key, value in run(*new).items()}
+
+
+def _scanned(weights: Mapping[str, Any], seen: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
+    """The axes, outermost last, that a module's leaves have besides those that the module itself sees."""
+    have = [(list(meta.unbox(weights[key]).shape), list(seen[key].shape)) for key in seen]
+    axes: list[int] = []
+    while any(len(stored) > len(own) for stored, own in have):
+        fitting = [
+            axis
+            for axis in range(min(len(stored) for stored, _ in have))
+            if all(len(stored) - len(own) > 1 or stored[:axis] + stored[axis + 1 :] == own for stored, own in have)
+        ]
+        axes.insert(0, fitting[0])
+        have = [(stored[: fitting[0]] + stored[fitting[0] + 1 :], own) for stored, own in have]
+    return axes
