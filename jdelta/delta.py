@@ -305,7 +305,7 @@ class DeltaModel:
         leaves = surgery.flatten(surgery.parameters(tree))
         wanted = [*own.leaves, *(path for path in backbone if trains[path])]
         for path in wanted:
-            if isinstance(leaves.get(path, jax.ShapeDtypeStruct((), int)), jax.ShapeDtypeStruct):
+            if path not in leaves or isinstance(meta.unbox(leaves[path]), jax.ShapeDtypeStruct):
                 raise ValueError(f"the tree holds no value of {surgery.name_of(path)!r}. Pass one that does: params=….")
         frozen = {surgery.name_of(path): leaves[path] for path in backbone if not trains[path]}
         return Finetuned(

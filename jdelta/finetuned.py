@@ -36,7 +36,7 @@ class BackboneInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """A trained delta apart from any model: `delta.finetuned()` gives it, `attach_to` puts it on a backbone.
+    """A trained delta apart from any model: `delta.finetuned()` gives it, `from_finetuned` takes it.
 
     Attributes:
       name: the delta's name in the tree.
@@ -130,12 +130,12 @@ def kind(value: Any) -> str:
 
 def _check(listed: Mapping[str, str], values: Mapping[str, np.ndarray], file: str, intact: bool) -> None:
     """Raises `ValueError` unless the tensors are those that were saved."""
-    odd = [f"{name} is missing" for name in listed.keys() - values.keys()]
-    odd += [f"{name} does not belong there" for name in values.keys() - listed.keys()]
+    odd = [f"{name} does not belong there" for name in sorted(values.keys() - listed.keys())]
+    odd += [f"{name} is missing" for name in sorted(listed.keys() - values.keys())]
     both = sorted(listed.keys() & values.keys())
     odd += [f"{n} is {kind(values[n])}, not {listed[n]}" for n in both if kind(values[n]) != listed[n]]
     if odd:
-        raise ValueError(f"{file} is not what {folder.CONFIG} describes: {listing(sorted(odd))}.")
+        raise ValueError(f"{file} is not what {folder.CONFIG} describes: {listing(odd)}.")
     if not intact:
         raise ValueError(
             f"{file} was changed after it was saved: its checksum is another. Take the original, or save it again."

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from jdelta import addressing, surgery
 from jdelta.interception import Calls, Frame, is_array, main_input, main_output
@@ -165,7 +166,7 @@ class _Recorder:
 
     def modules(self, params: Tree) -> Iterator[ModuleInfo]:
         """What was seen. A scan traces its body twice and runs it once a layer: calls are counted accordingly."""
-        leaves = surgery.flatten(params)
+        leaves = surgery.flatten(meta.unbox(params))
         found = [info for info in self._seen.values() if info is not None]
         factor: dict[Path, float] = {}
         for body, around in self._bodies.items():
@@ -189,7 +190,7 @@ class _Recorder:
 
     def _note(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> None:
         module, known, outer = frame.module, self._seen[frame.path], self._calls.outer
-        own = module.scope.variables().get("params", {}) if module.scope is not None else {}
+        own = meta.unbox(module.scope.variables().get("params", {})) if module.scope is not None else {}
         self._seen[frame.path] = ModuleInfo(
             path=frame.path,
             type=type(module),
