@@ -2,6 +2,7 @@
 
 from jdelta import transformers_repair as _transformers_repair
 from jdelta.addressing import match
+from jdelta.arithmetic import interpolate, negate, weighted_sum
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
 from jdelta.backbone import Backbone
 from jdelta.common_names import register_common_names
@@ -17,6 +18,8 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig, LowRankAdapter
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
 from jdelta.methods.prefix import PrefixConfig, PrefixModel
 from jdelta.methods.soft_prompt import SoftPromptConfig, SoftPromptModel
+from jdelta.movement import Movement
+from jdelta.peft_format import from_peft
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import combine, graft, partition, prune
 from jdelta.version import __version__
@@ -41,6 +44,7 @@ __all__ = [
     "LowRankAdapterConfig",
     "LowRankAdapterModel",
     "ModuleInfo",
+    "Movement",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
     "PrefixConfig",
@@ -51,11 +55,15 @@ __all__ = [
     "Visualization",
     "__version__",
     "combine",
+    "from_peft",
     "graft",
+    "interpolate",
     "match",
+    "negate",
     "partition",
     "prune",
     "register_common_names",
+    "weighted_sum",
 ]
 
 _transformers_repair.install()

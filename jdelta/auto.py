@@ -103,7 +103,7 @@ class AutoDeltaModel:
           check_hash, revision: as in `DeltaModel.load_finetuned`.
 
         Raises:
-          FileNotFoundError: no such folder or repository.
+          FileNotFoundError, PermissionError: no such folder or repository, or it is not open to this token.
           ConnectionError: no such folder, and the Hub cannot be reached.
           TypeError, ValueError: as `DeltaModel.load_finetuned`. The model is then as it was.
         """

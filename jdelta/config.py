@@ -26,7 +26,8 @@ class DeltaConfig:
                 super().__post_init__()  # types
                 …                        # limits
 
-    Every value has to have its field's type; lists become tuples, and `to_dict` makes them lists again.
+    Every value has to have its field's type; lists become tuples, and `to_dict` makes them lists
+    again; dicts are copied.
 
     Attributes:
       modified_modules: patterns of the modules to change; without them, the method's default positions.
@@ -85,7 +86,7 @@ class DeltaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The `delta_type` and all fields, as JSON has them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        listed = {key: _plain(value) for key, value in values.items()}
         return {"delta_type": self.delta_type, **listed}
 
     @classmethod
@@ -187,6 +188,10 @@ def _as(expected: Any, value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError
         return tuple(_as(parts[0], item) for item in value)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return {_as(parts[0], key): _as(parts[1], item) for key, item in value.items()}
     if expected is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     if expected is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -197,6 +202,11 @@ def _as(expected: Any, value: Any) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, and a copy if it can change."""
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
+
+
 def _words(expected: Any) -> str:
     origin, parts = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
@@ -205,4 +215,6 @@ def _words(expected: Any) -> str:
         return "one of " + ", ".join(map(repr, parts))
     if origin is tuple and parts[1:] == (...,):
         return f"a list of {_words(parts[0]).removeprefix('a ')}s"
+    if origin is dict:
+        return f"a dict from {_words(parts[0]).removeprefix('a ')}s to {_words(parts[1]).removeprefix('a ')}s"
     return _WORDS[expected] if expected in _WORDS else getattr(expected, "__name__", str(expected))

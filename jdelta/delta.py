@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,13 @@ from jdelta import addressing, backbone, common_names, fingerprint, freezing, hu
 from jdelta.config import CONFIGS, DeltaConfig
 from jdelta.finetuned import BackboneInfo, Finetuned, listing, require_same
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
+from jdelta.movement import Movement, measured, tabulated
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path, Tree
 from jdelta.visualization import Visualization
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Find = Callable[[Sequence[str]], list[ModuleInfo]]
 
@@ -85,28 +89,52 @@ class DeltaModel:
         self.config = self.config_class.from_arguments(type(self).__name__, where | arguments)
         if interactive_modify and modified_modules is not None:
             raise ValueError("give either modified_modules or interactive_modify, not both.")
+        self._begin(backbone_model, name, rng)
         if interactive_modify:
-            raise NotImplementedError("interactive_modify: the selection page is not in this version yet.")
+            self._choose(interactive_modify)
+            return
+        method = type(self).__name__
+        patterns = self.default_modified_modules if modified_modules is None else modified_modules
+        if not patterns and type(self) is not DeltaModel:
+            raise ValueError(f"{method} was given no modules. Name some: modified_modules=[…].")
+        self._put(self._edits_at(patterns, common=bool(common_structure) or modified_modules is None))
+
+    def _begin(self, backbone_model: Any, name: str | None, rng: int | jax.Array) -> None:
+        """Everything but the modules that it goes to; `config` is there already. Nothing of the model changes."""
         self.backbone_model = backbone_model
         self._face = backbone.face_of(backbone_model)
         self._structure = backbone.trace(self._face)
         self._rng = jax.random.key(rng) if isinstance(rng, int) else rng
         self.name = self._free_name(name)
         self._exclude: tuple[str, ...] | None = None  # None: own leaves and self._unfrozen
-        self._unfrozen = tuple(addressing.checked(unfrozen_modules or ()))
+        self._unfrozen = tuple(self.config.unfrozen_modules or ())
         self._inserted: list[str] = []  # modules where a layer was put in by hand
         self._unmerged: dict[Path, tuple[Any, Any]] = {}  # while it is merged: the weights before and after
         self._kept: dict[Path, Any] = {}  # values to put back: on detach the backbone's, on attach the delta's
 
-        common = bool(common_structure) or modified_modules is None
-        patterns = self.default_modified_modules if modified_modules is None else modified_modules
-        method = type(self).__name__
-        if not patterns and type(self) is not DeltaModel:
-            raise ValueError(f"{method} was given no modules. Name some: modified_modules=[…].")
-        edits = list(self.place(self._structure, self._finder(common, exclude_modules or ()), patterns))
+    def _choose(self, port: bool | int) -> None:
+        """Attaches to the modules that the user picks in a page. If it is interrupted, the model is as it was."""
+        from jdelta import interactive  # here, since it is made of this class
+
+        if self.config.common_structure:
+            raise ValueError("interactive_modify shows the model's own names: leave common_structure out.")
+
+        def take(names: list[str]) -> None:
+            self.config = dataclasses.replace(self.config, modified_modules=tuple(names))
+            self._put(self._edits_at(names))
+
+        with backbone.unchanged_on_error(self._face):
+            interactive.choose(self, port, take)
+
+    def _edits_at(self, patterns: Sequence[str], common: bool = False) -> list[Edit]:
+        """What the method does at the modules that the patterns mean."""
+        find = self._finder(common, self.config.exclude_modules or ())
+        edits = list(self.place(self._structure, find, patterns))
         if patterns and not edits:
-            raise ValueError(f"{method}: none of the modules that {list(patterns)} mean gets a change from it.")
-        self._put(edits)
+            raise ValueError(
+                f"{type(self).__name__}: none of the modules that {list(patterns)} mean gets a change from it."
+            )
+        return edits
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Registers the method by its `delta_type`, and shows the configuration's fields in the signature."""
@@ -346,16 +374,44 @@ class DeltaModel:
           **options: `token`, `private`, `revision`, `commit_message`, `create_pr`, as huggingface_hub has them.
 
         Returns:
-          The address of the commit.
+          The address of the commit; `""` in all processes but the first, which uploads.
 
         Raises:
           PermissionError: the token does not allow it, or there is none.
-          ConnectionError: the Hub cannot be reached.
+          ConnectionError: the Hub cannot be reached, or fails.
+          FileNotFoundError: no such revision to start from.
           TypeError: an unknown option.
+          ValueError: the Hub refuses the name; or `private` of a repository that is public already.
+          RuntimeError, ValueError: as `finetuned`.
         """
+        found = self.finetuned(params)
+        if jax.process_index() != 0:
+            return ""
         with tempfile.TemporaryDirectory() as folder:
-            self.save_finetuned(folder, params)
+            found.save(folder)
             return hub.push(folder, repo_id, **options)
+
+    def to_peft(self, path: str | os.PathLike[str], params: Tree | None = None) -> None:
+        """Writes what was trained in the format of PyTorch PEFT, which `PeftModel.from_pretrained` loads.
+
+        Of LoRA, prefix tuning and prompt tuning. The folder gets `adapter_config.json` and `adapter_model.safetensors`,
+        written beside it first; other files in it stay. Whole modules that trained with the delta become
+        `modules_to_save`, single biases `bias`. In a program of several processes all have to call this.
+
+        Args:
+          path: the folder; it is made if need be.
+          params: as in `save_finetuned`.
+
+        Raises:
+          OSError: no permission, no space, or the path is a file. What was there before is there still.
+          ValueError: PEFT has no such method, or cannot train what trained here; the message says what.
+          RuntimeError, ValueError: as `finetuned`.
+        """
+        from jdelta import peft_format  # here, since it knows the methods, which are made of this class
+
+        found = self.finetuned(params)
+        if jax.process_index() == 0:
+            peft_format.to_peft(found, self._structure, path)
 
     def load_finetuned(
         self,
@@ -381,7 +437,7 @@ class DeltaModel:
           `params`, it is also put into `model.params`.
 
         Raises:
-          FileNotFoundError: no such folder or repository.
+          FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
           RuntimeError: the delta is detached.
           TypeError, ValueError: what is saved is damaged, is of another method or has other arguments or modules, or
             leaves are missing, surplus or of another shape. Nothing has changed then.
@@ -570,7 +626,62 @@ class DeltaModel:
         Args:
           params: the tree to show; by default `model.params`.
         """
-        Visualization(self.backbone_model).structure_graph(params=self._tree(params), mask=self._mask_of)
+        self.visualization().structure_graph(params)
+
+    def visualization(self) -> Visualization:
+        """The model as a tree, with what trains now: for the terminal, notebooks, the web and papers.
+
+        delta.visualization().to_svg("bert_with_lora.svg")
+        """
+        return Visualization(self.backbone_model, self._mask_of)
+
+    def _repr_html_(self) -> str:
+        return self.visualization()._repr_html_()
+
+    def movement(self, params: Tree | None = None) -> Movement:
+        """How far each module that the delta changes moved in training: `‖change‖ / ‖weight‖`, layer by layer.
+
+        Of LoRA the change is the update of the weight, of BitFit that of the bias, and the weight is what the backbone
+        has there without biases; `jdelta.movement.measured` says why. What else trained, such as a head in
+        `unfrozen_modules`, is not in the table: its earlier values are not kept.
+
+        Args:
+          params: the tree to take the values from; by default `model.params`.
+
+        Raises:
+          RuntimeError: the delta is detached or merged.
+          ValueError: its layers do something else than change weights, as adapters, prefixes and prompts do; or the
+            values are elsewhere.
+        """
+        own, tree = self._active("measured"), surgery.parameters(self._tree(params))
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            raise ValueError("the values are elsewhere. Pass the tree that holds them: params=….")
+        pretrained = surgery.flatten(surgery.parameters(surgery.unflatten(self._kept)))
+        made = with_made({"params": tree}, [own])["params"]
+        return tabulated(measured(made, pretrained, own, self._structure))
+
+    def plot(self, params: Tree | None = None, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draws `movement` as a heat map: kinds of module in rows, layers in columns.
+
+            delta.plot(params, "moved.png")
+
+        Args:
+          params: as in `movement`.
+          path: where to write it, if anywhere: `.png`, `.svg` or `.pdf`.
+
+        Returns:
+          The figure, which notebooks show.
+
+        Raises:
+          ModuleNotFoundError: matplotlib is not there; `pip install 'jdelta[plot]'`.
+          RuntimeError, ValueError: as `movement`.
+        """
+        from jdelta import plotting  # here, since matplotlib is optional
+
+        figure = plotting.heatmap(self.movement(params))
+        if path is not None:
+            plotting.save(figure, path)
+        return figure
 
     # --- inside
 
@@ -655,18 +766,8 @@ class DeltaModel:
 
     def _put(self, edits: Sequence[Edit]) -> None:
         """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
-        edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
-        others = attachments_of(self._face.module)
-        index = next((i for i, a in enumerate(others) if a.name == self.name), len(others))
-        if index < len(others) and not others[index].active:
-            raise RuntimeError(f"delta {self.name!r} is detached; call attach() before changing it.")
-        self._check(edits, others)
-        draft = [*others[:index], Attachment(self.name, tuple(edits)), *others[index + 1 :]]
-        ran: set[Edit] = set()
-        everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
-        for edit in edits:
-            if edit.layer is not None and edit not in ran:
-                raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
+        draft, index, everything = self._tried(edits)
+        edits, others = draft[index].edits, attachments_of(self._face.module)
         known = {path for path in surgery.flatten(self._structure.params)}
         known.update(path for a in others if a.name != self.name for path in a.leaves)
         shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
@@ -691,6 +792,25 @@ class DeltaModel:
                 self._face.params = params
             raise
         self._shapes = surgery.unflatten({(*start, *path): shape for path, shape in own.items()})
+
+    def _tried(self, edits: Sequence[Edit]) -> tuple[list[Attachment], int, Tree]:
+        """What the model would carry with these edits, which of it they are, and its leaves' shapes.
+
+        Nothing changes; raises what can be wrong with the edits.
+        """
+        edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
+        others = attachments_of(self._face.module)
+        index = next((i for i, a in enumerate(others) if a.name == self.name), len(others))
+        if index < len(others) and not others[index].active:
+            raise RuntimeError(f"delta {self.name!r} is detached; call attach() before changing it.")
+        self._check(edits, others)
+        draft = [*others[:index], Attachment(self.name, tuple(edits)), *others[index + 1 :]]
+        ran: set[Edit] = set()
+        everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
+        for edit in edits:
+            if edit.layer is not None and edit not in ran:
+                raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
+        return draft, index, everything
 
     def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, Any]) -> tuple[Attachment, dict[Path, Any]]:
         """The attachment of these edits, whose layers have leaves of these shapes; and the shapes of its own leaves."""
@@ -729,11 +849,11 @@ class DeltaModel:
         return written, dataclasses.replace(own, leaves=(*kept, *own.made), source=None, made=())
 
     def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
-        modules = {info.path: info for info in self._structure}
-        order = {path: i for i, path in enumerate(modules)}
+        spans = any(edit.start is not None for edit in edits)
+        order = {info.path: i for i, info in enumerate(self._structure)} if spans else {}
         lent = {path: a.name for a in others if a.name != self.name for path in a.borrowed}
         for edit in edits:
-            host = modules[edit.host]
+            host = self._structure[surgery.name_of(edit.host)]
             if edit.where == "train":
                 if (*edit.host, *edit.leaf) in lent:
                     owner = lent[(*edit.host, *edit.leaf)]

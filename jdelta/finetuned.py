@@ -100,9 +100,7 @@ class Finetuned:
                 raise TypeError(f"{where}: {key!r} is {word}, got {description[key]!r}.")
         try:
             config = config_from_dict({"delta_type": description["delta_type"], **description["arguments"]})
-            fields = {f.name for f in dataclasses.fields(config)}
-            for field in sorted(fields - description["arguments"].keys()):
-                raise ValueError(f"the argument {field!r} is missing.")
+            _check_arguments(config, description)
             backbone = None if description["backbone"] is None else BackboneInfo(**description["backbone"])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
@@ -126,6 +124,13 @@ class Finetuned:
 def kind(value: Any) -> str:
     """`float32[16, 4]`."""
     return f"{np.dtype(value.dtype).name}{list(value.shape)}"
+
+
+def _check_arguments(config: DeltaConfig, description: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if an argument is missing. Earlier versions lack those that came since, with the defaults."""
+    missing = {field.name for field in dataclasses.fields(config)} - description["arguments"].keys()
+    if missing and _dict(description["versions"]).get("jdelta") == __version__:
+        raise ValueError(f"the argument {min(missing)!r} is missing.")
 
 
 def _check(listed: Mapping[str, str], values: Mapping[str, np.ndarray], file: str, intact: bool) -> None:

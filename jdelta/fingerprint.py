@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -51,8 +52,20 @@ def differences(have: Mapping[str, str], want: Mapping[str, str]) -> tuple[list[
     return structure, values
 
 
+_known: dict[int, tuple[weakref.ref, str]] = {}  # of the arrays of jax that live, by id: these never change
+
+
 def digest(value: Any) -> str:
-    """SHA-256 of an array's bytes, shortened."""
+    """SHA-256 of an array's bytes, shortened. It is computed once for an array of jax."""
+    if not isinstance(value, jax.Array):
+        return _digest(value)
+    key = id(value)
+    if key not in _known:
+        _known[key] = (weakref.ref(value, lambda _: _known.pop(key, None)), _digest(value))
+    return _known[key][1]
+
+
+def _digest(value: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(to_host(value)).reshape(-1).view(np.uint8).data).hexdigest()[:_DIGITS]
 
 

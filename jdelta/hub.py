@@ -3,42 +3,61 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import validate_repo_id
 
 from jdelta import folder
 
+LOGIN = "`hf auth login` or the environment variable HF_TOKEN gives it a token"
 
-def fetch(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+
+def fetch(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    files: Sequence[str] = (folder.CONFIG, folder.TENSORS),
+) -> Path:
     """A folder with a saved delta: the path itself, or a copy of a repository of the Hub.
 
+    The copy lies in huggingface_hub's cache, and is taken from there if the Hub cannot be reached.
+
     Args:
-      source: a folder, or `"user/name"`.
+      source: a folder, or `"user/name"`. What exists on the disk goes first.
       revision: branch, tag or commit of the repository.
+      files: which files to download, those of them that the repository has.
 
     Raises:
-      FileNotFoundError: there is neither a folder nor a repository of that name.
+      FileNotFoundError: there is neither a folder nor a repository of that name, no such revision, or none of the
+        files in it.
+      PermissionError: the repository is not open to this token.
       ConnectionError: there is no such folder, and the Hub cannot be reached.
+      ValueError: a revision of a folder.
     """
-    if os.path.isdir(source) or not isinstance(source, str):
+    if not isinstance(source, str) or os.path.exists(source):
+        if revision is not None:
+            raise ValueError(f"{os.fspath(source)!r} is a path, and only repositories have a revision ({revision!r}).")
         return Path(source)
-    files = [folder.CONFIG, folder.TENSORS]
+    if not _is_repo_id(source):
+        raise FileNotFoundError(f"there is no folder {source!r}, and a repository of the Hub is named 'user/name'.")
     try:
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=files))
-    except errors.HFValidationError:
-        raise FileNotFoundError(f"there is no folder {source!r}, and it is no name of a repository.") from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        at = f" at revision {revision!r}" if isinstance(error, errors.RevisionNotFoundError) else ""
-        raise FileNotFoundError(
-            f"there is no folder {source!r}, and the Hub has no such repository{at} (or it is private, "
-            "and the token does not open it)."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise ConnectionError(
-            f"there is no folder {source!r}, and the Hub cannot be asked for a repository of that name: {error}"
-        ) from error
+        copy = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        if any((copy / file).is_file() for file in files):
+            return copy
+        held = huggingface_hub.HfApi().list_repo_files(source, revision=revision)
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of the Hub
+            raise
+        at = "" if revision is None else f" at revision {revision!r}"
+        asked = f"there is no folder {source!r}, and the Hub gives no repository of that name{at}"
+        raise _explained(error, asked) from error
+    raise FileNotFoundError(
+        f"the repository {source!r} holds no saved delta: {' and '.join(files)} are missing; it holds "
+        f"{', '.join(held) or 'nothing'}."
+    )
 
 
 def push(
@@ -51,20 +70,76 @@ def push(
     commit_message: str = "A delta by jdelta",
     create_pr: bool = False,
 ) -> str:
-    """Uploads a folder with a saved delta and returns the address of the commit; as `DeltaModel.push_to_hub`."""
+    """Uploads a folder with a saved delta, in one commit, and returns its address; as `DeltaModel.push_to_hub`.
+
+    The repository and the branch `revision` are made if need be. A model card without jdelta's mark stays, as in
+    `folder.write`.
+
+    Raises:
+      PermissionError: the token does not allow it, or there is none.
+      FileNotFoundError: there is no such pull request or commit to start from.
+      ConnectionError: the Hub cannot be reached, or fails.
+      ValueError: the Hub refuses the name, or `private` was asked of a repository that is public.
+    """
     api = huggingface_hub.HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=Path(path),
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user, if left out
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f"the repository {repo_id!r} is there already, and is public; private=True is for new ones. Make it "
+                "private in its settings, or leave out private."
             )
-        )
-    except errors.HfHubHTTPError as error:
-        raise PermissionError(f"the Hub does not take {repo_id!r}: {error}") from error
-    except (errors.OfflineModeIsEnabled, OSError) as error:
-        raise ConnectionError(f"the Hub cannot be reached to upload {repo_id!r}: {error}") from error
+        if revision is not None and not revision.startswith("refs/") and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=Path(path),
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            ignore_patterns=[] if _may_replace_card(api, repo_id, revision) else [folder.CARD],
+        ).commit_url
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk, not of the Hub
+            raise
+        raise _explained(error, f"the Hub does not take {repo_id!r}") from error
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return "/" in name
+
+
+def _may_replace_card(api: huggingface_hub.HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository has no model card, or one by jdelta."""
+    with tempfile.TemporaryDirectory() as beside:  # in the cache, it would shadow a commit that has the delta
+        try:
+            card = api.hf_hub_download(repo_id, folder.CARD, revision=revision, local_dir=beside)
+        except errors.LocalEntryNotFoundError:  # no connection
+            raise
+        except errors.EntryNotFoundError:
+            return True
+        return folder.MARK in Path(card).read_text("utf-8", "replace")
+
+
+def _explained(error: OSError | RuntimeError, asked: str) -> Exception:
+    """What is raised in place of an error of huggingface_hub."""
+    cause: BaseException = error
+    if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError):  # no news: what happened is behind them
+        cause = error.__cause__ or error
+    response = getattr(cause, "response", None)
+    status = None if response is None else response.status_code
+    if isinstance(cause, errors.GatedRepoError):
+        return PermissionError(f"{asked}: its owner grants access to it. Ask for it on its page; {LOGIN}.")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return FileNotFoundError(f"{asked}: it has none, or it is private, and the token does not open it; {LOGIN}.")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{asked}: the repository has no such revision.")
+    if status in (401, 403):
+        return PermissionError(f"{asked}: the token does not allow it, or there is none; {LOGIN}. {cause}")
+    if isinstance(cause, errors.BadRequestError):
+        return ValueError(f"{asked}: {cause}")
+    return ConnectionError(f"{asked}: it cannot be reached, or it fails. {cause}")

@@ -13,12 +13,15 @@ from jdelta.interception import Attachment, Edit
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path, Tree
 
+NO_CHANGE = "what {} computes is no change of the module's weights."
+
 
 def folded(params: Tree, name: str, attachments: Sequence[Attachment], structure: Structure) -> dict[Path, Any]:
     """The weights of the hosts after the edits of one attached delta are folded into them.
 
     A layer that can be folded has a method `fold(host, weights, own)`: from the host as the trace saw it, the host's
-    own leaves and the layer's, it returns those of the host's leaves that change.
+    own leaves and the layer's, it returns those of the host's leaves that change. (Or that it would need besides: then
+    `movement` can measure the layer, and merging refuses it.)
 
     Args:
       params: the parameters, without other collections.
@@ -64,27 +67,42 @@ def _wraps(edit: Edit) -> bool:
 def _fold(
     edit: Edit, host: ModuleInfo, leaves: Mapping[Path, Any], earlier: str | None, structure: Structure
 ) -> dict[Path, Any]:
-    fold: Callable | None = getattr(edit.layer, "fold", None)
-    if fold is None or edit.start not in (None, edit.host):
-        raise ValueError(f"what {type(edit.layer).__name__} computes is no change of the module's weights.")
+    if not foldable(edit):
+        raise ValueError(NO_CHANGE.format(type(edit.layer).__name__))
     if earlier is not None:
         raise ValueError(f"delta {earlier!r}, which was attached before, stands between it and the weights.")
     if host.name in structure.tied:
         raise ValueError("its weights are those of a tied head too, which the delta does not change.")
-    weights = {key: leaves[(*host.path, key)] for key in host.params}
+    new = fold(edit, host, leaves)
+    if lacking := sorted(new.keys() - host.params.keys()):
+        raise ValueError(f"it would have to go into a {lacking[0]}, and the module has none.")
+    return {(*host.path, key): surgery.in_place_of(leaves[(*host.path, key)], value) for key, value in new.items()}
+
+
+def foldable(edit: Edit) -> bool:
+    """Whether a layer changes the weights of its host: it has a `fold`, and takes the host's own input."""
+    return hasattr(edit.layer, "fold") and edit.start in (None, edit.host)
+
+
+def fold(edit: Edit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[str, jax.Array]:
+    """What the layer's `fold` returns for its host, also inside a scan, where leaves have more axes than a host sees.
+
+    Args:
+      edit: one that is foldable.
+      host: its host, as the trace saw it.
+      leaves: path to value, those of host and layer among them.
+    """
+    weights = {key: meta.unbox(leaves[(*host.path, key)]) for key in host.params}
     begin = (*host.path, *edit.leaf)
-    own = {path[-1]: leaf for path, leaf in leaves.items() if path[:-1] == begin}
-    # Inside nn.scan the leaves have one axis more than the module itself sees.
-    axes = _scanned(weights, host.params)
-    new = meta.unbox(weights), meta.unbox(own)
-    run: Callable = lambda weights, own: fold(host, weights, own)  # noqa: E731
-    for axis in axes:
+    own = {path[-1]: meta.unbox(leaf) for path, leaf in leaves.items() if path[:-1] == begin}
+    run: Callable = lambda weights, own: edit.layer.fold(host, weights, own)  # type: ignore[union-attr]  # noqa: E731
+    for axis in scanned_axes(weights, host.params):
         run = jax.vmap(run, axis, axis)
-    return {(*host.path, key): surgery.in_place_of(weights[key], value) for key, value in run(*new).items()}
+    return run(weights, own)
 
 
-def _scanned(weights: Mapping[str, Any], seen: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
-    """The axes, outermost last, that a module's leaves have besides those that the module itself sees."""
+def scanned_axes(weights: Mapping[str, Any], seen: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
+    """The axes, outermost last, that a module's leaves have inside `nn.scan` besides those that it sees itself."""
     have = [(list(meta.unbox(weights[key]).shape), list(seen[key].shape)) for key in seen]
     axes: list[int] = []
     while any(len(stored) > len(own) for stored, own in have):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,15 @@ class Structure:
 
     def below(self, path: Path) -> list[ModuleInfo]:
         """A module and everything inside it, in order of execution."""
-        return [info for info in self if info.path[: len(path)] == path]
+        return list(self._below.get(path, ()))
+
+    @functools.cached_property
+    def _below(self) -> dict[Path, list[ModuleInfo]]:
+        found: dict[Path, list[ModuleInfo]] = {}
+        for info in self:
+            for i in range(len(info.path) + 1):
+                found.setdefault(info.path[:i], []).append(info)
+        return found
 
 
 def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:

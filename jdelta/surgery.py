@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.core import FrozenDict, freeze, meta
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
@@ -146,7 +145,7 @@ def replaced(params: Tree, values: Mapping[Path, Any]) -> Tree:
     """The tree with other values at some paths, each in the old one's box and sharding; new paths are added."""
     leaves = dict(flatten(params))
     for path, value in values.items():
-        leaves[path] = in_place_of(leaves[path], value) if path in leaves else jnp.asarray(value)
+        leaves[path] = in_place_of(leaves[path], value) if path in leaves else jax.device_put(value)
     return unflatten(leaves, like=params)
 
 
@@ -154,7 +153,7 @@ def in_place_of(old: Any, new: Any) -> Any:
     """A value as a tree held the old one: in its box of metadata, and with its sharding."""
     held = meta.unbox(old)
     placed = isinstance(held, jax.Array) and not isinstance(held, jax.core.Tracer) and held.committed
-    new = jax.device_put(new, held.sharding) if placed else jnp.asarray(new)
+    new = jax.device_put(new, held.sharding if placed else None)  # with None it is as free to move as a new array
     return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
 
 

@@ -1,6 +1,7 @@
 """Small models, built once: tests that change one attach to a copy."""
 
 import copy
+import gc
 import os
 
 # Before jax is imported: the tests compile many tiny programs, most of them for one run.
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers
+
+gc.set_threshold(200_000, 50, 50)  # tracing makes much garbage, little of it in cycles: a seventh of the time
 
 transformers.logging.set_verbosity_error()
 

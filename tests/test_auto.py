@@ -16,7 +16,7 @@ import jdelta.methods.low_rank_adapter
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
 from jdelta.delta import METHODS
 
-OWN = [name for name, method in METHODS.items() if method.__module__.startswith("jdelta.")]
+OWN = [name for name, method in METHODS.items() if method.__module__.startswith("jdelta.methods.")]
 
 # Of each method, arguments that are not the defaults.
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ WRONG = {
     ),
     "a method that is no word": ({"delta_type": ["lora"]}, ValueError, r"no method has delta_type \['lora'\]"),
     "no method": ({"lora_r": 4}, ValueError, r"has no 'delta_type'\. There are: adapter, bitfit"),
-    "no dict": ("lora", TypeError, "takes a dict with a 'delta_type', got 'lora'"),
+    "no dict": ("lora", TypeError, "a configuration is a dict with a 'delta_type', got 'lora'"),
     "an unknown key": (
         {"delta_type": "lora", "lora_rank": 4},
         TypeError,
@@ -291,6 +291,8 @@ def test_the_name_of_one_of_jdeltas_methods_is_taken(define):
     assert jdelta.LoraConfig.delta_type == "lora"
 
 
-def test_a_configuration_of_no_method(model):
-    with pytest.raises(ValueError, match="no method has delta_type 'delta'"):
-        AutoDeltaModel.from_config(jdelta.DeltaConfig(), model)
+def test_the_configuration_of_no_method_is_that_of_an_empty_delta(model):
+    delta = AutoDeltaModel.from_config(jdelta.DeltaConfig(unfrozen_modules=["classifier"]), model)
+    assert type(delta) is jdelta.DeltaModel
+    assert delta.targets == []
+    assert set(delta.partition()[0]) == {"classifier"}

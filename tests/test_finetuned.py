@@ -144,6 +144,18 @@ def test_a_head_and_what_trains_come_back(saved):
     assert len(trains) == 2 + 2 * 4
 
 
+def test_a_head_alone(tmp_path):
+    model = bert()
+    delta = jdelta.DeltaModel(model)
+    delta.freeze_module(["classifier"])
+    train_deltas(delta)
+    delta.save_finetuned(tmp_path)
+    again = bert()
+    loaded = jdelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=again, check_hash=True)
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
+    assert set(loaded.partition()[0]) == {"classifier"}
+
+
 def test_a_delta_beside_others_is_saved_alone(tmp_path):
     model = bert()
     first, second = jdelta.LoraModel(model), jdelta.AdapterModel(model, bottleneck_dim=3)
@@ -449,6 +461,14 @@ def test_a_damaged_folder_attaches_nothing(saved, tmp_path, damage):
     with pytest.raises(error, match=message):
         jdelta.AutoDeltaModel.from_finetuned(path, backbone_model=model)
     assert untouched(model, before)
+
+
+def test_folders_of_earlier_versions_lack_the_arguments_that_came_since(saved, tmp_path):
+    for file in saved[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rewrite(tmp_path, lambda d: (d["arguments"].pop("lora_dropout"), d["versions"].update(jdelta="0.0.1")))
+    delta = jdelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=bert())
+    assert delta.config.lora_dropout == 0
 
 
 def test_what_does_not_fit_an_attached_delta_changes_nothing(saved):

