@@ -134,6 +134,28 @@ def test_a_scanned_model_with_boxed_leaves(tmp_path):
     np.testing.assert_array_equal(own["lora"]["a"], model.params["layers"]["dense"]["lora"]["a"])
 
 
+IN_A_SCAN = {
+    "lora": (jdelta.LoraModel, {"lora_r": 2}),
+    "adapter": (jdelta.AdapterModel, {"bottleneck_dim": 3}),
+    "parallel_adapter": (jdelta.ParallelAdapterModel, {"modified_modules": ["dense", "dense"], "bottleneck_dim": 3}),
+    "low_rank_adapter": (jdelta.LowRankAdapterModel, {"reduction_factor": 2}),
+    "compacter": (jdelta.CompacterModel, {"reduction_factor": 2, "hypercomplex_division": 2, "shared_phm_rule": True}),
+    "bitfit": (jdelta.BitFitModel, {}),
+}
+
+
+@pytest.mark.parametrize("method", IN_A_SCAN)
+def test_every_method_that_fits_into_a_scan(method, tmp_path):
+    cls, arguments = IN_A_SCAN[method]
+    model = scanned()
+    delta = cls(model, **{"modified_modules": ["dense"], **arguments})
+    train_deltas(delta)
+    delta.save_finetuned(tmp_path)
+    again = scanned()
+    jdelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=again, check_hash=True)
+    chex.assert_trees_all_equal(again.params, model.params)
+
+
 def test_a_head_and_what_trains_come_back(saved):
     path, logits = saved
     model = bert()
@@ -239,6 +261,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
 from conftest import fresh, train_deltas
+from matrix import METHODS
 import jdelta
 from jdelta import fingerprint
 
@@ -276,6 +299,22 @@ assert jdelta.prune(shardings, "lora") == jax.tree.map(lambda a: a.sharding, sha
 np.testing.assert_allclose(sharded(ids).logits, want, rtol=1e-5, atol=1e-6)
 delta.unmerge()
 np.testing.assert_allclose(sharded(ids).logits, want, rtol=1e-6, atol=1e-7)
+
+for method, (cls, arguments) in METHODS.items():
+    one, two = (fresh("bert", "FlaxBertForSequenceClassification") for _ in range(2))
+    one.params, two.params = place(one.params), place(two.params)
+    first = cls(one, **arguments)
+    train_deltas(first)
+    one.params = place(one.params)
+    saved = first.finetuned()
+    saved.save(f"{sys.argv[2]}/{method}")
+    second = jdelta.AutoDeltaModel.from_finetuned(f"{sys.argv[2]}/{method}", backbone_model=two, check_hash=True)
+    two.params = place(two.params)
+    again = second.finetuned()
+    assert again.backbone == saved.backbone
+    assert again.values.keys() == saved.values.keys()
+    for name, value in saved.values.items():
+        np.testing.assert_array_equal(again.values[name], value)
 print("done")
 """
 

@@ -92,6 +92,23 @@ class Scanned(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
+class Einsum(nn.Module):
+    """As in Gemma: the equation is an argument, and the weights are called w."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.param("w", nn.initializers.normal(), self.shape))
+
+
+class Gemma(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = Einsum((2, 4, 3), name="layers_0")("BTD,NDH->BTNH", x)
+        return Einsum((2, 3, 4), name="layers_1")("BTNH,NHD->BTD", heads)
+
+
 IMAGE = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
 FLAT = jax.random.normal(jax.random.key(0), (2, 3, 4))
 LAYERS = {
@@ -102,6 +119,10 @@ LAYERS = {
     "Conv with a dilated kernel": (nn.Conv(6, (2, 2), kernel_dilation=2), IMAGE),
     "grouped Conv": (nn.Conv(6, (3, 3), feature_group_count=2), IMAGE),
     "Conv over one axis": (nn.Conv(6, (3,)), FLAT),
+    "Einsum": (nn.Einsum((4, 2, 5), "btd,dnh->btnh"), FLAT),
+    "Einsum that sums over two axes": (nn.Einsum((3, 5, 4), "...ab,acb->...c"), FLAT),
+    "Einsum with weights of its own for each row": (nn.Einsum((3, 4, 5), "bed,edf->bef", use_bias=False), FLAT),
+    "an einsum of one's own": (Gemma(), FLAT),
     "inside a scan": (Scanned(), FLAT),
     "inside a scan with layers in the second axis": (Scanned(1), FLAT),
 }
@@ -111,8 +132,11 @@ LAYERS = {
 def test_every_linear_layer_of_flax(kind):
     module, x = LAYERS[kind]
     model = of(nn.Sequential([module]), x)
-    delta = jdelta.LoraModel(model, ["dense" if "scan" in kind else "layers_0"], lora_r=2)
+    inner = {Scanned: ["dense"], Gemma: ["layers_0.layers_0", "layers_1"]}
+    delta = jdelta.LoraModel(model, inner.get(type(module), ["layers_0"]), lora_r=2)
+    unchanged = model(x)
     train_deltas(delta)
+    assert jnp.abs(model(x) - unchanged).max() > 1e-3
     grafted, attached = model.params, model(x)
     merged = jax.jit(delta.merge)(grafted)
     delta.merge()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -154,8 +155,51 @@ class LoraEmbed(Lora):
         return self.up(z, nn.initializers.normal(1.0)).reshape(*ids.shape, *self.features)
 
 
+class LoraEinsum(Lora):
+    """The update of a module that computes `einsum(equation, x, weights)`, such as `nn.Einsum` and Gemma's layers.
+
+    Axes that weights, input and output share, of experts for example, stand first in both `a` and `b`.
+
+    Attributes:
+      equation: of the host.
+      weights: their name in the host.
+      sizes: of the weights' axes.
+    """
+
+    equation: str = ""
+    weights: str = "kernel"
+    sizes: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        x_axes, w_axes, y_axes = _operands(self.equation)
+        a_axes, b_axes = self._factors()
+        size = dict(zip(w_axes, self.sizes, strict=True)) | {_RANK: self.rank}
+        a = leaf(self, "a", kaiming_uniform, tuple(size[axis] for axis in a_axes))
+        b = leaf(self, "b", nn.initializers.zeros, tuple(size[axis] for axis in b_axes))
+        middle = "".join(axis for axis in x_axes if axis not in w_axes or axis in y_axes) + _RANK
+        z = jnp.einsum(f"{x_axes},{a_axes}->{middle}", self.dropped(x, deterministic), a.astype(x.dtype))
+        return jnp.einsum(f"{middle},{b_axes}->{y_axes}", z, b.astype(x.dtype)) * self.scale
+
+    def fold(
+        self, host: ModuleInfo, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        a_axes, b_axes = self._factors()
+        equation = f"{a_axes},{b_axes}->{_operands(self.equation)[1]}"
+        change = self.scale * jnp.einsum(equation, own["a"].astype(jnp.float32), own["b"].astype(jnp.float32))
+        return {self.weights: (weights[self.weights] + change).astype(weights[self.weights].dtype)}
+
+    def _factors(self) -> tuple[str, str]:
+        """The axes of `a` and of `b`."""
+        x_axes, w_axes, y_axes = _operands(self.equation)
+        shared = "".join(axis for axis in w_axes if axis in x_axes and axis in y_axes)
+        summed = "".join(axis for axis in w_axes if axis not in y_axes)
+        new = "".join(axis for axis in w_axes if axis not in x_axes)
+        return shared + summed + _RANK, shared + _RANK + new
+
+
 class LoraModel(DeltaModel):
-    """LoRA on linear modules: Dense, DenseGeneral, Conv, Embed, and whatever else has a 2-D kernel.
+    """LoRA on linear modules: Dense, DenseGeneral, Conv, Embed, Einsum, and whatever else has a 2-D kernel.
 
         delta = jdelta.LoraModel(model, modified_modules=["query", "value"], lora_r=8)
 
@@ -180,6 +224,15 @@ class LoraModel(DeltaModel):
             _check_rank(rank, rows, width)
             return LoraEmbed(**common, features=(width,), num_embeddings=rows)
         common["dropout"] = config.lora_dropout
+        if (equation := _equation(host)) is not None:
+            w_axes = _operands(equation)[1]
+            key = next(key for key, weights in host.params.items() if len(weights.shape) == len(w_axes))
+            sizes = host.params[key].shape
+            layer = LoraEinsum(**common, features=(), equation=equation, weights=key, sizes=sizes)
+            a_axes, b_axes = layer._factors()
+            widths = (math.prod(sizes[w_axes.index(i)] for i in axes if i != _RANK) for axes in (a_axes, b_axes))
+            _check_rank(rank, *widths)
+            return layer
         kernel = host.params.get("kernel")
         if kernel is None:
             raise TypeError("LoRA needs a linear module; this one has no kernel of its own. Name a Dense inside it.")
@@ -214,6 +267,27 @@ def _check_rank(rank: int, d_in: int, d_out: int) -> None:
             f"lora_r={rank} is above the width of this module, {d_in} -> {d_out}: take at most {min(d_in, d_out)}, "
             "or leave it out with exclude_modules."
         )
+
+
+_RANK = "ρ"  # einsum takes any letter, and nobody uses this one
+
+
+def _equation(host: ModuleInfo) -> str | None:
+    """The equation of a module that computes `einsum(equation, x, weights)`: its field, or an argument of the call."""
+    for text in (host.fields.get("einsum_str"), *host.args, *host.kwargs.values()):
+        if isinstance(text, str) and re.fullmatch(r"[\w.\s]+,[\w\s]+->[\w.\s]+", text):
+            x_axes, w_axes, y_axes = _operands(text)
+            used = all(axis in x_axes + y_axes for axis in w_axes) and len({*w_axes}) == len(w_axes)
+            if used and any(len(weights.shape) == len(w_axes) for weights in host.params.values()):
+                return text
+    return None
+
+
+def _operands(equation: str) -> tuple[str, str, str]:
+    """The axes of input, weights and output."""
+    operands, y_axes = equation.replace(" ", "").split("->")
+    x_axes, w_axes = operands.split(",")
+    return x_axes, w_axes, y_axes
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
