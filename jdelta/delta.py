@@ -629,9 +629,11 @@ class DeltaModel:
         self.visualization().structure_graph(params)
 
     def visualization(self) -> Visualization:
-        """The model as a tree, with what trains now: for the terminal, notebooks, the web and papers.
+        """The model as a tree, with what trains now, for the terminal, notebooks, the web and papers.
 
-        delta.visualization().to_svg("bert_with_lora.svg")
+            delta.visualization().to_svg("bert_with_lora.svg")
+
+        In a notebook, a delta shows itself as this tree.
         """
         return Visualization(self.backbone_model, self._mask_of)
 

@@ -1,9 +1,11 @@
-"""A model as a coloured tree in the terminal: modules, shapes, and what of it trains."""
+"""A model as a coloured tree: modules, shapes, and what of it trains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import pathlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from jdelta import backbone, surgery
+from jdelta.drawing import Drawing, Line, Part, to_html, to_page, to_svg
 from jdelta.interception import attachments_of
 from jdelta.outline import Leaf, Node, build, fold, shape
 from jdelta.surgery import Path, Tree
@@ -29,49 +32,110 @@ STYLES = {
     "delta": "rgb(175,0,255)",
 }
 MARKS = {"trainable": "+", "frozen": "-", "delta": "Δ"}
+LEGEND = tuple(
+    (kind, f"{MARKS[kind]} {meaning}   ")
+    for kind, meaning in (("trainable", "trainable"), ("frozen", "frozen"), ("delta", "of a delta"))
+)
+Mask = Tree | Callable[[Tree], Tree]
 
 
 class Visualization:
-    """Shows a backbone, with or without deltas.
+    """Shows a backbone, with or without deltas: in the terminal, in notebooks, on a page, or in a paper.
 
         jdelta.Visualization(model).structure_graph()
+        delta.visualization().to_svg("bert_with_lora.svg")
+
+    In a notebook it shows itself. Modules are in the order in which the tensors flow; repeated layers are one line.
 
     Args:
       backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+      mask: what trains: a tree of bools or a function from parameters to one; by default everything.
 
     Raises:
       TypeError: it is neither.
     """
 
-    def __init__(self, backbone_model: Any):
+    def __init__(self, backbone_model: Any, mask: Mask | None = None):
         self._face = backbone.face_of(backbone_model)
+        self._mask = mask
 
     def structure_graph(
-        self,
-        params: Tree | None = None,
-        mask: Tree | Callable[[Tree], Tree] | None = None,
-        console: Console | None = None,
+        self, params: Tree | None = None, mask: Mask | None = None, console: Console | None = None
     ) -> None:
-        """Prints the tree of modules, repeated layers folded into one line, then the counts.
+        """Prints the tree of modules, then the counts.
 
         Args:
           params: the parameters to show, shapes suffice; by default the model's own.
-          mask: what trains: a tree of bools or a function from parameters to one; by default everything.
+          mask: what trains, in place of the mask given before.
           console: where to print; by default the terminal.
         """
+        drawing = self._drawing(params, mask)
+        console = console or Console()
+        console.print(_branch(drawing.tree, None))
+        console.print(Text("\n") + _text(drawing.legend))
+        console.print("\n".join(drawing.counts), highlight=False, markup=False)
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
+    ) -> str:
+        """A page with the tree, whose nodes fold; light or dark as the reader's system is. It loads nothing.
+
+        Args:
+          path: the file to write, if any.
+          params, mask: as in `structure_graph`.
+
+        Returns:
+          The page.
+        """
+        return _written(to_page(self._drawing(params, mask), self._face.kind), path)
+
+    def to_svg(
+        self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
+    ) -> str:
+        """The tree as a picture on white, of text and lines.
+
+        Args:
+          path: the file to write, if any.
+          params, mask: as in `structure_graph`.
+
+        Returns:
+          The SVG.
+        """
+        return _written(to_svg(self._drawing(params, mask)), path)
+
+    def to_png(self, path: str | os.PathLike[str], params: Tree | None = None, mask: Mask | None = None) -> None:
+        """The tree as a picture on white, of 200 pixels an inch.
+
+        Args:
+          path: the file to write.
+          params, mask: as in `structure_graph`.
+
+        Raises:
+          ModuleNotFoundError: matplotlib is not there; `pip install 'jdelta[plot]'`.
+        """
+        from jdelta import plotting  # here, since matplotlib is optional
+
+        plotting.save(plotting.tree(self._drawing(params, mask)), path, "png")
+
+    def _repr_html_(self) -> str:
+        return to_html(self._drawing(None, None))
+
+    def _drawing(self, params: Tree | None, mask: Mask | None) -> Drawing:
         structure = backbone.trace(self._face)
-        if params is None:
-            params = backbone.tree_of(self._face)
-        params = surgery.shapes(params)
+        params = surgery.shapes(backbone.tree_of(self._face) if params is None else params)
+        mask = self._mask if mask is None else mask
         flags = mask(params) if callable(mask) else mask
         carried = attachments_of(self._face.module)
         deltas = {path for a in carried for path in (*a.leaves, *(a.borrowed if a.active else ()))}
         leaves = _leaves(params, flags, deltas)
-        node = fold(build(structure, leaves))
-        console = console or Console()
-        console.print(_render(node))
-        console.print(_legend())
-        console.print(_summary(list(leaves.values()), params, flags), highlight=False)
+        counts = _counts(list(leaves.values()), params, flags)
+        return Drawing(_line(fold(build(structure, leaves))), LEGEND, counts)
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, Leaf]:
@@ -86,40 +150,37 @@ def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, L
     }
 
 
-def _render(node: Node) -> RichTree:
-    tree = RichTree(_label(node), guide_style=STYLES["frozen"])
-
-    def grow(branch: RichTree, node: Node) -> None:
-        for leaf in node.leaves:
-            branch.add(_leaf_label(leaf))
-        for child in node.children:
-            is_delta = all(leaf.delta for leaf in child.all_leaves()) and any(True for _ in child.all_leaves())
-            grow(branch.add(_label(child, delta=is_delta and not child.type)), child)
-
-    grow(tree, node)
-    return tree
+def _line(node: Node, delta: bool = False) -> Line:
+    """A module's line, in a delta's colour if it is none of the backbone's; below it its parameters and modules."""
+    parts = tuple(("delta" if kind == "name" and delta else kind, text) for kind, text in node.label())
+    return Line(parts, (*map(_leaf_line, node.leaves), *(_line(child, _is_delta(child)) for child in node.children)))
 
 
-def _label(node: Node, delta: bool = False) -> Text:
-    return Text.assemble(
-        *((text, STYLES["delta" if kind == "name" and delta else kind]) for kind, text in node.label())
-    )
+def _is_delta(node: Node) -> bool:
+    leaves = list(node.all_leaves())
+    return not node.type and bool(leaves) and all(leaf.delta for leaf in leaves)
 
 
-def _leaf_label(leaf: Leaf) -> Text:
+def _leaf_line(leaf: Leaf) -> Line:
     kind = "delta" if leaf.delta else "trainable" if leaf.trainable else "frozen"
     mark = MARKS[kind] + (MARKS["trainable"] if leaf.trainable else MARKS["frozen"]) * leaf.delta
-    return Text(f"{mark} {leaf.name} {shape(leaf.shape)} {leaf.dtype}", STYLES[kind])
+    return Line(((kind, f"{mark} {leaf.name} {shape(leaf.shape)} {leaf.dtype}"),))
 
 
-def _legend() -> Text:
-    text = Text("\n")
-    for kind, meaning in (("trainable", "trainable"), ("frozen", "frozen"), ("delta", "of a delta")):
-        text.append(f"{MARKS[kind]} {meaning}   ", STYLES[kind])
-    return text
+def _branch(line: Line, above: RichTree | None) -> RichTree:
+    """The line in rich's tree, and everything below it."""
+    text = _text(line.parts)
+    branch = RichTree(text, guide_style=STYLES["frozen"]) if above is None else above.add(text)
+    for child in line.below:
+        _branch(child, branch)
+    return branch
 
 
-def _summary(leaves: list[Leaf], params: Tree, flags: Tree | None) -> Text:
+def _text(parts: Iterable[Part]) -> Text:
+    return Text.assemble(*((text, STYLES[kind]) for kind, text in parts))
+
+
+def _counts(leaves: list[Leaf], params: Tree, flags: Tree | None) -> tuple[str, ...]:
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     trainable = sum(math.prod(leaf.shape) for leaf in leaves if leaf.trainable)
     delta = sum(math.prod(leaf.shape) for leaf in leaves if leaf.delta)
@@ -128,11 +189,11 @@ def _summary(leaves: list[Leaf], params: Tree, flags: Tree | None) -> Text:
     adam = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(optax.adam(0.0).init, chosen))
     )
-    return Text(
-        f"parameters {total:,}\n"
-        f"trainable  {trainable:,} ({trainable / max(total, 1):.4%})\n"
-        f"delta      {delta:,} ({delta / max(total, 1):.4%})\n"
-        f"memory     {size_of(held)} of parameters, {size_of(adam)} of optimizer state (Adam)"
+    return (
+        f"parameters {total:,}",
+        f"trainable  {trainable:,} ({trainable / max(total, 1):.4%})",
+        f"delta      {delta:,} ({delta / max(total, 1):.4%})",
+        f"memory     {size_of(held)} of parameters, {size_of(adam)} of optimizer state (Adam)",
     )
 
 
