@@ -542,6 +542,10 @@ class DeltaModel:
 
     # --- what it is
 
+    def __repr__(self) -> str:
+        state = "merged" if self.merged else "attached" if self.attached else "detached"
+        return f"<{type(self).__name__} {self.name!r} on {len(self.targets)} modules of {self._face.kind}, {state}>"
+
     @property
     def structure(self) -> Structure:
         """The backbone's modules, in the order of execution."""
@@ -716,8 +720,10 @@ class DeltaModel:
         ):
             if odd := sorted({*here} ^ {*there}):
                 side = "the saved one does not" if odd[0] in here else "the saved one does"
+                kind = found.backbone.kind if found.backbone is not None else ""
+                on = f" (on {kind}; this is {self._face.kind})" if kind not in ("", self._face.kind) else ""
                 raise ValueError(
-                    f"delta {self.name!r} {what} {len(here)} modules, the saved one {what} {len(there)}; at {odd[0]}, "
+                    f"delta {self.name!r} {what} {len(here)} modules, the saved one{on} {what} {len(there)}; at {odd[0]}, "
                     f"{side}. Attach with the saved delta's modified_modules, or with AutoDeltaModel.from_finetuned."
                 )
 

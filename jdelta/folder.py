@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,34 +51,23 @@ def write(
       OSError: no permission, no space. Nothing has changed then.
     """
     target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file. Name a folder to save a delta in.")
     data = save(dict(tensors), metadata={"format": "jdelta"})
     checksum = hashlib.sha256(data).hexdigest()
     text = json.dumps({**config, "sha256": checksum}, indent=2) + "\n"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = (target if target.is_dir() else target.parent) / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    beside.mkdir()
-    try:
-        _write(beside / TENSORS, data)
-        _write(beside / CONFIG, text.encode())
-        _write(beside / CARD, f"{card}\n{MARK}\n".encode())
+    files = {TENSORS: data, CONFIG: text.encode(), CARD: f"{card}\n{MARK}\n".encode()}
+    with prepared(target, files) as new:
         if not target.exists():
-            os.rename(beside, target)
-        else:
-            staged = target / _staged(checksum)
-            os.replace(beside / TENSORS, staged)
-            _sync(target)
-            os.replace(beside / CONFIG, target / CONFIG)
-            _sync(target)
-            os.replace(staged, target / TENSORS)
-            if not (target / CARD).exists() or MARK in (target / CARD).read_text("utf-8", "replace"):
-                os.replace(beside / CARD, target / CARD)
-            for left in target.glob(_staged("*")):
-                left.unlink()
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            return
+        staged = target / _staged(checksum)
+        os.replace(new / TENSORS, staged)
+        sync(target)
+        os.replace(new / CONFIG, target / CONFIG)
+        sync(target)
+        os.replace(staged, target / TENSORS)
+        if not (target / CARD).exists() or MARK in (target / CARD).read_text("utf-8", "replace"):
+            os.replace(new / CARD, target / CARD)
+        for left in target.glob(_staged("*")):
+            left.unlink()
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray], bool]:
@@ -90,28 +79,81 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.n
     """
     source = Path(folder)
     if not (source / CONFIG).is_file():
-        have = ", ".join(sorted(path.name for path in source.iterdir())) if source.is_dir() else ""
-        found = f"it holds {have or 'nothing'}" if source.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"{source} holds no saved delta: {CONFIG} is missing; {found}.")
-    try:
-        config = json.loads((source / CONFIG).read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source / CONFIG} is no JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{source / CONFIG} holds no JSON object, but {type(config).__name__}.")
+        raise FileNotFoundError(f"{source} holds no saved delta: {CONFIG} is missing; {found_in(source)}.")
+    config = parse_object(source / CONFIG)
     checksum = str(config.get("sha256"))
     data = b""
     for file in (source / TENSORS, source / _staged(checksum)):  # staged: the writer died at the last step
         if file.is_file():
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest() == checksum:
-                return config, _tensors(file, data), True
+                return config, parse_tensors(file, data), True
     if not (source / TENSORS).is_file():
         raise FileNotFoundError(f"{source} holds no saved delta: {TENSORS} is missing.")
-    return config, _tensors(source / TENSORS, (source / TENSORS).read_bytes()), False
+    return config, parse_tensors(source / TENSORS, (source / TENSORS).read_bytes()), False
 
 
-def _tensors(file: Path, data: bytes) -> dict[str, np.ndarray]:
+def _staged(checksum: str) -> str:
+    return f".{checksum[:16]}.safetensors"
+
+
+# --- what folders in any format need
+
+
+@contextlib.contextmanager
+def prepared(target: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Writes files beside a folder before anything changes; what is not moved into it within the context, is removed.
+
+    If the folder is not there, what was written becomes it at the end, by one renaming.
+
+    Args:
+      target: the folder.
+      files: name to content.
+
+    Returns:
+      The folder with the files, on the same file system.
+
+    Raises:
+      NotADirectoryError: `target` is a file.
+    """
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file. Name a folder to save in.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = (target if target.is_dir() else target.parent) / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    beside.mkdir()
+    try:
+        for name, data in files.items():
+            write_durably(beside / name, data)
+        yield beside
+        if target.exists():
+            sync(target)
+        else:
+            os.rename(beside, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def found_in(source: Path) -> str:
+    """What a folder holds, for messages about what it lacks."""
+    if not source.is_dir():
+        return "there is no such folder"
+    return f"it holds {', '.join(sorted(path.name for path in source.iterdir())) or 'nothing'}"
+
+
+def parse_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ValueError` if there is none."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON file: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object, but {type(found).__name__}.")
+    return found
+
+
+def parse_tensors(file: Path, data: bytes) -> dict[str, np.ndarray]:
+    """Name to array, from the bytes of a safetensors file. Raises `ValueError` if they are none; `file` is its name."""
     try:
         return {
             name: np.frombuffer(found["data"], _DTYPES[found["dtype"]]).reshape(found["shape"])
@@ -121,18 +163,15 @@ def _tensors(file: Path, data: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"{file} is no whole safetensors file ({len(data):,} bytes): {error}") from error
 
 
-def _staged(checksum: str) -> str:
-    return f".{checksum[:16]}.safetensors"
-
-
-def _write(file: Path, data: bytes) -> None:
+def write_durably(file: Path, data: bytes) -> None:
+    """Writes a file, and returns when it is on the disk."""
     with open(file, "wb") as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Makes renamings in a folder last; where the system has no such thing, they are left to it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -12,7 +12,7 @@ from conftest import fresh, train_deltas
 from flax import linen as nn
 
 import jdelta
-from jdelta.arithmetic import COMBINATIONS
+from jdelta.combinations import COMBINATIONS
 from jdelta.finetuned import BackboneInfo, Finetuned
 
 WEIGHTS = [0.7, -0.4, 0.5]

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -31,7 +33,7 @@ from parity import TOLERANCE, assert_close, peft, torch
 from safetensors.numpy import load_file, save_file
 
 import jdelta
-from jdelta import hub, peft_format
+from jdelta import folder, hub
 
 TOKENS, LENGTH = 3, 7
 
@@ -248,7 +250,7 @@ def test_patterns_are_checked_and_copied() -> None:
     ranks["query"] = 5
     assert config.to_dict()["rank_pattern"] == {"query": 4}
     config.to_dict()["rank_pattern"]["query"] = 6
-    assert jdelta.AutoDeltaConfig.from_json_string(config.to_json_string()) == config
+    assert {jdelta.AutoDeltaConfig.from_json_string(config.to_json_string())} == {config}
     hosts = ["layer.0.attention.self.query", "layer.1.attention.self.query", "value"]
     assert [(config.rank_of(host), config.scale_of(host)) for host in hosts] == [(4, 0.25), (4, 2), (2, 8)]
     with pytest.raises(ValueError, match=r"rank_pattern\['query'\] is at least 1"):
@@ -337,10 +339,61 @@ def test_a_failed_write_changes_nothing(adapter: Path, monkeypatch: pytest.Monke
             raise OSError("no space left")
         file.write_bytes(data)
 
-    monkeypatch.setattr(peft_format.folder, "_write", full)
+    monkeypatch.setattr(folder, "write_durably", full)
     with pytest.raises(OSError, match="no space"):
         delta.to_peft(adapter)
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_a_replacement_that_is_refused_changes_nothing(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = jdelta.from_peft(adapter, copy.copy(models("bert")[1]))
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    replace = os.replace
+
+    def held_open(source: Path, target: Path) -> None:
+        if source.name == target.name == "adapter_model.safetensors":
+            raise PermissionError("used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held_open)
+    with pytest.raises(PermissionError, match="another process"):
+        delta.to_peft(adapter)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_no_crash_leaves_the_tensors_of_one_adapter_with_the_configuration_of_another(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = jdelta.from_peft(adapter, copy.copy(models("bert")[1]))
+    delta.to_peft(tmp_path / "new")
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+
+    def pair(path: Path) -> list[bytes | None]:
+        return [(path / name).read_bytes() if (path / name).exists() else None for name in names]
+
+    class CrashError(BaseException):
+        pass
+
+    (tmp_path / "old").mkdir()
+    for name in names:
+        (tmp_path / "old" / name).write_bytes(b"old")
+    replace, left = os.replace, []
+    for at in range(1, 4):
+        path, steps = tmp_path / str(at), itertools.count(1)
+        shutil.copytree(tmp_path / "old", path)
+
+        def dying(source: Path, target: Path, at: int = at, steps: Any = steps) -> None:
+            if next(steps) == at:
+                raise CrashError
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", dying)
+        with pytest.raises(CrashError):
+            delta.to_peft(path)
+        left.append(pair(path))
+    old, new = pair(tmp_path / "old"), pair(tmp_path / "new")
+    assert left == [old, [None, old[1]], [None, new[1]]]
+    refuses(tmp_path / "3", FileNotFoundError, "adapter_config.json is missing")
 
 
 # --- a hand-built backbone: names as they are, and the tree of gemma.peft
@@ -481,6 +534,8 @@ def test_missing_and_damaged_files(adapter: Path, tmp_path: Path) -> None:
     config.write_text(text[: len(text) // 2])
     refuses(adapter, ValueError, "adapter_config.json is no JSON file")
     config.write_text("[]")
+    refuses(adapter, ValueError, "adapter_config.json holds no JSON object, but list")
+    config.write_text("{}")
     refuses(adapter, ValueError, "has no 'peft_type'")
     config.write_text('{"peft_type": "LORA", "r": 2}')
     refuses(adapter, ValueError, "lacks 'lora_alpha'")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta import addressing
+from jdelta.axes import Axes, Axis, is_transposed
 from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
@@ -39,8 +40,8 @@ class LoraConfig(DeltaConfig):
     lora_r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, int] | None = dataclasses.field(default=None, hash=False)
+    alpha_pattern: dict[str, float] | None = dataclasses.field(default=None, hash=False)
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
@@ -98,9 +99,13 @@ class Lora(nn.Module):
         """The host's weights with the update added, computed in float32."""
         key = "embedding" if "embedding" in weights else "kernel"
         change = self.scale * jnp.tensordot(own["a"].astype(jnp.float32), own["b"].astype(jnp.float32), 1)
-        if key == "kernel" and len(change.shape) == 2 and _is_transposed(host):
+        if key == "kernel" and len(change.shape) == 2 and is_transposed(host):
             change = change.T
         return {key: (weights[key] + change).astype(weights[key].dtype)}
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        """Which axes of the backbone's weights those of `a` and `b` follow."""
+        return {"a": (*x, None), "b": (None, *y)}
 
     def dropped(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """The input after dropout."""
@@ -137,6 +142,10 @@ class LoraConv(Lora):
         b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features)).astype(z.dtype)
         z, b = z.reshape(*z.shape[:-1], self.groups, -1), b.reshape(self.rank, self.groups, -1)
         return self.scale * jnp.einsum("...gr,rgo->...go", z, b).reshape(*z.shape[:-2], *self.features)
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        window = len(host.params["kernel"].shape) - 2
+        return {"a": (*[None] * window, *x, None), "b": (None, *y)}
 
 
 class LoraEmbed(Lora):
@@ -188,6 +197,12 @@ class LoraEinsum(Lora):
         equation = f"{a_axes},{b_axes}->{_operands(self.equation)[1]}"
         change = self.scale * jnp.einsum(equation, own["a"].astype(jnp.float32), own["b"].astype(jnp.float32))
         return {self.weights: (weights[self.weights] + change).astype(weights[self.weights].dtype)}
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        path, w_axes = (*host.path, self.weights), _operands(self.equation)[1]
+        own = {name: Axis(path, i) for i, name in enumerate(w_axes)}
+        a_axes, b_axes = self._factors()
+        return {"a": tuple(map(own.get, a_axes)), "b": tuple(map(own.get, b_axes))}
 
     def _factors(self) -> tuple[str, str]:
         """The axes of `a` and of `b`."""
@@ -293,20 +308,6 @@ def _operands(equation: str) -> tuple[str, str, str]:
 def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     """What the first pattern that means this name stands for."""
     return next((value for pattern, value in patterns.items() if addressing.matches(name, pattern)), otherwise)
-
-
-def _is_transposed(host: ModuleInfo) -> bool:
-    """Whether a module with a kernel of two axes stores the output's axis first; asked of the module, if need be."""
-    if issubclass(host.type, (nn.Dense, nn.DenseGeneral)):
-        return False
-    if (d := host.x.shape[-1]) != host.params["kernel"].shape[0]:
-        return True
-    with jax.ensure_compile_time_eval():
-        key_kernel, key_x = jax.random.split(jax.random.key(0))
-        kernel, x = jax.random.normal(key_kernel, (d, d)), jax.random.normal(key_x, (1, d))
-        given = {key: jnp.zeros(leaf.shape) for key, leaf in host.params.items()} | {"kernel": kernel}
-        y = host.type(**host.fields, parent=None).apply({"params": given}, x)
-        return bool(jnp.abs(y - x @ kernel).sum() > jnp.abs(y - x @ kernel.T).sum())
 
 
 def _tuple(value: Any) -> tuple[int, ...]:
