@@ -6,9 +6,9 @@
     python examples/pjit_training.py --full               # the same loop without a delta
 
 It is the loop that Flax users have. The lines that a delta adds end with `# <- delta`; they are the only ones that
-`--full` leaves out. The delta's leaves are in `state.params` with all others, so the sharding rules, the step and the
-checkpoint of the whole state need not know of them. Backbone kernels are split over the model axis, batches over
-the data axis, and the losses do not depend on the mesh.
+`--full` leaves out. The delta's leaves are in `state.params` with all others, so the step and the checkpoint of the
+whole state need not know of them. Backbone kernels are split over the model axis, and the delta's leaves like the
+kernels that they are beside; batches over the data axis. The losses do not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -38,18 +37,23 @@ from sentiment import Batch, Sentence, Tree, collate, cross_entropy, load_model,
 import jdelta
 from jdelta.visualization import size_of
 
-# Of each pair of products, the first is split by its output and the second by its input. Everything else, the
-# delta's leaves too, is on every device.
+# Of each pair of products, the first is split by its output and the second by its input. Everything else of the
+# backbone's is on every device.
 RULES = (
-    (r"\.(query|key|value|intermediate\.dense)\.kernel$", P(None, "model")),
-    (r"\.output\.dense\.kernel$", P("model", None)),
+    (r"[r](query|key|value|intermediate\.dense)\.kernel", P(None, "model")),
+    ("output.dense.kernel", P("model", None)),
 )
 
 
-def spec(path: Any, leaf: jax.Array) -> P:
-    """How a leaf is split, by its name. The optimizer's moments have the names of their parameters."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return next((spec for pattern, spec in RULES if np.ndim(leaf) and re.search(pattern, name)), P())
+def split_by_name(params: Tree, mesh: Mesh) -> Tree:
+    """How parameters are split."""
+    specs = jdelta.match_partition_rules(RULES, params, default=P())
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def split_like(params: Tree, state: TrainState) -> TrainState:
+    """How a whole state is split: the optimizer's moments like their parameters."""
+    return jdelta.state_shardings(state, params)
 
 
 def make_mesh(devices: int | None, model_axis: int | None) -> Mesh:
@@ -83,15 +87,15 @@ def batches(sentences: Sequence[Sentence], args: argparse.Namespace) -> Iterator
 def train(args: argparse.Namespace, mesh: Mesh, console: Console) -> dict[str, Any]:
     """The training loop."""
     model = load_model(args.seed)
-    tx = optax.adamw(args.learning_rate)
+    tx, split = optax.adamw(args.learning_rate), split_by_name(model.params, mesh)
     if not args.full:  # <- delta
         dense = ["query", "key", "value", "dense"]  # <- delta
         delta = jdelta.LoraModel(model, modified_modules=dense, rng=args.seed)  # <- delta
         delta.freeze_module(exclude=["deltas", "classifier"])  # <- delta
-        tx = delta.optimizer(tx)  # <- delta
+        tx, split = delta.optimizer(tx), delta.shardings(split)  # <- delta
 
     state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
-    split = jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), state)
+    split = split_like(split, state)
     by_data, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     state = jax.device_put(state, split)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import statistics
 import time
@@ -41,7 +40,7 @@ import jdelta
 from jdelta.visualization import size_of
 
 # Where the backbone's products are split by their output, LoRA's second factor is split too: (rank, out).
-RULES = ((r"\.(query|value)\.lora\.b$", P(None, "model")), *pjit_training.RULES)
+RULES = ((r"[r](query|value)\.lora\.b", P(None, "model")), *pjit_training.RULES)
 SETTINGS = ("tiny", "seed", "lora_r", "batch_size", "tokens", "dropout", "learning_rate")  # a run has one of each
 
 
@@ -107,13 +106,8 @@ def load(args: argparse.Namespace) -> tuple[transformers.FlaxPreTrainedModel, Se
 
 def shardings(mesh: Mesh, tree: Tree) -> Tree:
     """How each leaf is split, by its name. The optimizer's moments have the names of their parameters."""
-
-    def of(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        spec = next((spec for pattern, spec in RULES if leaf.ndim and re.search(pattern, name)), P())
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(of, tree)
+    specs = jdelta.match_partition_rules(RULES, tree, default=P())
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
 def make_step(

@@ -9,7 +9,9 @@ from jdelta.common_names import register_common_names
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
 from jdelta.finetuned import Finetuned
+from jdelta.interactive import select_modules
 from jdelta.interception import Edit
+from jdelta.many import rowwise, select, stack, unstack
 from jdelta.methods.adapter import AdapterConfig, AdapterModel
 from jdelta.methods.bitfit import BitFitConfig, BitFitModel
 from jdelta.methods.compacter import CompacterConfig, CompacterModel
@@ -20,6 +22,7 @@ from jdelta.methods.prefix import PrefixConfig, PrefixModel
 from jdelta.methods.soft_prompt import SoftPromptConfig, SoftPromptModel
 from jdelta.movement import Movement
 from jdelta.peft_format import from_peft
+from jdelta.sharding import match_partition_rules, state_shardings
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import combine, graft, partition, prune
 from jdelta.version import __version__
@@ -59,10 +62,17 @@ __all__ = [
     "graft",
     "interpolate",
     "match",
+    "match_partition_rules",
     "negate",
     "partition",
     "prune",
     "register_common_names",
+    "rowwise",
+    "select",
+    "select_modules",
+    "stack",
+    "state_shardings",
+    "unstack",
     "weighted_sum",
 ]
 

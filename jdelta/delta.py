@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, fingerprint, freezing, hub, merging, surgery
+from jdelta import addressing, backbone, common_names, fingerprint, freezing, hub, merging, sharding, surgery
 from jdelta.config import CONFIGS, DeltaConfig
 from jdelta.finetuned import BackboneInfo, Finetuned, listing, require_same
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
@@ -51,7 +51,8 @@ class DeltaModel:
       exclude_modules: patterns of modules to leave alone, with everything below them.
       unfrozen_modules: patterns of what trains besides the delta, a classifier head for example.
       common_structure: whether `modified_modules` are common names (`"attn.q"`) in place of the model's own.
-      interactive_modify: choose the modules in a web page.
+      interactive_modify: choose the modules in a web page, whose link is printed: `True`, or the page's port. Ctrl-C
+        stops, and leaves the model as it was. See `jdelta.select_modules`.
       name: the delta's name in the tree; by default its `delta_type`, numbered if that is taken.
       rng: seed or key of the delta's initial values.
       **arguments: the method's own, see its configuration.
@@ -582,6 +583,71 @@ class DeltaModel:
         """
         own = self._only_own(self._init_model(jax.random.key(rng) if isinstance(rng, int) else rng))
         return self._started(own, self._face.params if params is None else params)
+
+    # --- how it is split over a mesh
+
+    def partition_specs(self, specs: Tree, mesh: jax.sharding.Mesh | None = None) -> Tree:
+        """How every leaf is split, the deltas' too, from how the backbone's are.
+
+            specs = jdelta.match_partition_rules(rules, params, default=P())  # or nn.get_partition_spec(…), …
+            specs = delta.partition_specs(specs)
+
+        A delta's leaf follows the weights of its host: LoRA's `a` the axis of their input and `b` that of their output,
+        adapters and biases the axis of the host's output, and all of them the layer axis in `nn.scan`. Its axes of its
+        own, the rank and the width in the middle, are whole.
+
+        Args:
+          specs: a tree of the backbone's parameters, or of the grafted ones, with `PartitionSpec`s (shorter than the
+            leaf has axes, if you like; `None` is `P()`), with `NamedSharding`s, with arrays that are placed, or with
+            boxes of `nn.Partitioned`. What it says of the deltas' own leaves is passed over.
+          mesh: the mesh. With it, the specs are checked, and a delta follows also where sizes differ and the mesh
+            divides both, as a prefix's heads do. `NamedSharding`s bring it.
+
+        Returns:
+          A tree with the structure of the grafted parameters and a `PartitionSpec` for each leaf. `jdelta.partition`,
+          `jdelta.prune` and `delta.own` take it as they take parameters.
+
+        Raises:
+          TypeError: something else is in the place of a spec, or specs of two kinds are mixed.
+          ValueError: a leaf of the backbone has no spec, or one that does not fit its shape or the mesh, or there are
+            several meshes. The message names the leaf.
+        """
+        tree = self._tree(None)
+        return sharding.partition_specs(specs, tree, attachments_of(self._face.module), self._structure, mesh)
+
+    def shardings(self, specs: Tree, mesh: jax.sharding.Mesh | None = None) -> Tree:
+        """`partition_specs` as `NamedSharding`s, for `jax.jit` and `jax.device_put`.
+
+            split = delta.shardings(specs, mesh)
+            delta_params = jax.jit(delta.init, out_shardings=delta.own(split))(jax.random.key(0))
+            step = jax.jit(step, in_shardings=(split, by_data))
+
+        Args:
+          specs: as in `partition_specs`.
+          mesh: the mesh, unless `specs` bring one.
+
+        Returns:
+          A tree with the structure of the grafted parameters. `NamedSharding`s that were given are in it as they were.
+
+        Raises:
+          TypeError, ValueError: as `partition_specs`; also if there is no mesh.
+        """
+        return sharding.shardings(self.partition_specs(specs, mesh), specs, mesh)
+
+    def own(self, tree: Tree) -> Tree:
+        """The part of a tree that belongs to this delta alone, laid out as `init` gives it.
+
+        Args:
+          tree: of the grafted parameters' structure: values, specs, shardings, gradients.
+
+        Raises:
+          ValueError: it lacks some of the delta's leaves.
+        """
+        have, start = surgery.flatten(tree), surgery.root(tree)
+        for path in self._attachment.leaves:
+            if (*start, *path) not in have:
+                raise ValueError(f"own: the tree lacks {surgery.name_of(path)!r} of delta {self.name!r}.")
+        return self._only_own(tree)
 
     # --- what trains
 

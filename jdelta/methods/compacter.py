@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta.axes import Axes
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
@@ -130,6 +131,11 @@ class Compacter(nn.Module):
         # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
         z = NON_LINEARITIES[c.non_linearity](down(y.reshape(-1, y.shape[-1])))
         return y + up(z).reshape(y.shape)
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        """The bias of `up` follows the axis of the host's output. The rules and factors of the weights are whole: they
+        are small, and each goes into all of the weight."""
+        return {"up.bias": y[-1:]}
 
 
 class SharedLeaves(nn.Module):

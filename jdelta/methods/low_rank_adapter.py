@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 from flax import linen as nn
 
+from jdelta.axes import Axes
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
@@ -98,6 +99,10 @@ class LowRankAdapter(nn.Module):
         # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
         z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(-1, y.shape[-1])))
         return y + up(z).reshape(y.shape)
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        """`left` of `down`, and `right` and the bias of `up`, follow the axis of the host's output."""
+        return {"down.left": (*x[-1:], None), "up.right": (None, *y[-1:]), "up.bias": y[-1:]}
 
 
 class LowRankAdapterModel(DeltaModel):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta import attention, common_names
+from jdelta.axes import Axes, Axis, of_output
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit, Host, arguments, describe
@@ -52,10 +53,12 @@ class PrefixLayer(nn.Module):
     Attributes:
       tokens: how many.
       key_width: width of what the host projects keys to, if it is known: where queries share keys, in fewer heads.
+      key_axis: the axis of the weights that project keys, if it is known.
     """
 
     tokens: int
     key_width: int | None = None
+    key_axis: Axis | None = None
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +77,10 @@ class PrefixLayer(nn.Module):
         shape = (self.tokens, heads // groups, width)
         keys, values = (leaf(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
         return jnp.repeat(keys, groups, axis=1), jnp.repeat(values, groups, axis=1)
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        """Keys and values are split by heads, as far as the weights that project keys are."""
+        return dict.fromkeys(("keys", "values"), (None, self.key_axis, None))
 
 
 class Reparameterization(nn.Module):
@@ -126,9 +133,11 @@ class PrefixModel(DeltaModel):
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         if not any([attention.prepare(info.type) for info in structure.below(host.path)]):
             raise TypeError("it computes no attention that a prefix could join.")
-        keys = [info.y.shape[-1] for info in self._key_projections if info.path[: len(host.path)] == host.path]
-        key_width = keys[0] if keys else None
-        yield Edit(host.path, "around", PrefixLayer(self.config.prefix_token_num, key_width), leaf=(self.name,))
+        keys = [info for info in self._key_projections if info.path[: len(host.path)] == host.path][:1]
+        key_width = keys[0].y.shape[-1] if keys else None
+        key_axis = of_output(keys[0], structure)[0] if keys else None
+        layer = PrefixLayer(self.config.prefix_token_num, key_width, key_axis)
+        yield Edit(host.path, "around", layer, leaf=(self.name,))
 
     @functools.cached_property
     def _key_projections(self) -> list[ModuleInfo]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta import backbone, common_names, generation
+from jdelta.axes import Axes
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel, Find
 from jdelta.interception import (
@@ -82,6 +83,10 @@ class PromptTable(nn.Module):
     def table(self) -> jax.Array:
         """The prompt, `(tokens, features)`."""
         return leaf(self, "embedding", self._uniform, (len(self.prompt_ids), self.features))
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        """The prompt is split by features, as the word embedding is."""
+        return {"embedding": (None, *y[-1:])}
 
     def _uniform(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -self.init_range, self.init_range)

@@ -1,0 +1,194 @@
+"""Training steps of one family on meshes of 8 virtual devices, for `test_sharding`.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python on_meshes.py llama [all]
+
+With `all` on all meshes, and with every method.
+"""
+
+import math
+import re
+import sys
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from conftest import fresh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matrix import METHODS
+
+import jdelta
+
+AXES = ("data", "fsdp", "model")
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 4, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2)]
+SOME = {
+    "bert": [(4, 1, 2), (2, 4, 1)],
+    "gpt2": [(1, 1, 2), (1, 8, 1)],
+    "t5": [(1, 4, 2)],
+    "llama": [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)],
+}
+IN, OUT = P("fsdp", "model"), P("model", "fsdp")
+FAMILIES = {  # class, number of layers, rules
+    "bert": (
+        "FlaxBertForSequenceClassification",
+        "num_hidden_layers",
+        [(r"[r](query|key|value|intermediate\.dense)\.kernel", IN), (r"[r]encoder\..*output\.dense\.kernel", OUT)],
+    ),
+    "gpt2": (  # its kernels have the output first
+        "FlaxGPT2LMHeadModel",
+        "n_layer",
+        [(r"[r](c_attn|c_fc)\.kernel", OUT), ("c_proj.kernel", IN)],
+    ),
+    "t5": (
+        "FlaxT5ForConditionalGeneration",
+        "num_layers",
+        [(r"[r](q|k|v|wi)\.kernel", IN), (r"[r](o|wo)\.kernel", OUT)],
+    ),
+    "llama": (
+        "FlaxLlamaForCausalLM",
+        "num_hidden_layers",
+        [(r"[r](q_proj|k_proj|v_proj|gate_proj|up_proj|lm_head)\.kernel", IN), (r"[r](o|down)_proj\.kernel", OUT)],
+    ),
+}
+RANK = 5  # no other axis has this length, so it marks what is the delta's in the compiled text
+IDS = jnp.arange(8 * 7).reshape(8, 7) % 50 + 3
+OPERATIONS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+
+
+def make(family):
+    """A model of one layer, and its specs."""
+    cls, layers, rules = FAMILIES[family]
+    model = fresh(family, cls, vocab_size=64, **{layers: 1})
+    return model, jdelta.match_partition_rules([*rules, ("embedding", P())], model.params, default=P())
+
+
+def mesh_of(sizes):
+    return Mesh(np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes), AXES)
+
+
+def on_mesh(specs, mesh):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def loss_of(model, params, ids):
+    given = {"decoder_input_ids": ids} if "T5" in type(model).__name__ else {}
+    logits = model(ids, params=params, train=False, **given).logits
+    return -jax.nn.log_softmax(logits)[..., 1].mean()
+
+
+def compiled(model, trainable, frozen, split, held, mesh):
+    """A step of training on a mesh, compiled, and its arguments as they are placed."""
+    by_batch, tx = NamedSharding(mesh, P(("data", "fsdp"))), optax.sgd(0.1, momentum=0.9)
+    moments = jdelta.state_shardings(jax.eval_shape(tx.init, trainable), split)
+
+    def step(trainable, state, frozen, ids):
+        loss, grads = jax.value_and_grad(lambda t: loss_of(model, jdelta.combine(t, frozen), ids))(trainable)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(trainable, updates), state, loss
+
+    places = (split, moments, held, by_batch)
+    run = jax.jit(step, in_shardings=places, out_shardings=(split, moments, NamedSharding(mesh, P())))
+    arguments = jax.device_put((trainable, tx.init(trainable), frozen, IDS), places)
+    return run.lower(*arguments).compile(), arguments
+
+
+def losses(run, arguments, steps=3):
+    trainable, state, frozen, ids = arguments
+    found = []
+    for _ in range(steps):
+        trainable, state, loss = run(trainable, state, frozen, ids)
+        found.append(float(loss))
+    return found
+
+
+def collectives(run):
+    """How often the compiled program has each collective operation of each shape."""
+    found = Counter()
+    for shapes, operation in re.findall(rf"= (.*?) ({OPERATIONS})(?:-start)?\(", run.as_text()):
+        found.update(
+            (operation, tuple(map(int, filter(None, s.split(","))))) for s in re.findall(r"\[([\d,]*)\]", shapes)
+        )
+    return found
+
+
+def check_bytes(tree, split, mesh):
+    """Each device holds of each leaf what its spec promises."""
+    for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(split), strict=True):
+        names = [name for entry in place.spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
+        assert leaf.addressable_shards[0].data.nbytes * math.prod(mesh.shape[name] for name in names) == leaf.nbytes
+
+
+def check_init(delta, split):
+    """Fresh leaves are created where they belong, with the values that they have without a mesh."""
+    own = delta.own(split)
+    got, want = jax.jit(delta.init, out_shardings=own)(jax.random.key(0)), delta.init(jax.random.key(0))
+    for leaf, other, place in zip(*map(jax.tree.leaves, (got, want, own)), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        np.testing.assert_allclose(leaf, other, atol=1e-6)
+
+
+def needed(sizes, loras):
+    """How many collectives LoRA on query and value needs: the gradients of `a` and `b` summed over the batch, that of
+    `a` in two steps where one half of the batch's axes splits it; `a` gathered from its parts; the gradient of `x a`
+    summed over the parts of the output. On three axes XLA sums in more steps than that."""
+    data, fsdp, model = (size > 1 for size in sizes)
+    return loras * (2 * (data or fsdp) + (data and fsdp) + fsdp + model + 2 * (data and fsdp and model))
+
+
+def check_lora(family, sizes, want):
+    mesh = mesh_of(sizes)
+    model, specs = make(family)
+    split = on_mesh(specs, mesh)
+    full = jax.jit(
+        jax.value_and_grad(lambda params, ids: loss_of(model, params, ids)),
+        out_shardings=(NamedSharding(mesh, P()), split),
+    )
+    by_batch = NamedSharding(mesh, P(("data", "fsdp")))
+    whole = collectives(full.lower(*jax.device_put((model.params, IDS), (split, by_batch))).compile())
+    delta = jdelta.LoraModel(model, lora_r=RANK)
+    split = delta.shardings(specs, mesh)
+    run, arguments = compiled(model, *delta.partition(), *delta.partition(split), mesh)
+    np.testing.assert_allclose(losses(run, arguments), want, rtol=1e-4)
+    check_bytes(jdelta.combine(arguments[0], arguments[2]), split, mesh)
+    if sizes == MESHES[-1]:
+        check_init(delta, split)
+    found = collectives(run)
+    own = Counter({key: n for key, n in found.items() if RANK in key[1]})
+    assert not found - own - whole, (sizes, found - own - whole)
+    most = needed(sizes, len(delta.targets))
+    print(f"{family} {sizes}: collectives of full fine-tuning {whole.total()}; of LoRA's step those of the backbone")
+    print(f"  {(found - own).total()} and its own {own.total()} of {most}")
+    assert own.total() <= most, (sizes, own)
+
+
+def check_method(family, method):
+    cls, arguments = METHODS[method]
+    results = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        mesh = mesh_of(sizes)
+        model, specs = make(family)
+        delta = cls(model, **arguments)
+        split = delta.shardings(specs, mesh)
+        run, placed = compiled(model, *delta.partition(), *delta.partition(split), mesh)
+        check_bytes(jdelta.combine(placed[0], placed[2]), split, mesh)
+        results.append(losses(run, placed))
+    np.testing.assert_allclose(*results, rtol=1e-4)
+
+
+def main(family, everything=False):
+    model, specs = make(family)
+    delta, mesh = jdelta.LoraModel(model, lora_r=RANK), mesh_of((1, 1, 1))
+    split = delta.shardings(specs, mesh)
+    want = losses(*compiled(model, *delta.partition(), *delta.partition(split), mesh))
+    for sizes in MESHES if everything else SOME[family]:
+        check_lora(family, sizes, want)
+    some = ["adapter", "bitfit", "prefix"] if family == "bert" else []
+    for method in METHODS if everything else some:
+        check_method(family, method)
+    print("done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "all" in sys.argv[2:])
