@@ -9,9 +9,9 @@ backbone, the delta, the gradients and the optimizer (Adam) are exact, from the 
 backends before these combine and overlap them, its temporaries a hint. Each collective counts once for each time it is
 in the program, and its bytes are those of its result on one device.
 
-Compiling all layers takes minutes. With `--layers n`, models of n, n + 1 and n + 2 layers are compiled. Where their
-figures lie on a line, all layers are computed from it, and the table says so; where not, it says that, and gives the
-figures of n + 2 layers. Bytes of parameters and optimizer are those of all layers in any case.
+All layers are compiled. With `--layers n`, models of n, n + 1 and n + 2 layers are compiled instead. A figure that lies
+on a line through these three is computed for all layers; of one that does not, as temporaries often do not, that of
+n + 2 layers is shown, and says so. Bytes of parameters, gradients and optimizer are those of all layers in any case.
 """
 
 from __future__ import annotations
@@ -154,16 +154,15 @@ def measured(program: Any) -> dict[str, int]:
     return found
 
 
-def on_a_line(points: Sequence[Mapping[str, int]], first: int, layers: int) -> tuple[dict[str, int], bool]:
-    """From the figures of `first`, `first + 1`, … layers those of all; and whether they lie on a line.
+def extended(points: Sequence[Mapping[str, int]], first: int, layers: int) -> tuple[dict[str, int], list[str]]:
+    """From the figures of `first`, `first + 1` and `first + 2` layers those of all.
 
-    If not, they are those of the last point.
+    Returns:
+      The figures, and which of them are on no line, and are those of the last point.
     """
-    keys = dict.fromkeys(key for point in points for key in point)
-    rows = {key: [point.get(key, 0) for point in points] for key in keys}
-    if any(c - b != b - a for a, b, c in rows.values()):
-        return dict(points[-1]), False
-    return {key: a + (b - a) * (layers - first) for key, (a, b, _) in rows.items()}, True
+    rows = {key: [point.get(key, 0) for point in points] for key in dict.fromkeys(key for p in points for key in p)}
+    off = [key for key, (a, b, c) in rows.items() if c - b != b - a]
+    return {key: c if key in off else a + (b - a) * (layers - first) for key, (a, b, c) in rows.items()}, off
 
 
 def figures(args: argparse.Namespace, mesh: Mesh, method: str) -> dict[str, Any]:
@@ -187,10 +186,9 @@ def figures(args: argparse.Namespace, mesh: Mesh, method: str) -> dict[str, Any]
         seconds += took
     found["compile seconds"] = seconds
     if args.layers is None:
-        return found | points[0] | {"layers": f"all {layers}"}
-    total, exact = on_a_line(points, counts[0], layers)
-    said = f"{layers} by the line through {counts}" if exact else f"{counts[-1]}: {counts} are on no line"
-    return found | total | {"layers": said}
+        return found | points[0] | {"layers compiled": counts, "of fewer layers": []}
+    total, off = extended(points, counts[0], layers)
+    return found | total | {"layers compiled": counts, "of fewer layers": off}
 
 
 def show(results: Sequence[dict[str, Any]], args: argparse.Namespace, mesh: Mesh, console: Console) -> None:
@@ -200,15 +198,20 @@ def show(results: Sequence[dict[str, Any]], args: argparse.Namespace, mesh: Mesh
     for column in table.columns[1:]:
         column.justify = "right"
     for key in ("backbone", "delta", "gradients", "optimizer", "temporaries"):
-        table.add_row(key, *(f"{r[key] / 1e9:,.3f} GB" for r in results))
+        table.add_row(key, *(f"{r[key] / 1e9:,.3f} GB{_fewer(r, key)}" for r in results))
     table.add_section()
-    for kind in OPERATIONS:
-        if any(r.get(kind) for r in results):
-            table.add_row(kind, *(f"{r.get(kind, 0):,} of {r.get(f'{kind} bytes', 0) / 1e9:,.3f} GB" for r in results))
+    for kind in (kind for kind in OPERATIONS if any(r.get(kind) for r in results)):
+        cells = [f"{r.get(kind, 0):,} of {r.get(f'{kind} bytes', 0) / 1e9:,.3f} GB{_fewer(r, kind)}" for r in results]
+        table.add_row(kind, *cells)
     table.add_section()
-    table.add_row("temporaries, collectives", *(r["layers"] for r in results))
+    table.add_row("layers compiled", *(", ".join(map(str, r["layers compiled"])) for r in results))
     table.add_row("compiled in", *(f"{r['compile seconds']:.0f} s" for r in results))
     console.print(table)
+
+
+def _fewer(result: Mapping[str, Any], key: str) -> str:
+    off = {key, f"{key} bytes"} & set(result["of fewer layers"])
+    return f" ({result['layers compiled'][-1]} layers)" if off else ""
 
 
 def parse_mesh(text: str) -> dict[str, int]:

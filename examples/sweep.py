@@ -110,39 +110,30 @@ def accuracies(
 # --- against one run after another
 
 
-def compare(delta: jdelta.DeltaModel, sentences: Sequence[Sentence], args: argparse.Namespace) -> dict[str, float]:
-    """The first `args.compare` steps in one program, and run after run with one program for all of them."""
+def compare(delta: jdelta.DeltaModel, sentences: Sequence[Sentence], args: argparse.Namespace) -> dict[str, Any]:
+    """Some steps in one program; and run after run, with one program for all of these. They take turns."""
     step = make_step(delta.backbone_model, args, args.compare)
-    batches = list(itertools.islice(of_one_length(sentences, args), args.compare))
+    many, single = side_by_side(step), jax.jit(step)
     rates, stacked, states, frozen = start(delta, args)
-    key = jax.random.key(args.seed)
-    together, losses = timed(side_by_side(step), (rates, stacked, states), frozen, batches, key)
-    alone = jax.jit(step)
-    runs = [
-        timed(alone, (rate, *jdelta.select((stacked, states), i)), frozen, batches, key)
-        for i, rate in enumerate(args.rates)
-    ]
-    return {
-        "together": statistics.median(together[1:]) * len(batches),
-        "alone": sum(statistics.median(seconds[1:]) for seconds, _ in runs) * len(batches),
-        "together_compiling": together[0],
-        "alone_compiling": runs[0][0][0],
-        "difference": float(max(np.abs(losses[:, i] - own).max() for i, (_, own) in enumerate(runs))),
-    }
-
-
-def timed(
-    step: Callable, delta: tuple[Any, Tree, Tree], frozen: Tree, batches: Sequence[Batch], key: jax.Array
-) -> tuple[list[float], np.ndarray]:
-    """The seconds of each step, and the losses. The first step compiles."""
-    rate, trainable, state = delta
-    seconds, losses = [], []
-    for batch in batches:
+    runs = list(zip(rates, jdelta.unstack(stacked), jdelta.unstack(states), strict=True))
+    key, seconds, difference = jax.random.key(args.seed), {"together": [], "alone": []}, 0.0
+    for batch in itertools.islice(of_one_length(sentences, args), args.compare):
         begin = time.perf_counter()
-        trainable, state, loss = step(rate, trainable, state, frozen, batch, key)
-        losses.append(np.asarray(loss))
-        seconds.append(time.perf_counter() - begin)
-    return seconds, np.stack(losses)
+        stacked, states, losses = jax.block_until_ready(many(rates, stacked, states, frozen, batch, key))
+        seconds["together"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        done = [jax.block_until_ready(single(*run, frozen, batch, key)) for run in runs]
+        seconds["alone"].append(time.perf_counter() - begin)
+        runs = [(rate, trainable, state) for rate, (trainable, state, _) in zip(rates, done, strict=True)]
+        difference = max(difference, *(float(abs(a - b)) for a, (_, _, b) in zip(losses, done, strict=True)))
+    together, alone = (values[1:] for values in seconds.values())  # the first of each compiles
+    return {
+        "together": statistics.median(together),
+        "alone": statistics.median(alone),
+        "ratio": statistics.median(b / a for a, b in zip(together, alone, strict=True)),
+        "compiling": {name: values[0] - statistics.median(values[1:]) for name, values in seconds.items()},
+        "difference": difference,
+    }
 
 
 def of_one_length(sentences: Sequence[Sentence], args: argparse.Namespace) -> Iterator[Batch]:
@@ -188,13 +179,12 @@ def show(console: Console, r: dict[str, Any]) -> None:
     lines.add_row("deltas and optimizer states", f"{size_of(r['own_bytes'])} for all {many}")
     lines.add_row("backbone", f"{size_of(r['backbone_bytes'])}, once")
     if c := r["comparison"]:
-        n = r["compared_steps"]
+        compiling = c["compiling"]
+        lines.add_row("a step of all, one program", f"{c['together']:.2f} s; compiled in {compiling['together']:.1f} s")
         lines.add_row(
-            f"{n} steps in one program", f"{c['together']:.1f} s; the first compiled, {c['together_compiling']:.1f} s"
+            f"{many} steps, run after run", f"{c['alone']:.2f} s; compiled once in {compiling['alone']:.1f} s"
         )
-        alone = f"{c['alone']:.1f} s; the first of all compiled, {c['alone_compiling']:.1f} s"
-        lines.add_row(f"{n} steps, run after run", alone)
-        lines.add_row("one program is", f"{c['alone'] / c['together']:.2f} times as fast, compilation left out")
+        lines.add_row("one program is", f"{c['ratio']:.2f} times as fast, median of {r['compared_steps'] - 1} turns")
         lines.add_row("losses differ by", f"at most {c['difference']:.1e}")
     lines.add_row("drawn", str(r["picture"]))
     lines.add_row("saved", f"{r['best']}, the delta of {r['best_rate']:g}")

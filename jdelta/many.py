@@ -81,7 +81,7 @@ def unstack(stacked: Tree) -> list[Tree]:
             delta.save_finetuned(folder, params=jdelta.combine(tree, frozen))
 
     Args:
-      stacked: a tree of leaves `(deltas, …)`.
+      stacked: a tree of leaves `(deltas, …)`; of optimizers' states too.
 
     Raises:
       ValueError: the leaves differ in the length of their first axis, or there are none.
@@ -159,7 +159,7 @@ def rowwise(call: Callable[..., Any], frozen: Tree) -> Callable[..., Any]:
 
         def one(own: Tree, mapped: dict[int, jax.Array]) -> Any:
             given = {i: leaf if _is_key(leaf) else leaf[None] for i, leaf in mapped.items()}
-            args, kwargs = treedef.unflatten([(given | others)[i] for i in range(len(leaves))])
+            args, kwargs = jax.tree.unflatten(treedef, [(given | others)[i] for i in range(len(leaves))])
             output = call(*args, params=surgery.combine(own, frozen), **kwargs)
             return jax.tree.map(lambda a: a[0] if jnp.shape(a)[:1] == (1,) else a, output)
 
@@ -186,7 +186,7 @@ def _prepared(path: Any, leaf: Any, batch: int) -> Any:
     return jnp.asarray(leaf) if leaf.ndim else leaf
 
 
-def _is_key(leaf: jax.Array) -> bool:
+def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

@@ -4,6 +4,7 @@ Float32, so 1e-6 where the same products are summed in another order, and 1e-5 a
 """
 
 import copy
+import dataclasses
 import functools
 import re
 
@@ -142,15 +143,14 @@ def test_keys_are_split_and_scalars_and_words_go_to_every_row():
     rows, x = jdelta.stack([trainable] * 4), jnp.broadcast_to(jnp.eye(2, 5), (4, 2, 5))
     call = jdelta.rowwise(delta.backbone_model, frozen)
 
-    @jax.jit
-    def train(key):
-        return call(x, train=True, rngs={"dropout": key}, mutable=["batch_stats"], params=rows)
-
-    y, state = train(jax.random.key(1))
+    train = functools.partial(call, train=True, mutable=["batch_stats"])
+    y, state = jax.jit(lambda key: train(x, rngs={"dropout": key}, params=rows))(jax.random.key(1))
     assert y.shape == (4, 2, 3)
     assert len({row.tobytes() for row in np.asarray(y)}) == 4
     assert jax.tree.leaves(state)[0].shape == (4, 6)  # what has no batch axis gets one
-    np.testing.assert_array_equal(y, train(jax.random.split(jax.random.key(1), 4))[0])
+    bits, keys = jdelta.rowwise(lambda key, params: jax.random.bits(key), {}), jax.random.split(jax.random.key(1), 4)
+    np.testing.assert_array_equal(bits(jax.random.key(1), params=rows), bits(keys, params=rows))
+    np.testing.assert_array_equal(bits(keys, params=rows), [jax.random.bits(key) for key in keys])
     scaled = jdelta.rowwise(lambda x, factor, word, params: {"y": factor * x, "word": jnp.ones(len(word))}, {})
     out = scaled(x, jnp.float32(2), "abc", params=rows)
     assert (out["y"].shape, out["word"].shape) == (x.shape, (4, 3))
@@ -273,18 +273,23 @@ def test_what_cannot_be_stacked_is_refused():
 
 
 def test_deltas_of_other_methods_arguments_modules_or_ranks_are_refused():
-    one = on(jdelta.LoraModel, lora_r=1)
+    one, other = lora(1).finetuned(), functools.partial(dataclasses.replace, lora(1).finetuned())
     with pytest.raises(ValueError, match=r"delta 1 is of method 'lora', delta 2 of 'adapter'"):
-        jdelta.stack([one, on(jdelta.AdapterModel)])
+        jdelta.stack([one, other(config=jdelta.AdapterConfig())])
     with pytest.raises(ValueError, match=r"delta 2 has no module head, which delta 1 has"):
-        jdelta.stack([one, on(jdelta.LoraModel, ["first"], lora_r=1)])
-    with pytest.raises(ValueError, match=r"first\.lora has rank 2 in delta 2, and 1 in delta 1.*highest rank first"):
-        jdelta.stack([one, on(jdelta.LoraModel, lora_r=2)])
+        jdelta.stack([one, other(targets=("first",))])
+    with pytest.raises(ValueError, match=r"delta 1 has no inserted layer at head, which delta 3 has"):
+        jdelta.stack([one, one, other(inserted=("head",))])
+    with pytest.raises(ValueError, match=r"delta 1 has no leaf head\.bias, which delta 2 has"):
+        jdelta.stack([one, other(values=one.values | {"head.bias": np.zeros(3)})])
+    wider = {"first.lora.a": np.zeros((5, 4), np.float32), "first.lora.b": np.zeros((4, 6), np.float32)}
+    with pytest.raises(ValueError, match=r"first\.lora has rank 4 in delta 2, and 2 in delta 1.*highest rank first"):
+        jdelta.stack([one, other(values=one.values | wider)])
+    with pytest.raises(ValueError, match=r"first\.lora is that of another module in delta 2.*widths differ"):
+        jdelta.stack([one, other(values=one.values | {"first.lora.a": np.zeros((7, 2), np.float32)})])
+    adapters = [other(config=jdelta.AdapterConfig(bottleneck_dim=d)) for d in (2, 3)]
     with pytest.raises(ValueError, match=r"delta 1 has bottleneck_dim=2, delta 2 has bottleneck_dim=3"):
-        jdelta.stack([on(jdelta.AdapterModel, bottleneck_dim=2), on(jdelta.AdapterModel, bottleneck_dim=3)])
-    head = on(jdelta.LoraModel, lora_r=1, unfrozen_modules=["head"])
-    with pytest.raises(ValueError, match=r"delta 1 has no leaf params\.|delta 1 has no leaf head\.bias"):
-        jdelta.stack([one, head])
+        jdelta.stack(adapters)
 
 
 def test_an_index_without_a_delta_is_an_error_and_under_jit_nan():

@@ -1,5 +1,6 @@
 """Shardings of deltas are derived from the backbone's; losses, bytes and collectives on 8 virtual devices."""
 
+import json
 import os
 import subprocess
 import sys
@@ -353,3 +354,22 @@ def test_on_meshes_losses_agree_bytes_are_as_promised_and_nothing_of_the_backbon
     script = Path(__file__).parent / "on_meshes.py"
     result = subprocess.run([sys.executable, str(script), family], env=env, capture_output=True, text=True, timeout=600)
     assert result.stdout.endswith("done\n"), result.stderr
+
+
+def test_the_figures_of_large_models_are_those_that_the_mesh_promises(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "large_models.py"
+    words = ["--config", "llama-tiny", "--mesh", "fsdp=2,model=2", "--layers", "1", "--tokens", "16"]
+    command = [sys.executable, str(script), *words, "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lora, full = json.loads((tmp_path / "figures.json").read_text())
+    d, inner, vocabulary, layers, rank = 64, 128, 32000, 6, 8
+    kernels = layers * (4 * d * d + 3 * d * inner) + 2 * vocabulary * d
+    norms = (2 * layers + 1) * d
+    assert lora["backbone of all devices"] == 4 * (kernels + norms)
+    assert lora["backbone"] == full["backbone"] == full["gradients"] == kernels + 4 * norms  # 4 bytes, 4 devices
+    assert lora["delta of all devices"] == 4 * layers * 2 * 2 * rank * d
+    assert lora["delta"] == lora["gradients"] == 4 * layers * 2 * 2 * rank * d // 2  # a over fsdp, b over model
+    assert lora["optimizer"] == 2 * lora["gradients"] + 4  # two moments, and Adam's count
+    assert lora["layers compiled"] == [1, 2, 3]
+    assert 0 < lora["all-reduce bytes"] < full["all-reduce bytes"]

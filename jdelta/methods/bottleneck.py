@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.axes import Axes
+from jdelta.methods.rows import rows
 from jdelta.structure import ModuleInfo
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,8 +62,7 @@ class Bottleneck(nn.Module):
         """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
         down = nn.Dense(self.bottleneck_dim, dtype=x.dtype, kernel_init=nn.initializers.normal(0.01), name="down")
         up = nn.Dense(self.features or x.shape[-1], dtype=x.dtype, kernel_init=self.up_init, name="up")
-        # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
-        y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(-1, x.shape[-1]))))
+        y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(*rows(x.shape[:-1]), x.shape[-1]))))
         return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], y.shape[-1])
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:

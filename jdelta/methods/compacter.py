@@ -21,6 +21,7 @@ from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.leaf import leaf
+from jdelta.methods.rows import rows
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path
 
@@ -90,7 +91,7 @@ class HypercomplexDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From `(batch, d_in)` to `(batch, features)`; computes in the dtype of `x`."""
+        """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
         n, rank = self.config.hypercomplex_division, self.config.phm_rank
         p, q = x.shape[-1] // n, self.features // n
         if self.config.factorized_phm_rule:
@@ -128,8 +129,7 @@ class Compacter(nn.Module):
         c = self.config
         down = HypercomplexDense(self.bottleneck_dim, c, c.use_bias_down_sampler, name="down")
         up = HypercomplexDense(y.shape[-1], c, c.use_bias_up_sampler, c.zero_up, name="up")
-        # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
-        z = NON_LINEARITIES[c.non_linearity](down(y.reshape(-1, y.shape[-1])))
+        z = NON_LINEARITIES[c.non_linearity](down(y.reshape(*rows(y.shape[:-1]), y.shape[-1])))
         return y + up(z).reshape(y.shape)
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:

@@ -21,6 +21,7 @@ from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.leaf import kaiming_uniform, leaf
+from jdelta.methods.rows import rows
 from jdelta.structure import ModuleInfo, Structure
 
 
@@ -89,8 +90,7 @@ class Lora(nn.Module):
         if self.axis != (-1,):
             x = jnp.moveaxis(x, self.axis, range(-n, 0))
         a = leaf(self, "a", kaiming_uniform, (*x.shape[-n:], self.rank))
-        # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
-        z = x.reshape(-1, math.prod(a.shape[:-1])) @ a.reshape(-1, self.rank).astype(x.dtype)
+        z = x.reshape(*rows(x.shape[:-n]), math.prod(a.shape[:-1])) @ a.reshape(-1, self.rank).astype(x.dtype)
         return self.up(z, nn.initializers.zeros).reshape(*x.shape[:-n], *self.features)
 
     def fold(
@@ -112,7 +112,7 @@ class Lora(nn.Module):
         return nn.Dropout(self.dropout)(x, deterministic) if self.dropout else x
 
     def up(self, z: jax.Array, init: nn.initializers.Initializer) -> jax.Array:
-        """From `(n, rank)` to `(n, features)`, all features in one axis."""
+        """From `(…, rank)` to `(…, features)`, all features in one axis."""
         b = leaf(self, "b", init, (self.rank, *self.features))
         return z @ b.reshape(self.rank, -1).astype(z.dtype) * self.scale
 
@@ -138,7 +138,8 @@ class LoraConv(Lora):
         a = leaf(self, "a", kaiming_uniform, (*window, x.shape[-1] // self.groups, self.rank))
         z = down.apply({"params": {"kernel": jnp.tile(a, self.groups)}}, x)
         if self.groups == 1:
-            return self.up(z.reshape(-1, self.rank), nn.initializers.zeros).reshape(*z.shape[:-1], *self.features)
+            up = self.up(z.reshape(*rows(z.shape[:-1]), self.rank), nn.initializers.zeros)
+            return up.reshape(*z.shape[:-1], *self.features)
         b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features)).astype(z.dtype)
         z, b = z.reshape(*z.shape[:-1], self.groups, -1), b.reshape(self.rank, self.groups, -1)
         return self.scale * jnp.einsum("...gr,rgo->...go", z, b).reshape(*z.shape[:-2], *self.features)
@@ -160,7 +161,7 @@ class LoraEmbed(Lora):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         a = leaf(self, "a", nn.initializers.zeros, (self.num_embeddings, self.rank))
-        z = jnp.take(a, ids.reshape(-1), axis=0)
+        z = jnp.take(a, ids.reshape(rows(ids.shape)), axis=0)
         return self.up(z, nn.initializers.normal(1.0)).reshape(*ids.shape, *self.features)
 
 

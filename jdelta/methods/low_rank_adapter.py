@@ -18,6 +18,7 @@ from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.leaf import leaf
+from jdelta.methods.rows import rows
 from jdelta.structure import ModuleInfo, Structure
 
 # Glorot with gain √2
@@ -71,7 +72,7 @@ class LowRankDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From `(n, d_in)` to `(n, features)`; computes in the dtype of `x`."""
+        """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
         left = leaf(self, "left", self.left_init, (x.shape[-1], self.rank))
         right = leaf(self, "right", self.right_init, (self.rank, self.features))
         bias = leaf(self, "bias", nn.initializers.zeros, (self.features,))
@@ -96,8 +97,7 @@ class LowRankAdapter(nn.Module):
         last = nn.initializers.zeros if self.config.zero_up else init
         down = LowRankDense(self.bottleneck_dim, rank, init, init, name="down")
         up = LowRankDense(y.shape[-1], rank, init, last, name="up")
-        # Two axes: XLA's CPU backend is ten times slower at the gradient of a product over several.
-        z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(-1, y.shape[-1])))
+        z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(*rows(y.shape[:-1]), y.shape[-1])))
         return y + up(z).reshape(y.shape)
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
