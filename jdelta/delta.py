@@ -612,8 +612,8 @@ class DeltaModel:
           ValueError: a leaf of the backbone has no spec, or one that does not fit its shape or the mesh, or there are
             several meshes. The message names the leaf.
         """
-        tree = self._tree(None)
-        return sharding.partition_specs(specs, tree, attachments_of(self._face.module), self._structure, mesh)
+        carried = attachments_of(self._face.module)
+        return sharding.partition_specs(specs, self._tree(None), carried, self._structure, mesh)
 
     def shardings(self, specs: Tree, mesh: jax.sharding.Mesh | None = None) -> Tree:
         """`partition_specs` as `NamedSharding`s, for `jax.jit` and `jax.device_put`.
@@ -632,7 +632,8 @@ class DeltaModel:
         Raises:
           TypeError, ValueError: as `partition_specs`; also if there is no mesh.
         """
-        return sharding.shardings(self.partition_specs(specs, mesh), specs, mesh)
+        carried = attachments_of(self._face.module)
+        return sharding.shardings(specs, self._tree(None), carried, self._structure, mesh)
 
     def own(self, tree: Tree) -> Tree:
         """The part of a tree that belongs to this delta alone, laid out as `init` gives it.
@@ -789,8 +790,9 @@ class DeltaModel:
                 kind = found.backbone.kind if found.backbone is not None else ""
                 on = f" (on {kind}; this is {self._face.kind})" if kind not in ("", self._face.kind) else ""
                 raise ValueError(
-                    f"delta {self.name!r} {what} {len(here)} modules, the saved one{on} {what} {len(there)}; at {odd[0]}, "
-                    f"{side}. Attach with the saved delta's modified_modules, or with AutoDeltaModel.from_finetuned."
+                    f"delta {self.name!r} {what} {len(here)} modules, the saved one{on} {what} {len(there)}; at "
+                    f"{odd[0]}, {side}. Attach with the saved delta's modified_modules, or with "
+                    "AutoDeltaModel.from_finetuned."
                 )
 
     def _free_name(self, name: str | None) -> str:

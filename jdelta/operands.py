@@ -140,7 +140,7 @@ def require_one_backbone(found: Sequence[Finetuned], kept: set[str], check_hash:
             continue
         what = listing(structure) if structure else f"other values in {listing(values)}"
         message = (
-            f"the backbone of delta {i} is not that of delta 1: {what}. Their sum means nothing then; if it does, "
+            f"the backbone of delta {i} is not that of delta 1: {what}. They do not go together then; if they do, "
             "pass check_hash=False."
         )
         if check_hash != "warn":

@@ -1,7 +1,14 @@
 """How the leaves of deltas are split over a mesh, derived from how the backbone's are: pure functions on trees.
 
-A layer says in `follows(host, x, y)` which axes of the backbone's weights the axes of its leaves follow; what it does
-not name, and what no layer speaks of, is on every device.
+A layer says which axes of the backbone's weights its own axes follow, in a method
+
+    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+        return {"a": (*x, None), "b": (None, *y)}
+
+where `x` and `y` are the axes of weights that the features of its input and output have, one for `nn.Dense`. It
+returns an entry for each axis of each leaf, named below the layer (`"down.kernel"`); `None` is an axis of the layer's
+own. What it does not name, and what no layer speaks of, is whole on every device. So is an axis that the mesh does not
+divide.
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = 
     Args:
       rules: pairs of a pattern, by the naming rules of `jdelta.match`, and a spec.
       tree: parameters or their shapes; or anything with such leaves, such as a `TrainState`.
-      default: the spec of leaves that no rule matches. Scalars need none: they cannot be split.
+      default: the spec of leaves that no rule matches. (Scalars need no rule: theirs is always `P()`.)
 
     Returns:
       A tree of the same structure, with a spec for each leaf.
@@ -50,11 +57,11 @@ def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = 
 
     def spec(path: Any, leaf: Any) -> P:
         name, ndim = jax.tree_util.keystr(path, simple=True, separator="."), np.ndim(meta.unbox(leaf))
-        pattern, found = next(((p, s) for p, s in rules if addressing.matches(name, p)), ("default", default))
-        if found is None and ndim:
-            raise ValueError(f"match_partition_rules: no rule matches {name!r}. Add one, or give a default=P().")
-        if found is None or (pattern == "default" and not ndim):
+        if not ndim:
             return P()
+        pattern, found = next(((p, s) for p, s in rules if addressing.matches(name, p)), ("default", default))
+        if found is None:
+            raise ValueError(f"match_partition_rules: no rule matches {name!r}. Add one, or give a default=P().")
         if len(found) > ndim:
             raise ValueError(f"match_partition_rules: {pattern!r} gives {found} to {name!r}, which has {ndim} axes.")
         return found
@@ -77,6 +84,34 @@ def partition_specs(
     Raises:
       TypeError, ValueError: as `DeltaModel.partition_specs`.
     """
+    return _worked_out(specs, params, attachments, structure, mesh)[0]
+
+
+def shardings(
+    specs: Tree, params: Tree, attachments: Sequence[Attachment], structure: Structure, mesh: Mesh | None = None
+) -> Tree:
+    """`partition_specs` as `NamedSharding`s; those that were given for the backbone's leaves are in it as they were.
+
+    Raises:
+      TypeError, ValueError: as `DeltaModel.shardings`.
+    """
+    tree, given, mesh = _worked_out(specs, params, attachments, structure, mesh)
+    if mesh is None:
+        raise ValueError("shardings: PartitionSpecs are on no mesh. Pass one: mesh=….")
+
+    def on_mesh(path: Path, spec: Any) -> Any:
+        held = _sharding(given.get(path))
+        return held if isinstance(held, NamedSharding) else NamedSharding(mesh, spec)
+
+    leaves = surgery.flatten(tree)
+    split = {path: spec if spec is empty_node else on_mesh(path, spec) for path, spec in leaves.items()}
+    return surgery.unflatten(split, like=tree)
+
+
+def _worked_out(
+    specs: Tree, params: Tree, attachments: Sequence[Attachment], structure: Structure, mesh: Any
+) -> tuple[Tree, dict[Path, Any], Any]:
+    """The specs of a grafted tree; what was given for each of the backbone's leaves; and the mesh, if there is one."""
     leaves = surgery.flatten(params)
     start, deltas = surgery.root(params), {path for a in attachments for path in a.leaves}
     backbone = {path for path in leaves if path[: len(start)] != start or path[len(start) :] not in deltas}
@@ -85,39 +120,13 @@ def partition_specs(
     sizes = dict(mesh.shape) if mesh is not None else None
     own = {path: _spec(held, path) for path, held in given.items()}
     checked = {path: _entries(path, spec, leaves[path], sizes) for path, spec in own.items()}
-    split = _Split(
-        _below(start, checked), _below(start, {p: _shape(leaf) for p, leaf in leaves.items()}), structure, sizes
-    )
+    shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
+    split = _Split(_below(start, checked), _below(start, shapes), structure, sizes)
     derived = {path: P() for path in deltas if (*start, *path) in leaves}
     for edit in (edit for a in attachments if a.active for edit in a.edits):
         derived |= split.specs_of(edit)
     whole = leaves | own | {(*start, *path): spec for path, spec in derived.items()}  # what is left is empty nodes
-    return surgery.unflatten(whole, like=params)
-
-
-def shardings(specs: Tree, given: Tree, mesh: Mesh | None = None) -> Tree:
-    """Puts specs on a mesh.
-
-    Args:
-      specs: what `partition_specs` made of `given`.
-      given: shardings and arrays in it bring their mesh, and keep their own sharding.
-      mesh: the mesh, where nothing brings one.
-
-    Raises:
-      ValueError: no mesh, or several.
-    """
-    held = {path: _sharding(leaf) for path, leaf in surgery.flatten(given).items()}
-    found = _mesh_of(held, mesh)
-    if found is None:
-        raise ValueError("shardings: PartitionSpecs are on no mesh. Pass one: mesh=….")
-
-    def place(path: Path, spec: Any) -> Any:
-        if spec is empty_node or isinstance(own := held.get(path), NamedSharding):
-            return spec if spec is empty_node else own
-        return NamedSharding(found, spec)
-
-    leaves = {path: place(path, spec) for path, spec in surgery.flatten(specs).items()}
-    return surgery.unflatten(leaves, like=specs)
+    return surgery.unflatten(whole, like=params), given, mesh
 
 
 def state_shardings(state: Any, shardings: Tree) -> Any:
