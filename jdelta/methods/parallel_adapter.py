@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.config import DeltaConfig, require_positive_int
-from jdelta.delta import DeltaModel, Find
+from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
+from jdelta.placed import Find
 from jdelta.structure import ModuleInfo, Structure
 
 

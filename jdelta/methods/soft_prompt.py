@@ -18,7 +18,7 @@ from flax import linen as nn
 from jdelta import backbone, common_names, generation
 from jdelta.axes import Axes
 from jdelta.config import DeltaConfig, require_positive_int
-from jdelta.delta import DeltaModel, Find
+from jdelta.delta import DeltaModel
 from jdelta.interception import (
     Edit,
     Frame,
@@ -32,6 +32,7 @@ from jdelta.interception import (
     with_main_input,
 )
 from jdelta.methods.leaf import leaf
+from jdelta.placed import Find
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path
 

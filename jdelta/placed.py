@@ -1,0 +1,405 @@
+"""A delta in its place: its edits on the backbone, its leaves in the tree, and the way on and off."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta import addressing, backbone, common_names, freezing, surgery
+from jdelta.config import DeltaConfig
+from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
+from jdelta.structure import ModuleInfo, Structure
+from jdelta.surgery import Path, Tree
+
+Find = Callable[[Sequence[str]], list[ModuleInfo]]
+
+
+class Placed:
+    """What `DeltaModel` is made on: what a method says of itself, and how that gets onto the model.
+
+    Attributes:
+      config: the method's arguments.
+      name: the delta's name in the tree.
+      backbone_model: what it is on.
+    """
+
+    delta_type: ClassVar[str] = "delta"
+    config_class: ClassVar[type[DeltaConfig]] = DeltaConfig
+    default_modified_modules: ClassVar[Sequence[str]] = ()
+
+    config: Any  # of config_class
+
+    # --- what a method says
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        """What this method does at a module that it was pointed at. Override it.
+
+        Raises:
+          TypeError, ValueError: the module cannot take this delta; `host.name` is put in front of the message.
+        """
+        return ()
+
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+        """The edits at all modules that the patterns mean. Override it for a method whose modules come in pairs."""
+        for host in find(patterns) if patterns else ():
+            try:
+                yield from self.edits(host, structure)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{type(self).__name__} at {host.name} ({host.type.__name__}): {error}") from error
+
+    def shared(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
+        """A module that makes leaves of several hosts from parameters of its own. Override it.
+
+        Its parameters lie once in the tree, below the delta's name at the root; what it makes is then not in the tree.
+
+        Args:
+          shapes: path to shape of each leaf that the delta's layers have.
+
+        Returns:
+          An unbound module which, called without arguments, returns `{path: array}` for some of these paths.
+        """
+        return None
+
+    def folded(self) -> DeltaConfig | None:
+        """The configuration after what `shared` makes has taken the place of its parameters. Override it.
+
+        A delta is saved in that form. `None`: it stays as it is.
+        """
+        return None
+
+    def frozen(self, leaf: Path) -> bool:
+        """Whether this leaf of the delta's own never trains. Override it."""
+        return False
+
+    def start(self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array]) -> Mapping[Path, jax.Array]:
+        """The initial values of the delta's own leaves, where they depend on the backbone's. Override it.
+
+        Args:
+          leaves: path to value, as the layers initialise it.
+          params: path to value of the backbone's parameters.
+        """
+        return leaves
+
+    # --- what it is
+
+    @property
+    def structure(self) -> Structure:
+        """The backbone's modules, in the order of execution."""
+        return self._structure
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model runs this delta."""
+        return self._attachment.active
+
+    @property
+    def merged(self) -> bool:
+        """Whether the delta is folded into the backbone's weights."""
+        return bool(self._unmerged)
+
+    @property
+    def targets(self) -> list[str]:
+        """The names of the modules this delta sits on, in the order of execution."""
+        hosts = {edit.host for edit in self._attachment.edits if not edit.helps}
+        return [info.name for info in self._structure if info.path in hosts]
+
+    def shapes(self) -> Tree:
+        """Shapes of the delta's own leaves, as a tree to be grafted into the backbone's."""
+        return self._shapes
+
+    # --- on and off
+
+    def detach(self) -> None:
+        """Takes the delta off: the model then computes what it computed without it.
+
+        The leaves that `model.params` held are kept, and `attach` puts them back; leaves of the backbone's own that
+        trained with the delta get their earlier values meanwhile. Deltas come off in any order. A tree that you hold
+        yourself is yours to change: `jdelta.prune(params, delta.name)`.
+
+        Raises:
+          RuntimeError: it is detached already.
+          ValueError: `model.params` lacks leaves of this delta.
+        """
+        self._switch(active=False)
+
+    def attach(self) -> None:
+        """Puts the delta back in its place, with the values it had when it was detached.
+
+        Raises:
+          RuntimeError: it is attached already.
+        """
+        self._switch(active=True)
+
+    # --- inside: before it is on the model
+
+    def _begin(self, backbone_model: Any, name: str | None, rng: int | jax.Array) -> None:
+        """Everything but the modules that it goes to; `config` is there already. Nothing of the model changes."""
+        self.backbone_model = backbone_model
+        self._face = backbone.face_of(backbone_model)
+        self._structure = backbone.trace(self._face)
+        self._rng = jax.random.key(rng) if isinstance(rng, int) else rng
+        self.name = self._free_name(name)
+        self._exclude: tuple[str, ...] | None = None  # None: own leaves and self._unfrozen
+        self._unfrozen = tuple(self.config.unfrozen_modules or ())
+        self._inserted: list[str] = []  # modules where a layer was put in by hand
+        self._unmerged: dict[Path, tuple[Any, Any]] = {}  # while it is merged: the weights before and after
+        self._kept: dict[Path, Any] = {}  # values to put back: on detach the backbone's, on attach the delta's
+
+    def _edits_at(self, patterns: Sequence[str], common: bool = False) -> list[Edit]:
+        """What the method does at the modules that the patterns mean."""
+        find = self._finder(common, self.config.exclude_modules or ())
+        edits = list(self.place(self._structure, find, patterns))
+        if patterns and not edits:
+            raise ValueError(
+                f"{type(self).__name__}: none of the modules that {list(patterns)} mean gets a change from it."
+            )
+        return edits
+
+    def _free_name(self, name: str | None) -> str:
+        taken = {key for path in surgery.flatten(self._structure.params) for key in path}
+        taken |= {key for info in self._structure for key in info.path}
+        deltas = {attachment.name for attachment in attachments_of(self._face.module)}
+        if name is None:
+            numbers = (f"{self.delta_type}_{i}" for i in itertools.count(2))
+            return next(n for n in itertools.chain([self.delta_type], numbers) if n not in taken | deltas)
+        if not isinstance(name, str) or not name or "." in name or name in ("params", freezing.DELTAS):
+            raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {name!r}.")
+        if name in deltas:
+            raise ValueError(f"the model has a delta named {name!r} already. Choose another name.")
+        if name in taken:
+            raise ValueError(f"{name!r} is the name of a part of this backbone. Choose another name for the delta.")
+        return name
+
+    def _finder(self, common: bool, exclude: Sequence[str]) -> Find:
+        def find(patterns: Sequence[str]) -> list[ModuleInfo]:
+            if not common:
+                return self._structure.find(patterns, exclude)
+            try:
+                resolved = common_names.resolve(self._structure, addressing.checked(patterns))
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: {error}") from error
+            found = [info.name for info in resolved]
+            return self._structure.find([f"[r]^{re.escape(name)}" for name in found], exclude) if found else []
+
+        return find
+
+    # --- inside: onto the model
+
+    def _put(self, edits: Sequence[Edit]) -> None:
+        """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
+        draft, index, everything = self._tried(edits)
+        edits, others = draft[index].edits, attachments_of(self._face.module)
+        known = {path for path in surgery.flatten(self._structure.params)}
+        known.update(path for a in others if a.name != self.name for path in a.leaves)
+        shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
+        draft[index], own = self._attachment_of(edits, shapes)
+
+        module, params = self._face.module, self._face.params
+        after = params
+        if params is not None:
+            have = surgery.flatten(params)
+            fresh = [p for p in draft[index].leaves if (*surgery.root(params), *p) not in have]
+            after = surgery.graft(params, self._initial_values(draft, fresh, params)) if fresh else params
+        start = surgery.root(everything)
+        try:
+            self._face.module = instrument(module, draft)
+            if params is not None:
+                self._face.params = after
+                self._kept = {p: _copy(leaf) for p, leaf in self._borrowed(after).items()} | self._kept
+            self._mask_of(everything if params is None and not draft[index].made else self._tree(None))
+        except Exception:
+            self._face.module = module
+            if params is not None:
+                self._face.params = params
+            raise
+        self._shapes = surgery.unflatten({(*start, *path): shape for path, shape in own.items()})
+
+    def _tried(self, edits: Sequence[Edit]) -> tuple[list[Attachment], int, Tree]:
+        """What the model would carry with these edits, which of it they are, and its leaves' shapes.
+
+        Nothing changes; raises what can be wrong with the edits.
+        """
+        edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
+        others = attachments_of(self._face.module)
+        index = next((i for i, a in enumerate(others) if a.name == self.name), len(others))
+        if index < len(others) and not others[index].active:
+            raise RuntimeError(f"delta {self.name!r} is detached; call attach() before changing it.")
+        self._check(edits, others)
+        draft = [*others[:index], Attachment(self.name, tuple(edits)), *others[index + 1 :]]
+        ran: set[Edit] = set()
+        everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
+        for edit in edits:
+            if edit.layer is not None and edit not in ran:
+                raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
+        return draft, index, everything
+
+    def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
+        spans = any(edit.start is not None for edit in edits)
+        order = {info.path: i for i, info in enumerate(self._structure)} if spans else {}
+        lent = {path: a.name for a in others if a.name != self.name for path in a.borrowed}
+        for edit in edits:
+            host = self._structure[surgery.name_of(edit.host)]
+            if edit.where == "train":
+                if (*edit.host, *edit.leaf) in lent:
+                    owner = lent[(*edit.host, *edit.leaf)]
+                    raise ValueError(f"{host.name}.{surgery.name_of(edit.leaf)} is trained by delta {owner!r} already.")
+                continue
+            if edit.where == "around" and not getattr(type(edit.layer).__call__, "nowrap", False):
+                raise TypeError(f"{type(edit.layer).__name__} goes around modules: mark its __call__ with nn.nowrap.")
+            if edit.start is not None and order[edit.start] > order[edit.host]:
+                raise ValueError(f"the span starts at {surgery.name_of(edit.start)}, which runs after {host.name}.")
+            for side in {"before": "x", "after": "y", "parallel": "y"}.get(edit.where, ""):
+                what = "takes" if side == "x" else "returns"
+                try:
+                    dtype = getattr(host, side).dtype
+                except TypeError as error:
+                    raise TypeError(f"{host.name} ({host.type.__name__}) cannot be a target: {error}") from error
+                if not jnp.issubdtype(dtype, jnp.floating):
+                    raise TypeError(
+                        f"{host.name} ({host.type.__name__}) {what} an array of {dtype}; a layer needs floats."
+                    )
+
+    def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, Any]) -> tuple[Attachment, dict[Path, Any]]:
+        """The attachment of these edits, whose layers have leaves of these shapes; and the shapes of its own leaves."""
+        source, own = self.shared(shapes), dict(shapes)
+        made: tuple[Path, ...] = ()
+        if source is not None:
+            output, variables = jax.eval_shape(source.init_with_output, self._rng)
+            made = tuple(path for path in shapes if path in output)
+            own = {path: shape for path, shape in shapes.items() if path not in made}
+            own |= {(self.name, *path): shape for path, shape in surgery.flatten(variables["params"]).items()}
+        fixed = frozenset(path for path in own if self.frozen(path))
+        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made), own
+
+    def _run_init(self, attachments: Sequence[Attachment], rng: jax.Array, ran: set[Edit] | None = None) -> Tree:
+        return self._face.init(instrument(self._face.module, attachments, ran), rng)
+
+    def _initial_values(self, attachments: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
+        """Values of new leaves; shapes, where the backbone's own are."""
+
+        def new(rng: jax.Array) -> Tree:
+            return _select(self._run_init(attachments, rng), paths)
+
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+            return jax.eval_shape(new, self._rng)
+        return self._started(jax.jit(new)(self._rng), params)
+
+    def _started(self, own: Tree, params: Tree | None) -> Tree:
+        """The delta's own leaves after `start`."""
+        if type(self).start is Placed.start:
+            return own
+        leaves = surgery.flatten(surgery.parameters(own))
+        values = surgery.flatten(surgery.parameters(params)) if params is not None else {}
+        if not values or any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in values.values()):
+            raise ValueError(
+                f"{type(self).__name__} starts from the backbone's values, which are elsewhere. Pass them: "
+                "delta.init(rng, params)."
+            )
+        begin = surgery.root(own)
+        started = self.start(leaves, values)
+        return surgery.unflatten({(*begin, *path): leaf for path, leaf in started.items()}, like=own)
+
+    # --- inside: while it is there
+
+    @property
+    def _attachment(self) -> Attachment:
+        return next(a for a in attachments_of(self._face.module) if a.name == self.name)
+
+    def _active(self, verb: str) -> Attachment:
+        """The attachment. Raises `RuntimeError` if it is off."""
+        own = self._attachment
+        if not own.active:
+            state, remedy = ("merged", "unmerge") if self.merged else ("detached", "attach")
+            raise RuntimeError(f"delta {self.name!r} is {state} and cannot be {verb}. Call {remedy}() first.")
+        return own
+
+    def _tree(self, params: Tree | None) -> Tree:
+        return backbone.tree_of(self._face) if params is None else params
+
+    def _only_own(self, tree: Tree) -> Tree:
+        return _select(tree, self._attachment.leaves)
+
+    def _mask_of(self, params: Tree) -> Tree:
+        attachments = attachments_of(self._face.module)
+        never = {path for a in attachments for path in a.fixed}
+        if self._exclude is None:
+            exclude: tuple[str, ...] = (freezing.DELTAS, *self._unfrozen)
+            return freezing.trainable_mask(params, exclude, self._attachment.trained, never)
+        trained = {path for a in attachments if a.active for path in a.trained}
+        return freezing.trainable_mask(params, self._exclude, trained, never)
+
+    def _borrowed(self, params: Tree) -> dict[Path, Any]:
+        """The backbone's own leaves that train with this delta."""
+        flat, start = surgery.flatten(params), surgery.root(params)
+        return {(*start, *path): flat[(*start, *path)] for path in self._attachment.borrowed}
+
+    def _switch(self, active: bool) -> None:
+        own = self._attachment
+        if self.merged:
+            raise RuntimeError(f"delta {self.name!r} is merged into the weights. Call unmerge() first.")
+        if own.active == active:
+            raise RuntimeError(f"delta {self.name!r} is {'attached' if active else 'detached'} already.")
+        attachments = [
+            dataclasses.replace(a, active=active) if a.name == self.name else a
+            for a in attachments_of(self._face.module)
+        ]
+        params = self._face.params
+        if params is not None:
+            flat, start = surgery.flatten(params), surgery.root(params)
+            leaves = [(*start, *path) for path in own.leaves]
+            keep = dict(self._borrowed(params))
+            if not active:
+                for path in leaves:
+                    if path not in flat:
+                        raise ValueError(
+                            f"detach: model.params lacks {surgery.name_of(path)!r}. Set model.params to a tree "
+                            "that holds the delta's leaves."
+                        )
+                keep.update({path: flat[path] for path in leaves})
+                flat = {path: leaf for path, leaf in flat.items() if path not in set(leaves)}
+            flat.update(self._kept)
+            self._face.params = surgery.unflatten(flat, like=params)
+            self._kept = keep
+        self._face.module = instrument(self._face.module, attachments)
+
+    def _write_out(self, params: Tree | None, config: DeltaConfig) -> Tree:
+        """Puts what the source makes into the tree in place of its parameters. `config` is then the delta's own."""
+        own = self._attachment
+        if own.source is None or not own.active:
+            raise ValueError(f"delta {self.name!r} {'is detached' if own.source else 'has nothing to fold'}.")
+        folded, written = self._written(self._tree(params))
+        others = attachments_of(self._face.module)
+        self._face.module = instrument(self._face.module, [written if a.name == own.name else a for a in others])
+        self.config = config
+        self._shapes = surgery.shapes(_select(folded, written.leaves))
+        if params is None and self._face.params is not None:
+            self._face.params = folded
+        return folded
+
+    def _written(self, tree: Tree) -> tuple[Tree, Attachment]:
+        """The tree with what the source makes in place of its parameters, and the attachment that goes with it."""
+        own, start = self._attachment, surgery.root(tree)
+        leaves = surgery.flatten(with_made({"params": surgery.parameters(tree)}, [own])["params"])
+        leaves = {path: leaf for path, leaf in leaves.items() if path[0] != self.name}
+        rest = {path: leaf for path, leaf in surgery.flatten(tree).items() if path[: len(start)] != start}
+        written = surgery.unflatten(rest | {(*start, *path): leaf for path, leaf in leaves.items()}, like=tree)
+        kept = tuple(path for path in own.leaves if path[0] != self.name)
+        return written, dataclasses.replace(own, leaves=(*kept, *own.made), source=None, made=())
+
+
+def _select(tree: Tree, paths: Iterable[Path]) -> Tree:
+    """The sub-tree of some leaves of the parameters."""
+    flat, start = surgery.flatten(tree), surgery.root(tree)
+    return surgery.unflatten({(*start, *path): flat[(*start, *path)] for path in paths})
+
+
+def _copy(leaf: Any) -> Any:
+    """A copy that outlives the donation of the original."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
