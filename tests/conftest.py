@@ -5,12 +5,12 @@ import gc
 import importlib.metadata
 import os
 
-# Before jax is imported: the tests compile many tiny programs, most of them for one run. The newer code generator of
-# XLA:CPU takes twice as long to compile; a release that does not know a flag dies of it.
+# Before jax is imported: the tests compile many tiny programs, most of them for one run, so nothing is optimised. The
+# newer code generator of XLA:CPU takes long; only releases that know its flag get it, since others would die of it.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-else:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 import jax
 import jax.numpy as jnp
