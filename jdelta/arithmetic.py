@@ -201,12 +201,12 @@ def negate(
 
 
 def _is_change(found: Finetuned, key: str) -> bool:
-    return isinstance(found.config, BitFitConfig) and not found.inserted and operands.is_own(found, key)
+    return isinstance(found.config, BitFitConfig) and not found.inserted and found.is_own(key)
 
 
 def _no_change(found: Finetuned, key: str) -> str:
     what = f"{key} holds a value and no change. Pass what it was before training as base"
-    if operands.is_own(found, key):
+    if found.is_own(key):
         return f"{what}; method {found.config.delta_type!r} has no zero to count from."
     return f"{what}, or {operands.keep_hint(key)} to take it as it is."
 

@@ -67,7 +67,7 @@ class Finetuned:
             "targets": list(self.targets),
             "exclude": None if self.exclude is None else list(self.exclude),
             "inserted": list(self.inserted),
-            "leaves": {key: kind(value) for key, value in sorted(self.values.items())},
+            "leaves": {key: fingerprint.kind(value) for key, value in sorted(self.values.items())},
             "versions": {"jdelta": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
             "backbone": None if self.backbone is None else dataclasses.asdict(self.backbone),
         }
@@ -115,15 +115,14 @@ class Finetuned:
             backbone,
         )
 
+    def is_own(self, name: str) -> bool:
+        """Whether a leaf is the delta's, and not one of the backbone's."""
+        return self.name in name.split(".")
+
     def renamed(self, name: str) -> Self:
         """The same under another name in the tree."""
         values = {_renamed(key, self.name, name): value for key, value in self.values.items()}
         return dataclasses.replace(self, name=name, values=values)
-
-
-def kind(value: Any) -> str:
-    """`float32[16, 4]`."""
-    return f"{np.dtype(value.dtype).name}{list(value.shape)}"
 
 
 def _check_arguments(config: DeltaConfig, description: Mapping[str, Any]) -> None:
@@ -138,7 +137,11 @@ def _check(listed: Mapping[str, str], values: Mapping[str, np.ndarray], file: st
     odd = [f"{name} does not belong there" for name in sorted(values.keys() - listed.keys())]
     odd += [f"{name} is missing" for name in sorted(listed.keys() - values.keys())]
     both = sorted(listed.keys() & values.keys())
-    odd += [f"{n} is {kind(values[n])}, not {listed[n]}" for n in both if kind(values[n]) != listed[n]]
+    odd += [
+        f"{n} is {fingerprint.kind(values[n])}, not {listed[n]}"
+        for n in both
+        if fingerprint.kind(values[n]) != listed[n]
+    ]
     if odd:
         raise ValueError(f"{file} is not what {folder.CONFIG} describes: {listing(odd)}.")
     if not intact:

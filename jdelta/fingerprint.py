@@ -27,12 +27,16 @@ def fingerprint(leaves: Mapping[str, Any]) -> dict[str, str]:
 
     def described(leaf: Any) -> str:
         value = meta.unbox(leaf)
-        kind = f"{np.dtype(value.dtype).name}{list(value.shape)}"
-        return kind if isinstance(value, jax.ShapeDtypeStruct) else f"{kind} {digest(value)}"
+        return kind(value) if isinstance(value, jax.ShapeDtypeStruct) else f"{kind(value)} {digest(value)}"
 
     names = sorted(leaves)
     with ThreadPoolExecutor(2) as threads:  # hashing leaves Python's lock alone
         return dict(zip(names, threads.map(lambda name: described(leaves[name]), names), strict=True))
+
+
+def kind(value: Any) -> str:
+    """`float32[16, 4]`."""
+    return f"{np.dtype(value.dtype).name}{list(value.shape)}"
 
 
 def differences(have: Mapping[str, str], want: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -31,7 +31,7 @@ def pairs_of(found: Finetuned) -> tuple[str, ...]:
     """
     if not isinstance(found.config, LoraConfig) or found.inserted:
         return ()
-    own = {key for key in found.values if found.name in key.split(".")}
+    own = {key for key in found.values if found.is_own(key)}
     pairs = tuple(sorted(key.removesuffix(".a") for key in own if key.endswith(".a")))
     if odd := own ^ leaves_of(pairs):
         raise ValueError(f"delta {found.name!r} has not the leaves of LoRA at {listing(sorted(odd))}.")

@@ -29,7 +29,8 @@ import numpy as np
 
 from jdelta import surgery
 from jdelta.delta import DeltaModel
-from jdelta.finetuned import Finetuned, kind
+from jdelta.finetuned import Finetuned
+from jdelta.fingerprint import kind
 from jdelta.lora_pairs import SCALED, pairs_of, same_up_to_rank
 from jdelta.methods.lora import LoraConfig
 from jdelta.operands import Source, read_all, require_one_backbone, require_same_arguments

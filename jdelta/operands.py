@@ -120,7 +120,7 @@ def _require_shape(first: Finetuned, key: str, shape: tuple[int, ...], where: st
     if (mine := first.values[key].shape) == shape:
         return
     hint = " Deltas of different ranks combine by 'cat' or 'svd'." if isinstance(first.config, LoraConfig) else ""
-    if not is_own(first, key):
+    if not first.is_own(key):
         hint = f" {keep_hint(key)} takes that of delta 1."
     raise ValueError(f"{key} has shape {list(mine)}, {where} {list(shape)}.{hint}")
 
@@ -150,7 +150,7 @@ def require_one_backbone(found: Sequence[Finetuned], kept: set[str], check_hash:
 
 def kept_leaves(found: Sequence[Finetuned], keep: Sequence[str]) -> set[str]:
     """The backbone's leaves that patterns name, in any of the deltas."""
-    names = sorted({key for delta in found for key in delta.values if not is_own(delta, key)})
+    names = sorted({key for delta in found for key in delta.values if not delta.is_own(key)})
     kept: set[str] = set()
     for pattern in checked(keep):
         hits = {key for key in names if matches_at_or_above(key, pattern)}
@@ -177,11 +177,6 @@ def values_before(base: Tree | Finetuned | None, first: Finetuned, pairs: Sequen
 def others(found: Finetuned, pairs: Sequence[str], kept: Collection[str] = ()) -> list[str]:
     """The leaves that are neither in a pair nor kept; sorted, so that the same seed gives the same numbers."""
     return sorted(found.values.keys() - leaves_of(pairs) - {*kept})
-
-
-def is_own(found: Finetuned, key: str) -> bool:
-    """Whether a leaf is the delta's, and not one of the backbone's."""
-    return found.name in key.split(".")
 
 
 def keep_hint(key: str) -> str:
