@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta import generation, structure, surgery
-from jdelta.interception import bare
+from jdelta.interception import attachments_of, bare, instrument
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Tree
 
@@ -147,6 +147,10 @@ class _PretrainedFace:
     def module(self, module: nn.Module) -> None:
         self._model._module = module
         self._model.__class__ = generation.generating(type(self._model), bool(generation.prompt_ids(module)))
+        vars(self._model).pop("module_class", None)
+        if carried := attachments_of(module):  # enable_gradient_checkpointing makes the module anew, from this
+            original = self._model.module_class
+            self._model.module_class = lambda *args, **kwargs: instrument(original(*args, **kwargs), carried)
 
     @property
     def params(self) -> Tree | None:

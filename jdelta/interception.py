@@ -330,6 +330,8 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
         )
     output = call(*args, **kwargs)
     y = main_output(output)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = _same_dtype(x, y)  # T5's norms give float32 to a Dense that computes in bfloat16
     change = _layer(edit, frame)(x)
     if jnp.shape(change) != y.shape:
         raise ValueError(

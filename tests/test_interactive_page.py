@@ -27,6 +27,7 @@ def browser():
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.fail("the page is tested in Chromium, which is not here. Debian: apt-get install -y chromium")
+    expect.set_options(timeout=20_000)  # other tests keep every core busy
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
@@ -53,7 +54,7 @@ class Call:
         context = self.browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         self.contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("console", lambda message: self.problems.append(message.text) if message.type == "error" else None)
         page.on("dialog", lambda dialog: self.problems.append(f"dialog {dialog.message}"))
@@ -422,3 +423,14 @@ def test_a_link_without_its_token_shows_no_model(model_page, browser):
     assert reply.status == 403
     assert "token" in json.loads(other.inner_text("body"))["error"]
     other.close()
+
+
+def test_a_click_is_not_lost_when_the_page_scrolls_below_it(start):
+    call = start(lambda: jdelta.select_modules(bert()))
+    page = call.open()
+    box = row(page, "embeddings").bounding_box()
+    page.mouse.move(box["x"] + 200, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.evaluate("() => { tree.scrollTop = 5; return new Promise((done) => setTimeout(done, 200)); }")
+    page.mouse.up()
+    expect(page.locator("#chosen")).to_have_text("1")
