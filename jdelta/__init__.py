@@ -9,6 +9,7 @@ from jdelta.common_names import register_common_names
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
 from jdelta.finetuned import Finetuned
+from jdelta.fused_attention import fused_attention
 from jdelta.interactive import select_modules
 from jdelta.interception import Edit
 from jdelta.many import rowwise, select, stack, unstack
@@ -59,6 +60,7 @@ __all__ = [
     "__version__",
     "combine",
     "from_peft",
+    "fused_attention",
     "graft",
     "interpolate",
     "match",

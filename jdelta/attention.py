@@ -1,10 +1,13 @@
-"""Lets the keys and values of a prefix take part in attention that was written without them.
+"""Lets others take part in attention that was written without them: keys and values of a prefix, a faster kernel.
 
 Flax models compute `weights = dot_product_attention_weights(query, key, bias=…)` and contract the weights with the
 values themselves. No interception reaches that place, so in the file of such a model the name is made to mean a
-function that delegates, unless a prefix is active: then the softmax runs over the prefix and the keys together, the
-weights of the keys are returned, and what the prefix adds to the result waits to be added to the input of the next
-module, the attention's output projection. Masks, caches, rotary and relative positions stay as they are.
+function that delegates, unless a prefix or a kernel is active.
+
+With a prefix, the softmax runs over the prefix and the keys together, the weights of the keys are returned, and what
+the prefix adds to the result waits to be added to the input of the next module, the attention's output projection.
+With a kernel, the weights are put off until the file's `jnp.einsum` contracts them with the values, prefix included;
+whatever else the file does with them makes them as ever. Masks, caches, rotary and relative positions stay as they are.
 
 Two models of transformers compute a softmax of their own: DistilBERT, and BigBird where it is block-sparse.
 """
@@ -14,11 +17,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +32,9 @@ from jdelta.interception import Frame, main_input, main_output, with_main_input,
 
 _WEIGHTS = "dot_product_attention_weights"
 _active: contextvars.ContextVar[tuple[Prefix, ...]] = contextvars.ContextVar("prefixes", default=())
+_kernel: contextvars.ContextVar[Kernel | None] = contextvars.ContextVar("kernel", default=None)
+
+# --- what can take part
 
 
 class Prefix:
@@ -119,8 +126,160 @@ class Prefix:
         return part.astype(x.dtype) if part.shape == x.shape else None
 
 
+class Kernel(Protocol):
+    """What computes attention in one go, without the weights, while it is active."""
+
+    def accepts(self, asked: Asked) -> bool:
+        """Whether weights that were asked for may be put off."""
+        ...
+
+    def attend(self, asked: Asked, value: jax.Array, dtype: Any) -> jax.Array | None:
+        """The weights, in this dtype, contracted with the values; `None` if it cannot."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """Told why attention was computed without it."""
+        ...
+
+
+@contextlib.contextmanager
+def active(kernel: Kernel) -> Iterator[None]:
+    """While this lasts, the kernel is offered all attention that is computed."""
+    token = _kernel.set(kernel)
+    try:
+        yield
+    finally:
+        _kernel.reset(token)
+
+
+# --- the weights that a file asks for
+
+
+class Asked:
+    """One computation of attention weights, with the keys that active prefixes put before the model's own.
+
+    Attributes:
+      given: the arguments of `dot_product_attention_weights` by name, prefix included.
+      computed: whether a kernel has computed the result.
+    """
+
+    def __init__(self, weights_of: Callable, given: dict[str, Any]):
+        self._weights_of = weights_of
+        self._weights: jax.Array | None = None
+        self._prefix = _active.get()[-1] if _active.get() else None
+        self.given = given
+        self.computed = False
+        if self._prefix is not None:
+            key = given["key"]
+            heads, width = key.shape[-2:]
+            keys, self._values = _take(heads, width, key.dtype)
+            n = len(keys)
+            given["key"] = key = _preceded(key, keys)
+            given["bias"] = _widened(given.get("bias"), n, key.shape[-3], 0)
+            given["mask"] = _widened(given.get("mask"), n, key.shape[-3], True)
+
+    @property
+    def made(self) -> bool:
+        """Whether the weights were made."""
+        return self._weights is not None
+
+    def values(self, value: jax.Array) -> jax.Array:
+        """The model's values after those of the prefixes."""
+        return value if self._prefix is None else _preceded(value, self._values)
+
+    def weights(self) -> jax.Array:
+        """The weights of the model's own keys. Unless the result is computed, what the prefixes add to it waits."""
+        if self._weights is None:
+            weights = self._weights_of(**self.given)
+            if self._prefix is not None:
+                n, precision = len(self._values), self.given.get("precision")
+                if not self.computed:
+                    values = self._values.astype(weights.dtype)
+                    part = jnp.einsum("...hqn,nhd->...qhd", weights[..., :n], values, precision=precision)
+                    self._prefix.leave(part)
+                weights = weights[..., n:]
+            self._weights = weights
+        return self._weights
+
+
+@jax.tree_util.register_pytree_node_class
+class PutOff:
+    """Attention weights that are made when something asks for them that no kernel does, by the model's own function.
+
+    In a tree they are the array that they stand for, so every transformation of JAX makes them.
+    """
+
+    def __init__(self, asked: Asked, kernel: Kernel, dtype: Any, steps: tuple[Callable, ...] = (), factors: Any = None):
+        self._asked, self._kernel = asked, kernel
+        self._dtype = dtype  # in which they meet the values, but for the factors of heads
+        self._steps = steps  # what was done to them
+        self._factors = factors  # of the heads, `(heads,)`
+
+    def astype(self, dtype: Any) -> PutOff:
+        """They, in another dtype."""
+        steps = (*self._steps, lambda weights: weights.astype(dtype))
+        return PutOff(self._asked, self._kernel, dtype, steps, self._factors)
+
+    def einsum(self, einsum: Callable, subscripts: str, other: jax.Array) -> Any:
+        """`einsum` of them and something else; `None` if that has to be done by `einsum`."""
+        left, _, result = subscripts.replace(" ", "").partition("->")
+        weights, _, right = left.partition(",")
+        batch, d, (h, q, k) = weights[:-3], right[-1:], tuple(weights[-3:].ljust(3))
+        if (right, result) == (h, weights) and self._factors is None:
+            steps = (*self._steps, lambda weights: einsum(subscripts, weights, other))
+            return PutOff(self._asked, self._kernel, self._dtype, steps, other)
+        if (right, result) != (batch + k + h + d, batch + q + h + d) or self._asked.made:
+            return None
+        computed = self._kernel.attend(self._asked, other, self._dtype)
+        if computed is None:
+            return None
+        self._asked.computed = True
+        return computed if self._factors is None else computed * self._factors[:, None]
+
+    def __jax_array__(self) -> jax.Array:
+        if not self._asked.computed:
+            self._kernel.refuse("it uses its attention weights for something else than a sum of values")
+        weights = self._asked.weights()
+        for step in self._steps:
+            weights = step(weights)
+        return weights
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.__jax_array__(), name)
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array], None]:
+        """The weights themselves."""
+        return (self.__jax_array__(),), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[jax.Array]) -> jax.Array:
+        """The weights themselves."""
+        return children[0]
+
+
+def made(tree: Any) -> Any:
+    """The tree with all weights in it made."""
+    return jax.tree.map(lambda leaf: leaf, tree)
+
+
+def _operator(name: str) -> Callable:
+    return lambda self, *args: getattr(self.__jax_array__(), name)(*args)
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):  # Python looks for these in the class alone
+    setattr(PutOff, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(PutOff, f"__r{_name}__", _operator(f"__r{_name}__"))
+for _name in ("getitem", "neg", "len", "array", "lt", "gt", "le", "ge"):
+    setattr(PutOff, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+# --- the files of models
+
+
 def prepare(module_type: type[nn.Module]) -> bool:
-    """Lets prefixes into the file that a module's class is from; `False` if no attention is computed there."""
+    """Lets prefixes and kernels into the file of a module's class; `False` if no attention is computed there."""
     files = [sys.modules[cls.__module__] for cls in module_type.__mro__ if cls is not nn.Module]
     return any([_prepare(file) for file in files if file.__name__ != "builtins"])
 
@@ -132,33 +291,47 @@ def _prepare(file: ModuleType) -> bool:
             file.jnp = _Namespace(file.jnp, matmul=_distilbert_matmul)  # type: ignore[attr-defined]
         return True
     weights = getattr(file, _WEIGHTS, None)
-    if weights is not None and not hasattr(weights, "_jdelta"):
-        setattr(file, _WEIGHTS, _with_prefix(weights))
+    if weights is not None and not hasattr(file, "_jdelta"):
+        file._jdelta = True  # type: ignore[attr-defined]
+        if not hasattr(weights, "_jdelta"):  # or Flax's own file was prepared before this one was imported
+            setattr(file, _WEIGHTS, _taking_part(weights))
+        for name, value in list(vars(file).items()):
+            if value is jnp:
+                setattr(file, name, _Namespace(jnp, einsum=_einsum))
         if file.__name__.endswith("modeling_flax_big_bird"):
             _prepare_big_bird(file)
     return weights is not None
 
 
-def _with_prefix(weights_of: Callable) -> Callable:
+def _taking_part(weights_of: Callable) -> Callable:
+    signature = inspect.signature(weights_of)
+
     @functools.wraps(weights_of)
-    def dot_product_attention_weights(
-        query: jax.Array, key: jax.Array, bias: Any = None, mask: Any = None, *args: Any, **kwargs: Any
-    ) -> jax.Array:
-        if not _active.get():
-            return weights_of(query, key, bias, mask, *args, **kwargs)
-        heads, width = key.shape[-2:]
-        keys, values = _take(heads, width, key.dtype)
-        n = len(keys)
-        key = jnp.concatenate([jnp.broadcast_to(keys, (*key.shape[:-3], *keys.shape)), key], axis=-3)
-        bias, mask = _widened(bias, n, key.shape[-3], 0), _widened(mask, n, key.shape[-3], True)
-        weights = weights_of(query, key, bias, mask, *args, **kwargs)
-        precision = kwargs.get("precision")
-        part = jnp.einsum("...hqn,nhd->...qhd", weights[..., :n], values.astype(weights.dtype), precision=precision)
-        _active.get()[-1].leave(part)
-        return weights[..., n:]
+    def dot_product_attention_weights(*args: Any, **kwargs: Any) -> Any:
+        kernel = _kernel.get()
+        if kernel is None and not _active.get():
+            return weights_of(*args, **kwargs)
+        asked = Asked(weights_of, signature.bind(*args, **kwargs).arguments)
+        if kernel is None or not kernel.accepts(asked):
+            return asked.weights()
+        dtype = asked.given.get("dtype")
+        return PutOff(
+            asked, kernel, jnp.result_type(asked.given["query"], asked.given["key"]) if dtype is None else dtype
+        )
 
     dot_product_attention_weights._jdelta = True  # type: ignore[attr-defined]
     return dot_product_attention_weights
+
+
+def _einsum(einsum: Callable, subscripts: Any, *operands: Any, **kwargs: Any) -> Any:
+    if any(isinstance(operand, PutOff) for operand in operands):
+        plain = all(value is None or value is jax.lax.dot_general for value in kwargs.values())
+        if plain and len(operands) == 2 and isinstance(operands[0], PutOff) and isinstance(subscripts, str):
+            result = operands[0].einsum(einsum, subscripts, operands[1])
+            if result is not None:
+                return result
+        operands = made(operands)
+    return einsum(subscripts, *operands, **kwargs)
 
 
 def _take(heads: int, width: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -168,12 +341,24 @@ def _take(heads: int, width: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate(keys), jnp.concatenate(values)
 
 
+def _preceded(states: jax.Array, others: jax.Array) -> jax.Array:
+    """Keys or values, `(…, length, heads, width)`, after others, `(tokens, heads, width)`."""
+    before = jnp.broadcast_to(others.astype(states.dtype), (*states.shape[:-3], *others.shape))
+    return jnp.concatenate([before, states], axis=-3)
+
+
 def _widened(scores: Any, n: int, length: int, fill: Any) -> Any:
     """A bias or mask over keys that are preceded by `n` others, about which it says nothing."""
     if scores is None:
         return None
     rest = jnp.broadcast_to(scores, (*jnp.shape(scores)[:-1], length - n))
     return jnp.concatenate([jnp.full((*rest.shape[:-1], n), fill, rest.dtype), rest], axis=-1)
+
+
+def _tell_kernel(reason: str) -> None:
+    kernel = _kernel.get()
+    if kernel is not None:
+        kernel.refuse(reason)
 
 
 class _Namespace:
@@ -204,6 +389,7 @@ def _distilbert_matmul(matmul: Callable, a: jax.Array, b: jax.Array) -> jax.Arra
 
 
 def _distilbert_softmax(softmax: Callable, scores: jax.Array, axis: int = -1) -> jax.Array:
+    _tell_kernel("it computes a softmax of its own")
     if _active.get():
         prefix = _active.get()[-1]
         query = prefix.scratch
@@ -246,6 +432,7 @@ def _prepare_big_bird(file: Any) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        _tell_kernel("its attention is block-sparse, with softmaxes of its own")
         if not _active.get():
             return attend(self, query, key, value, band_mask, from_mask, *args, **kwargs)
         prefix = _active.get()[-1]

@@ -1,0 +1,323 @@
+"""A faster computation of attention in place of the model's own: opt-in, without parameters, and undoable."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta import attention, backbone
+from jdelta.interception import Attachment, Edit, Host, attachments_of, bare, instrument
+from jdelta.structure import ModuleInfo, Structure
+
+_NAME = "fused.attention"  # a delta's name has no dot
+
+
+def fused_attention(model: Any) -> FusedAttention:
+    """Computes the attention of a model in one go, where that gives an equal result.
+
+        fused = jdelta.fused_attention(model)
+        print(fused)  # 12 attention modules: bert.encoder.layer.[0-11].attention.self
+        fused.undo()
+
+    Every module that calls Flax's `dot_product_attention_weights` and sums values with the weights is changed. On a
+    GPU in half precision this is cuDNN's flash attention, through `jax.nn.dot_product_attention`, whose memory does
+    not grow with the square of the length; on a CPU the same sums in a quicker order; elsewhere
+    `jax.nn.dot_product_attention`. (No GPU was there when this was tested: the choice of cuDNN is, its run is not.)
+
+    No parameter is added. Masks, biases, caches and prefixes take part as before, and deltas come and go in any order.
+    Where the weights themselves are asked for, as with `output_attentions=True`, the model's own function makes them.
+    Where dropout of the weights is on, the model's own computation runs, and a warning says so once.
+
+    A function that `jax.jit` compiled before keeps what it was compiled with, here and after `undo`.
+
+    Args:
+      model: a Flax model of transformers, or a `jdelta.Backbone`, with or without deltas.
+
+    Returns:
+      What was changed, and the way back.
+
+    Raises:
+      RuntimeError: its attention is fused already.
+      TypeError: it is no such model.
+      ValueError: nothing in it can be changed; the message says why.
+    """
+    face = backbone.face_of(model)
+    carried = attachments_of(face.module)
+    if any(attachment.name == _NAME for attachment in carried):
+        raise RuntimeError("fused_attention: the attention of this model is fused already. Call undo() first.")
+    structure = backbone.trace(face)
+    kernels = _tried(face, structure)
+    targets = [info for info in structure if info.path in kernels and kernels[info.path].used]
+    left = {info.name: kernels[info.path].reason for info in structure if info.path in kernels and info not in targets}
+    if not targets:
+        found = f"left alone: {_reasons(left)}" if left else "no module calls Flax's dot_product_attention_weights"
+        raise ValueError(f"fused_attention: nothing in {face.kind} can be changed; {found}.")
+    once: set[str] = set()
+    edits = [Edit(info.path, "around", _Fused(Kernel(info, once), info.caller is not None)) for info in targets]
+    callers = dict.fromkeys(info.caller for info in targets if info.caller is not None)
+    edits += [Edit(path, "around", _WeightsMade(), helps=True) for path in callers]
+    attachment = Attachment(_NAME, tuple(edits))
+    face.module = instrument(face.module, [*carried, attachment])
+    return FusedAttention(face, attachment, [info.name for info in targets], left)
+
+
+class FusedAttention:
+    """What `fused_attention` changed.
+
+    Attributes:
+      targets: the names of the attention modules that it changed, in the order of execution.
+      left: name to reason of those that it left alone.
+    """
+
+    def __init__(self, face: backbone.Face, attachment: Attachment, targets: list[str], left: Mapping[str, str]):
+        self._face = face
+        self._attachment = attachment
+        self.targets = targets
+        self.left = left
+
+    def undo(self) -> None:
+        """Gives back the model's own computation.
+
+        Raises:
+          RuntimeError: that was done already.
+        """
+        carried = attachments_of(self._face.module)
+        rest = [attachment for attachment in carried if attachment is not self._attachment]
+        if len(rest) == len(carried):
+            raise RuntimeError("undo: this was undone already.")
+        self._face.module = instrument(self._face.module, rest)
+
+    def __repr__(self) -> str:
+        left = f"; left: {_reasons(self.left)}" if self.left else ""
+        return f"{len(self.targets)} attention modules: {', '.join(_folded(self.targets))}{left}"
+
+
+# --- the modules
+
+
+class _Fused(nn.Module):
+    """Runs an attention module with a kernel.
+
+    Attributes:
+      kernel: that kernel.
+      put_off: whether weights that it returns may be put off further: BART's attention always returns them.
+    """
+
+    kernel: Kernel
+    put_off: bool = False
+
+    @nn.nowrap
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        with attention.active(self.kernel):
+            output = host(*args, **kwargs)
+            return output if self.put_off else attention.made(output)
+
+
+class _WeightsMade(nn.Module):
+    """Makes the weights that are still there in what a module returns."""
+
+    @nn.nowrap
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        return attention.made(host(*args, **kwargs))
+
+
+class Kernel:
+    """An `attention.Kernel` for one module.
+
+    Args:
+      info: the module.
+      once: the warnings that were given for this model.
+      trying: whether it is only tried out, where dropout may be on.
+    """
+
+    def __init__(self, info: ModuleInfo, once: set[str], trying: bool = False):
+        self._info = info
+        self._once = once
+        self._trying = trying
+        self.used = False
+        self.reason = ""
+
+    def accepts(self, asked: attention.Asked) -> bool:
+        """Whether the arguments allow an equal result."""
+        given = asked.given
+        if any(given.get(name) is not None for name in ("precision", "einsum", "einsum_dot_general")):
+            self.refuse("it asks for products of a special precision or kind")
+        elif given.get("module") is not None:
+            self.refuse("it keeps its attention weights as intermediates")
+        elif jnp.result_type(given["query"], given["key"]) == jnp.float64:
+            self.refuse("it computes in float64")
+        elif not self._trying and given.get("dropout_rate", 0.0) > 0.0 and not given.get("deterministic", False):
+            self._warn(given["dropout_rate"])
+        else:
+            return True
+        return False
+
+    def attend(self, asked: attention.Asked, value: jax.Array, dtype: Any) -> jax.Array | None:
+        """The values, summed with the weights in this dtype."""
+        given = asked.given
+        query, key, low = given["query"], given["key"], given.get("dtype")
+        value = asked.values(value)
+        if value.shape != key.shape:
+            self.refuse("its values do not have the shape of its keys")
+            return None
+        # The model computes in `low`. Where that is higher, as for a softmax in float32, it is the kernel's anyway.
+        if low is not None and jnp.finfo(low).bits < jnp.finfo(jnp.result_type(query, key)).bits:
+            query, key = query.astype(low), key.astype(low)
+        common, out = jnp.result_type(query, key, value, dtype), jnp.result_type(dtype, value)
+        self.used = True
+        query, key, value = (states.astype(common) for states in (query, key, value))
+        result = attend(query, key, value, given.get("bias"), given.get("mask"))
+        return result.astype(out)
+
+    def refuse(self, reason: str) -> None:
+        """Notes why the model's own computation runs."""
+        self.reason = self.reason or reason
+
+    def _warn(self, rate: float) -> None:
+        fields = _dropout_fields(self._info, rate)
+        message = (
+            f"fused_attention: dropout of the attention weights is on ({fields}{rate:g}), so the model's own "
+            "computation runs. To train with fused attention, make that 0."
+        )
+        if not self._once:
+            self._once.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+def _tried(face: backbone.Face, structure: Structure) -> dict[tuple[str, ...], Kernel]:
+    """The kernels of the modules that compute attention, after one abstract run of the model."""
+    for module_type in {info.type for info in structure} | {nn.MultiHeadDotProductAttention}:
+        attention.prepare(module_type)
+    kernels = {info.path: Kernel(info, set(), trying=True) for info in structure}
+    # Around all modules: the innermost is the one whose own code computes attention.
+    edits = tuple(Edit(path, "around", _Fused(kernel)) for path, kernel in kernels.items())
+    module = instrument(bare(face.module), [Attachment(_NAME, edits)])
+    jax.eval_shape(lambda: face.init(module, jax.random.key(0)))
+    return {path: kernel for path, kernel in kernels.items() if kernel.used or kernel.reason}
+
+
+def _dropout_fields(info: ModuleInfo, rate: float) -> str:
+    """The names under which the rate of dropout is in a module's configuration or fields, those of attention first."""
+    for source in (vars(info.fields.get("config") or object), info.fields):
+        names = [name for name, value in source.items() if "drop" in name and value == rate]
+        if names:
+            return f"{' or '.join([name for name in names if 'att' in name] or names)} = "
+    return ""
+
+
+# --- names
+
+
+def _reasons(left: Mapping[str, str]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(_folded(names))} ({reason})" for reason, names in by_reason.items())
+
+
+def _folded(names: Iterable[str]) -> list[str]:
+    """Names that differ in one number, as one: `'layer.[0-11].attention'`."""
+    runs: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        number = re.search(r"(?<![^.])\d+(?![^.])", name)
+        key = (name[: number.start()], name[number.end() :]) if number else (name or "the root module", "")
+        runs.setdefault(key, []).extend([int(number[0])] if number else [])
+    return [start + _range(numbers) + end for (start, end), numbers in runs.items()]
+
+
+def _range(numbers: list[int]) -> str:
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"[{numbers[0]}-{numbers[-1]}]" if whole else f"[{','.join(map(str, numbers))}]"
+
+
+# --- the computation
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any = None, mask: Any = None) -> jax.Array:
+    """Softmax attention with the softmax in float32.
+
+    Args:
+      query: `(…, queries, heads, width)`.
+      key, value: `(…, keys, heads, width)`, of the same dtype.
+      bias: broadcasts to `(…, heads, queries, keys)`.
+      mask: bools that broadcast likewise.
+
+    Returns:
+      `(…, queries, heads, width)`.
+    """
+    lengths = (query.shape[-3], key.shape[-3])
+    free = bias is None and mask is None
+    kind = implementation(_backend(), query.dtype, query.shape[-1], lengths, free)
+    if kind == "cpu":
+        return _on_cpu(query, key, value, bias, mask)
+    batch = query.shape[:-3]
+    bias, mask = (None if s is None else _four_axes(jnp.asarray(s), batch) for s in (bias, mask))
+    if kind == "cudnn" and not free:
+        least = jnp.finfo(query.dtype).min
+        bias = jnp.zeros((), query.dtype) if bias is None else jnp.maximum(bias, least).astype(query.dtype)
+        bias = bias if mask is None else jnp.where(mask, bias, least)
+        bias, mask = jnp.broadcast_to(bias, (*bias.shape[:-2], *lengths)), None
+    q, k, v = (states.reshape(math.prod(batch), *states.shape[-3:]) for states in (query, key, value))
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation=kind).reshape(query.shape)
+
+
+def implementation(
+    backend: str, dtype: Any, width: int, lengths: tuple[int, int], free: bool
+) -> Literal["cpu", "cudnn", "xla"]:
+    """How attention is computed.
+
+    Args:
+      backend: `"cpu"`, `"cuda"`, which stands for GPUs that cuDNN's flash attention runs on, or any other.
+      dtype: of query, keys and values.
+      width: of a head.
+      lengths: how many queries and keys.
+      free: whether there is neither a bias nor a mask.
+
+    Returns:
+      `"cudnn"` or `"xla"` of `jax.nn.dot_product_attention`; or `"cpu"`, which is quicker there.
+    """
+    if backend == "cpu":
+        return "cpu"
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    # Gradients with a bias need even lengths in cuDNN.
+    even = free or not any(length % 2 for length in lengths)
+    return "cudnn" if backend == "cuda" and half and width % 8 == 0 and width <= 128 and even else "xla"
+
+
+def _backend() -> str:
+    """The default backend; `"cuda"` for Nvidia's GPUs since Ampere, on which cuDNN has flash attention."""
+    backend = jax.default_backend()
+    if backend == "gpu":
+        major = str(getattr(jax.local_devices()[0], "compute_capability", "0")).split(".")[0]
+        return "cuda" if major.isdigit() and int(major) >= 8 else backend
+    return backend
+
+
+def _on_cpu(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any, mask: Any) -> jax.Array:
+    """Heads before lengths, so that the products are plain ones; and divided when the sum over the keys is done."""
+    q, k, v = (states.astype(jnp.float32).swapaxes(-3, -2) for states in (query, key, value))
+    scores = jnp.einsum("...qd,...kd->...qk", q / math.sqrt(q.shape[-1]), k)
+    if bias is not None:
+        scores += bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    result = jnp.einsum("...qk,...kd->...qd", weights, v) / weights.sum(-1, keepdims=True)
+    return result.swapaxes(-3, -2).astype(query.dtype)
+
+
+def _four_axes(scores: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """A bias or mask that broadcasts to `(*batch, heads, queries, keys)`, with all axes of the batch in one."""
+    scores = scores.reshape((1,) * (len(batch) + 3 - scores.ndim) + scores.shape)
+    if math.prod(scores.shape[: len(batch)]) > 1:
+        scores = jnp.broadcast_to(scores, (*batch, *scores.shape[-3:]))
+    return scores.reshape(-1, *scores.shape[-3:])
