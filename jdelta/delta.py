@@ -321,14 +321,16 @@ class DeltaModel(Kept):
         """
         return surgery.combine(*trees, like=self._tree(None))
 
-    def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def optimizer(self, tx: optax.GradientTransformation | optax.MultiSteps) -> optax.GradientTransformation:
         """An optimizer for the whole tree that moves only what trains now, and holds state only for that.
 
             tx = delta.optimizer(optax.adamw(1e-3))
             state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
+            tx = delta.optimizer(optax.MultiSteps(optax.adamw(1e-3), every_k_schedule=4))  # of 4 micro-batches
 
         Args:
-          tx: the optimizer of the trainable leaves.
+          tx: the optimizer of the trainable leaves; `optax.MultiSteps` goes in here, since around the result it would
+            sum up the gradients of the whole backbone.
         """
         return freezing.freeze_except(tx, self._mask_of)
 
@@ -363,11 +365,11 @@ class DeltaModel(Kept):
           params: the tree to take the values from; by default `model.params`.
 
         Raises:
-          RuntimeError: the delta is detached or merged.
+          RuntimeError: the delta is detached or merged, or the tree was donated.
           ValueError: its layers do something else than change weights, as adapters, prefixes and prompts do; or the
             values are elsewhere.
         """
-        own, tree = self._active("measured"), surgery.parameters(self._tree(params))
+        own, tree = self._active("measured"), surgery.parameters(self._values(params))
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError("the values are elsewhere. Pass the tree that holds them: params=….")
         pretrained = surgery.flatten(surgery.parameters(surgery.unflatten(self._kept)))

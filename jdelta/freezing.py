@@ -55,7 +55,7 @@ def trainable_mask(
 
 
 def freeze_except(
-    tx: optax.GradientTransformation, mask: Tree | Callable[[Tree], Tree]
+    tx: optax.GradientTransformation | optax.MultiSteps, mask: Tree | Callable[[Tree], Tree]
 ) -> optax.GradientTransformation:
     """An optimizer for the whole tree that moves only what the mask marks, and keeps state only for that.
 
@@ -63,7 +63,7 @@ def freeze_except(
     that leaves every float as it is under addition. optax's own `set_to_zero` gives +0.0, which turns -0.0 into 0.0.
 
     Args:
-      tx: the optimizer of the trainable leaves.
+      tx: the optimizer of the trainable leaves, or anything that has its `init` and `update`.
       mask: a tree of bools, as `trainable_mask` gives it, or a function from a tree to such a tree.
     """
 

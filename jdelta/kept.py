@@ -32,10 +32,10 @@ class Kept(Placed):
           backbone's fingerprint. A prefix comes without the network that makes it, as `fold` leaves it.
 
         Raises:
-          RuntimeError: it is detached.
+          RuntimeError: it is detached, or the tree was donated.
           ValueError: leaves are missing, or are shapes.
         """
-        own, tree, config = self._active("saved"), self._tree(params), self.config
+        own, tree, config = self._active("saved"), self._values(params), self.config
         trains = surgery.flatten(surgery.parameters(self._mask_of(tree)))
         deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}
         backbone = [path for path, flag in trains.items() if path not in deltas and flag is not surgery.empty_node]
@@ -149,7 +149,7 @@ class Kept(Placed):
 
         Raises:
           FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
-          RuntimeError: the delta is detached.
+          RuntimeError: the delta is detached, or the tree was donated.
           TypeError, ValueError: what is saved is damaged, is of another method or has other arguments or modules, or
             leaves are missing, surplus or of another shape. Nothing has changed then.
         """
@@ -158,7 +158,7 @@ class Kept(Placed):
             source = Finetuned.read(hub.fetch(source, revision))
         found = source.renamed(self.name)
         self._require_fit(found)
-        tree = self._tree(params)
+        tree = self._values(params)
         leaves = surgery.flatten(surgery.parameters(tree))
         shapes = leaves | surgery.flatten(surgery.parameters(self._shapes))
         paths = {surgery.name_of(path): path for path in shapes}
@@ -201,11 +201,11 @@ class Kept(Placed):
           a model that takes the new tree.
 
         Raises:
-          RuntimeError: the delta is detached or merged.
+          RuntimeError: the delta is detached or merged, or the tree was donated.
           ValueError: some of it cannot be folded, such as a layer with a non-linearity, or an embedding that is tied
             to the head. The message names the modules.
         """
-        own, tree = self._active("merged"), self._tree(params)
+        own, tree = self._active("merged"), self._values(params)
         start, attachments = surgery.root(tree), attachments_of(self._face.module)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError("merge: the values are elsewhere. Pass the tree that holds them: delta.merge(params).")

@@ -323,6 +323,12 @@ class Placed:
     def _tree(self, params: Tree | None) -> Tree:
         return backbone.tree_of(self._face) if params is None else params
 
+    def _values(self, params: Tree | None) -> Tree:
+        """`_tree`, to be read. Raises `RuntimeError` if it was donated."""
+        tree = self._tree(params)
+        surgery.require_alive(tree)
+        return tree
+
     def _only_own(self, tree: Tree) -> Tree:
         return _select(tree, self._attachment.leaves)
 

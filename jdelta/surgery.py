@@ -49,6 +49,16 @@ def name_of(path: Sequence[str]) -> str:
     return ".".join(path)
 
 
+def require_alive(tree: Tree) -> None:
+    """Raises `RuntimeError` if arrays of the tree were donated to a jitted function, which deletes them."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+            raise RuntimeError(
+                "these parameters were donated to a jitted function (donate_argnums), and so deleted. Take the tree "
+                "that it returned: pass it as params=…, or set model.params to it."
+            )
+
+
 def graft(params: Tree, delta_params: Tree) -> Tree:
     """Puts the leaves of a delta into a backbone's tree.
 
