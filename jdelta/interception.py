@@ -30,8 +30,9 @@ class Edit:
 
     Attributes:
       host: path of the module that is changed; the layer's parameters live below it.
-      where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`; `"replace"`,
-        `layer(*args, **kwargs)` in place of the host; `"around"`, `layer(host, *args, **kwargs)`, where `host` is a
+      where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`, or what the layer's
+        `joined(host, x)` returns, if it has that and it is not `None`; `"replace"`, `layer(*args, **kwargs)` in place
+        of the host; `"around"`, `layer(host, *args, **kwargs)`, where `host` is a
         `Host` and `__call__` is `nn.nowrap`, so that modules which a compact host makes stay its own; `"train"`, no
         computation: the host's own leaf `leaf` trains with the delta.
       layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument.
@@ -293,7 +294,7 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
                     if edit.where == "around":
                         call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
                     else:
-                        call = functools.partial(_run, edit, call, frame, inputs)
+                        call = functools.partial(_run, edit, call, frame, inputs, call is next_call)
                     if ran is not None:
                         ran.add(edit)
                 return call(*args, **kwargs)
@@ -306,7 +307,9 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
     return intercept
 
 
-def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *args: Any, **kwargs: Any) -> Any:
+def _run(
+    edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], first: bool, /, *args: Any, **kwargs: Any
+) -> Any:
     if edit.where == "replace":
         return _layer(edit, frame)(*args, **kwargs)
     if edit.where == "before":
@@ -328,6 +331,11 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
             f"the span to {describe(frame.module)} starts at {surgery.name_of(edit.start)}, which was not called "
             "before it in this run of the model."
         )
+    if first and edit.start in (None, edit.host) and len(args) + len(kwargs) == 1:
+        layer, mode = _bound(edit, frame)
+        joined = getattr(layer, "joined", None)
+        if joined is not None and (y := joined(frame.module, x, **mode)) is not None:
+            return y
     output = call(*args, **kwargs)
     y = main_output(output)
     if jnp.issubdtype(x.dtype, jnp.floating):
@@ -343,6 +351,12 @@ def _run(edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], /, *
 
 def _layer(edit: Edit, frame: Frame) -> Callable:
     """The edit's layer, bound into the host's scope and told whether dropout is on."""
+    layer, mode = _bound(edit, frame)
+    return functools.partial(layer, **mode) if mode else layer
+
+
+def _bound(edit: Edit, frame: Frame) -> tuple[Any, dict[str, bool]]:
+    """The edit's layer, bound into the host's scope, and its argument that says whether dropout is on, if it has it."""
     assert edit.layer is not None
     scope = frame.module.scope
     for key in edit.leaf:
@@ -350,17 +364,11 @@ def _layer(edit: Edit, frame: Frame) -> Callable:
     layer = edit.layer.clone(parent=scope, name=None)
     names = _argument_names(type(layer).__call__)
     if "deterministic" not in names and "train" not in names:
-        return layer
+        return layer, {}
     deterministic = frame.deterministic
     if deterministic is None:
         deterministic = not scope.has_rng("dropout")
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "deterministic" in names:
-            return layer(*args, **{"deterministic": deterministic, **kwargs})
-        return layer(*args, **{"train": not deterministic, **kwargs})
-
-    return call
+    return layer, {"deterministic": deterministic} if "deterministic" in names else {"train": not deterministic}
 
 
 def _same_dtype(new: Any, old: Any) -> Any:
@@ -375,7 +383,8 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
     """A copy of a linen module that runs the active attachments' edits in `apply`, `init` and `init_with_output`.
 
     It is an instance of a subclass with the name, docstring, fields and signatures of the original. Its `apply`
-    raises `ValueError` for a tree that lacks leaves of an active attachment or holds leaves of an inactive one.
+    raises `ValueError` for a tree that lacks leaves of an active attachment or holds leaves of an inactive one, and
+    `RuntimeError` for one that was donated.
     `instrument(module, ())` is the original module. In `ran`, the edits that were run are noted.
     """
     module = bare(module)
@@ -389,6 +398,7 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
     def apply(self: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
         creating = in_filter(kwargs.get("mutable", False), "params")
         _check_leaves(variables.get("params", {}), attachments, creating)
+        surgery.require_alive(variables)
         with nn.intercept_methods(interceptor(edits, type(self), ran)):
             return original.apply(self, with_made(variables, attachments), *args, **kwargs)
 

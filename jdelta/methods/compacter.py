@@ -21,7 +21,7 @@ from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.leaf import leaf
-from jdelta.methods.rows import rows
+from jdelta.methods.products import rows, thin
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path
 
@@ -103,7 +103,7 @@ class HypercomplexDense(nn.Module):
         else:
             w = self._leaf("W", n, p, q)
         kernel = jnp.einsum("iac,ikl->akcl", rule, w).reshape(n * p, n * q)
-        y = x @ kernel.astype(x.dtype)
+        y = thin(x, kernel.astype(x.dtype)) if self.features < x.shape[-1] else x @ kernel.astype(x.dtype)
         if self.use_bias:
             y += leaf(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from jdelta import addressing
 from jdelta.axes import Axes, Axis, is_transposed
@@ -21,7 +22,7 @@ from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.leaf import kaiming_uniform, leaf
-from jdelta.methods.rows import rows
+from jdelta.methods.products import folded, folding_is_cheaper, rows, thin
 from jdelta.structure import ModuleInfo, Structure
 
 
@@ -86,12 +87,46 @@ class Lora(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """From `(…, *d_in)` to `(…, *features)`; computes in the dtype of `x`."""
-        x, n = self.dropped(x, deterministic), len(self.axis)
+        x = self.dropped(x, deterministic)
+        a = leaf(self, "a", kaiming_uniform, (*(x.shape[i] for i in self.axis), self.rank))
+        b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features))
+        return self._change(x, {"a": a, "b": b})
+
+    @nn.nowrap
+    def _change(self, x: jax.Array, own: Mapping[str, jax.Array]) -> jax.Array:
+        n = len(self.axis)
         if self.axis != (-1,):
             x = jnp.moveaxis(x, self.axis, range(-n, 0))
-        a = leaf(self, "a", kaiming_uniform, (*x.shape[-n:], self.rank))
-        z = x.reshape(*rows(x.shape[:-n]), math.prod(a.shape[:-1])) @ a.reshape(-1, self.rank).astype(x.dtype)
-        return self.up(z, nn.initializers.zeros).reshape(*x.shape[:-n], *self.features)
+        a = own["a"].reshape(-1, self.rank).astype(x.dtype)
+        z = thin(x.reshape(*rows(x.shape[:-n]), len(a)), a)
+        return self.up(z, own["b"]).reshape(*x.shape[:-n], *self.features)
+
+    @nn.nowrap
+    def joined(self, host: nn.Module, x: jax.Array, deterministic: bool = True) -> jax.Array | None:
+        """What a bound host and the layer compute together, where that is cheaper than one beside the other.
+
+        Only in float32: in less, a small update would be lost in the rounding of the weights.
+        """
+        shape = tuple(x.shape[i] for i in self.axis)
+        d_in, d_out = math.prod(shape), math.prod(self.features)
+        if (self.dropout and not deterministic) or not folding_is_cheaper(x.size // d_in, d_in, d_out):
+            return None
+        own, weights = _own_leaves(self), _own_leaves(host)
+        shapes = {"a": (*shape, self.rank), "b": (self.rank, *self.features)}
+        if {key: leaf.shape for key, leaf in own.items()} != shapes or "kernel" not in weights:
+            return None  # not made yet, or an error that `__call__` reports
+        transposed = False if isinstance(host, (nn.Dense, nn.DenseGeneral)) else _is_transposed(weights["kernel"], own)
+        if transposed is None or any(leaf.dtype != jnp.float32 for leaf in (x, *weights.values(), *own.values())):
+            return None
+
+        def run(x: jax.Array, weights: Mapping[str, jax.Array]) -> jax.Array:
+            return host.clone(parent=None).apply({"params": weights}, x)
+
+        def fold(weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            change = self.scale * jnp.tensordot(own["a"], own["b"], 1)
+            return {**weights, "kernel": weights["kernel"] + (change.T if transposed else change)}
+
+        return folded(run, fold, self._change, x, weights, own)
 
     def fold(
         self, host: ModuleInfo, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
@@ -111,9 +146,8 @@ class Lora(nn.Module):
         """The input after dropout."""
         return nn.Dropout(self.dropout)(x, deterministic) if self.dropout else x
 
-    def up(self, z: jax.Array, init: nn.initializers.Initializer) -> jax.Array:
+    def up(self, z: jax.Array, b: jax.Array) -> jax.Array:
         """From `(…, rank)` to `(…, features)`, all features in one axis."""
-        b = leaf(self, "b", init, (self.rank, *self.features))
         return z @ b.reshape(self.rank, -1).astype(z.dtype) * self.scale
 
 
@@ -127,6 +161,7 @@ class LoraConv(Lora):
 
     conv: tuple[tuple[str, Any], ...] = ()
     groups: int = 1
+    joined = None
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -137,10 +172,9 @@ class LoraConv(Lora):
         window = (window,) if isinstance(window, int) else tuple(window)
         a = leaf(self, "a", kaiming_uniform, (*window, x.shape[-1] // self.groups, self.rank))
         z = down.apply({"params": {"kernel": jnp.tile(a, self.groups)}}, x)
-        if self.groups == 1:
-            up = self.up(z.reshape(*rows(z.shape[:-1]), self.rank), nn.initializers.zeros)
-            return up.reshape(*z.shape[:-1], *self.features)
         b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features)).astype(z.dtype)
+        if self.groups == 1:
+            return self.up(z.reshape(*rows(z.shape[:-1]), self.rank), b).reshape(*z.shape[:-1], *self.features)
         z, b = z.reshape(*z.shape[:-1], self.groups, -1), b.reshape(self.rank, self.groups, -1)
         return self.scale * jnp.einsum("...gr,rgo->...go", z, b).reshape(*z.shape[:-2], *self.features)
 
@@ -154,15 +188,19 @@ class LoraEmbed(Lora):
 
     Attributes:
       num_embeddings: number of rows.
+      dtype: to compute in.
     """
 
     num_embeddings: int = 0
+    dtype: Any = jnp.float32
+    joined = None
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         a = leaf(self, "a", nn.initializers.zeros, (self.num_embeddings, self.rank))
-        z = jnp.take(a, ids.reshape(rows(ids.shape)), axis=0)
-        return self.up(z, nn.initializers.normal(1.0)).reshape(*ids.shape, *self.features)
+        b = leaf(self, "b", nn.initializers.normal(1.0), (self.rank, *self.features))
+        z = jnp.take(a, ids.reshape(rows(ids.shape)), axis=0).astype(self.dtype)
+        return self.up(z, b).reshape(*ids.shape, *self.features)
 
 
 class LoraEinsum(Lora):
@@ -179,6 +217,7 @@ class LoraEinsum(Lora):
     equation: str = ""
     weights: str = "kernel"
     sizes: tuple[int, ...] = ()
+    joined = None
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -238,7 +277,7 @@ class LoraModel(DeltaModel):
         if issubclass(host.type, nn.Embed):
             rows, width = host.params["embedding"].shape
             _check_rank(rank, rows, width)
-            return LoraEmbed(**common, features=(width,), num_embeddings=rows)
+            return LoraEmbed(**common, features=(width,), num_embeddings=rows, dtype=host.y.dtype)
         common["dropout"] = config.lora_dropout
         if (equation := _equation(host)) is not None:
             w_axes = _operands(equation)[1]
@@ -275,6 +314,18 @@ class LoraModel(DeltaModel):
             raise TypeError(f"LoRA does not know how this module uses its kernel of shape {kernel.shape}.")
         _check_rank(rank, math.prod(host.x.shape[i] for i in axis), math.prod(features))
         return Lora(**common, features=features, axis=axis)
+
+
+def _own_leaves(module: nn.Module) -> dict[str, jax.Array]:
+    """The parameters of a bound module, without those of modules and deltas inside it."""
+    leaves = module.variables.get("params", {})
+    return {key: meta.unbox(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+
+
+def _is_transposed(kernel: jax.Array, own: Mapping[str, jax.Array]) -> bool | None:
+    """Whether a kernel stores the output's axis first; `None` if its shape does not say."""
+    shape = (*own["a"].shape[:-1], *own["b"].shape[1:])
+    return None if shape == shape[::-1] or kernel.shape not in (shape, shape[::-1]) else kernel.shape != shape
 
 
 def _check_rank(rank: int, d_in: int, d_out: int) -> None:

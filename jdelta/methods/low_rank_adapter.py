@@ -18,7 +18,7 @@ from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.leaf import leaf
-from jdelta.methods.rows import rows
+from jdelta.methods.products import rows, thin
 from jdelta.structure import ModuleInfo, Structure
 
 # Glorot with gain √2
@@ -76,7 +76,7 @@ class LowRankDense(nn.Module):
         left = leaf(self, "left", self.left_init, (x.shape[-1], self.rank))
         right = leaf(self, "right", self.right_init, (self.rank, self.features))
         bias = leaf(self, "bias", nn.initializers.zeros, (self.features,))
-        return x @ left.astype(x.dtype) @ right.astype(x.dtype) + bias.astype(x.dtype)
+        return thin(x, left.astype(x.dtype)) @ right.astype(x.dtype) + bias.astype(x.dtype)
 
 
 class LowRankAdapter(nn.Module):
