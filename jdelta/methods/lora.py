@@ -90,10 +90,11 @@ class Lora(nn.Module):
         x = self.dropped(x, deterministic)
         a = leaf(self, "a", kaiming_uniform, (*(x.shape[i] for i in self.axis), self.rank))
         b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features))
-        return self._change(x, {"a": a, "b": b})
+        return self.change(x, {"a": a, "b": b})
 
     @nn.nowrap
-    def _change(self, x: jax.Array, own: Mapping[str, jax.Array]) -> jax.Array:
+    def change(self, x: jax.Array, own: Mapping[str, jax.Array]) -> jax.Array:
+        """The same, with the leaves `a` and `b` as an argument."""
         n = len(self.axis)
         if self.axis != (-1,):
             x = jnp.moveaxis(x, self.axis, range(-n, 0))
@@ -119,14 +120,14 @@ class Lora(nn.Module):
         if transposed is None or any(leaf.dtype != jnp.float32 for leaf in (x, *weights.values(), *own.values())):
             return None
 
-        def run(x: jax.Array, weights: Mapping[str, jax.Array]) -> jax.Array:
-            return host.clone(parent=None).apply({"params": weights}, x)
-
-        def fold(weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            change = self.scale * jnp.tensordot(own["a"], own["b"], 1)
-            return {**weights, "kernel": weights["kernel"] + (change.T if transposed else change)}
-
-        return folded(run, fold, self._change, x, weights, own)
+        # Without what differs between equal layers: the pair is traced once for all of them.
+        plain = {field.name: nn.initializers.zeros for field in dataclasses.fields(host) if field.name[-5:] == "_init"}
+        pair = _Pair(host.clone(parent=None, name=None, **plain), self.clone(parent=None, name=None), transposed)
+        try:
+            hash(pair)
+        except TypeError:  # a list in a field of the host
+            return None
+        return folded(pair, x, weights, own)
 
     def fold(
         self, host: ModuleInfo, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
@@ -149,6 +150,25 @@ class Lora(nn.Module):
     def up(self, z: jax.Array, b: jax.Array) -> jax.Array:
         """From `(…, rank)` to `(…, features)`, all features in one axis."""
         return z @ b.reshape(self.rank, -1).astype(z.dtype) * self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """A host and its update, neither of them bound."""
+
+    host: nn.Module
+    lora: Lora
+    transposed: bool
+
+    def run(self, x: jax.Array, weights: Mapping[str, jax.Array]) -> jax.Array:
+        return self.host.apply({"params": weights}, x)
+
+    def fold(self, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        change = self.lora.scale * jnp.tensordot(own["a"], own["b"], 1)
+        return {**weights, "kernel": weights["kernel"] + (change.T if self.transposed else change)}
+
+    def change(self, x: jax.Array, own: Mapping[str, jax.Array]) -> jax.Array:
+        return self.lora.change(x, own)
 
 
 class LoraConv(Lora):

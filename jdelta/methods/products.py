@@ -6,13 +6,13 @@ The forms are chosen while a program is traced, from shapes. `benchmarks/lora_fo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-Own = Mapping[str, jax.Array]
+Leaves = Mapping[str, jax.Array]
 
 
 def on_cpu() -> bool:
@@ -50,45 +50,54 @@ def folding_is_cheaper(tokens: int, d_in: int, d_out: int) -> bool:
     return on_cpu() and tokens * (d_in + d_out) >= 2 * d_in * d_out
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def folded(
-    run: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array],
-    fold: Callable[[Mapping[str, jax.Array], Own], Mapping[str, jax.Array]],
-    change: Callable[[jax.Array, Own], jax.Array],
-    x: jax.Array,
-    weights: Mapping[str, jax.Array],
-    own: Own,
-) -> jax.Array:
-    """`run(x, weights) + change(x, own)`, as `run(x, fold(weights, own))`: one product in place of three.
+class Pair(Protocol):
+    """A linear module and an update of its weights; hashable, for what is traced for one serves its equals."""
+
+    def run(self, x: jax.Array, weights: Leaves) -> jax.Array:
+        """What the module computes, linear in `x` and in the weights."""
+
+    def fold(self, weights: Leaves, own: Leaves) -> Leaves:
+        """The weights with the update added."""
+
+    def change(self, x: jax.Array, own: Leaves) -> jax.Array:
+        """What the update adds to the module's output."""
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers that are alike
+def folded(pair: Pair, x: jax.Array, weights: Leaves, own: Leaves) -> jax.Array:
+    """`pair.run(x, weights) + pair.change(x, own)`, as `pair.run(x, pair.fold(weights, own))`: one product for three.
 
     The folded weights are made again for the gradient of `x`, so that they need not be kept; the gradients of `own` are
     those of `change`. One of the forms of RunLoRA (Cherniuk et al. 2023, arXiv 2312.03415). It can be differentiated in
     both modes and as often as one likes.
 
     Args:
-      run: the host, linear in `x` and in its weights.
-      fold: the weights with the change added.
-      change: what the layer computes.
-      x: the host's input.
-      weights: the host's.
-      own: the layer's.
+      pair: the module and the update.
+      x: the module's input.
+      weights: the module's.
+      own: the update's.
     """
-    return run(x, fold(weights, own))
+    return _folded(pair, x, weights, own)
 
 
-@functools.partial(folded.defjvp, symbolic_zeros=True)
-def _folded_jvp(run: Any, fold: Any, change: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _folded(pair: Pair, x: jax.Array, weights: Leaves, own: Leaves) -> jax.Array:
+    return pair.run(x, pair.fold(weights, own))
+
+
+@functools.partial(_folded.defjvp, symbolic_zeros=True)
+def _folded_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, weights, own), (dx, dweights, down) = primals, tangents
     still = {key: value for key, value in weights.items() if isinstance(dweights[key], SymbolicZero)}
     moving = {key: value for key, value in weights.items() if key not in still}
-    dy = jax.jvp(lambda own: change(x, own), (own,), (jax.tree.map(_array, down),))[1]
+    dy = jax.jvp(lambda own: pair.change(x, own), (own,), (jax.tree.map(_array, down),))[1]
     if moving:
         dmoving = {key: dweights[key] for key in moving}
-        dy += jax.jvp(lambda w: run(x, fold({**still, **w}, own)), (moving,), (dmoving,))[1]
+        dy += jax.jvp(lambda w: pair.run(x, pair.fold({**still, **w}, own)), (moving,), (dmoving,))[1]
     if not isinstance(dx, SymbolicZero):
-        again = jax.checkpoint(lambda x, dx, *of: jax.jvp(lambda x: run(x, fold(*of)), (x,), (dx,))[1])
+        again = jax.checkpoint(lambda x, dx, *of: jax.jvp(lambda x: pair.run(x, pair.fold(*of)), (x,), (dx,))[1])
         dy += again(x, dx, weights, own)
-    return run(x, fold(weights, own)), dy  # a plain product, for `jax.checkpoint` policies to see
+    return pair.run(x, pair.fold(weights, own)), dy  # a plain product, for `jax.checkpoint` policies to see
 
 
 def _array(tangent: Any) -> Any:
