@@ -155,11 +155,11 @@ def test_the_gradient_of_thin_weights_is_computed_with_its_long_axis_last():
     if not products.on_cpu():
         pytest.skip("only XLA:CPU is slow at it")
     x, w = jnp.ones((40, 24)), jnp.ones((24, 3))
-    text = jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(products.thin(x, w))))).lower(w).compile().as_text()
+    text = jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(products.down(x, w))))).lower(w).compile().as_text()
     assert re.search(r"f32\[3,24\]\S* dot\(", text)
     assert not re.search(r"f32\[24,3\]\S* dot\(", text)
     np.testing.assert_allclose(
-        jax.grad(lambda w: jnp.sum(jnp.sin(products.thin(x, w))))(w),
+        jax.grad(lambda w: jnp.sum(jnp.sin(products.down(x, w))))(w),
         jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(w),
         1e-5,
     )

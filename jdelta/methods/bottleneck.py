@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.axes import Axes
-from jdelta.methods.products import rows, thin
+from jdelta.methods import products
 from jdelta.structure import ModuleInfo
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,9 +61,11 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
         init = nn.initializers.normal(0.01)
-        down = nn.Dense(self.bottleneck_dim, dtype=x.dtype, kernel_init=init, dot_general=thin, name="down")
-        up = nn.Dense(self.features or x.shape[-1], dtype=x.dtype, kernel_init=self.up_init, name="up")
-        y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(*rows(x.shape[:-1]), x.shape[-1]))))
+        down = nn.Dense(self.bottleneck_dim, dtype=x.dtype, kernel_init=init, dot_general=products.down, name="down")
+        up = nn.Dense(
+            self.features or x.shape[-1], dtype=x.dtype, kernel_init=self.up_init, dot_general=products.up, name="up"
+        )
+        y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(*products.rows(x.shape[:-1]), x.shape[-1]))))
         return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], y.shape[-1])
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:

@@ -19,9 +19,9 @@ from jdelta.axes import Axes
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
+from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.leaf import leaf
-from jdelta.methods.products import rows, thin
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path
 
@@ -103,7 +103,7 @@ class HypercomplexDense(nn.Module):
         else:
             w = self._leaf("W", n, p, q)
         kernel = jnp.einsum("iac,ikl->akcl", rule, w).reshape(n * p, n * q)
-        y = thin(x, kernel.astype(x.dtype)) if self.features < x.shape[-1] else x @ kernel.astype(x.dtype)
+        y = (products.down if self.features < x.shape[-1] else products.up)(x, kernel.astype(x.dtype))
         if self.use_bias:
             y += leaf(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
@@ -129,7 +129,7 @@ class Compacter(nn.Module):
         c = self.config
         down = HypercomplexDense(self.bottleneck_dim, c, c.use_bias_down_sampler, name="down")
         up = HypercomplexDense(y.shape[-1], c, c.use_bias_up_sampler, c.zero_up, name="up")
-        z = NON_LINEARITIES[c.non_linearity](down(y.reshape(*rows(y.shape[:-1]), y.shape[-1])))
+        z = NON_LINEARITIES[c.non_linearity](down(y.reshape(*products.rows(y.shape[:-1]), y.shape[-1])))
         return y + up(z).reshape(y.shape)
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:

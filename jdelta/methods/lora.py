@@ -21,8 +21,9 @@ from jdelta.axes import Axes, Axis, is_transposed
 from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
+from jdelta.methods import products
 from jdelta.methods.leaf import kaiming_uniform, leaf
-from jdelta.methods.products import folded, folding_is_cheaper, rows, thin
+from jdelta.methods.products import folded, folding_is_cheaper, rows
 from jdelta.structure import ModuleInfo, Structure
 
 
@@ -99,7 +100,7 @@ class Lora(nn.Module):
         if self.axis != (-1,):
             x = jnp.moveaxis(x, self.axis, range(-n, 0))
         a = own["a"].reshape(-1, self.rank).astype(x.dtype)
-        z = thin(x.reshape(*rows(x.shape[:-n]), len(a)), a)
+        z = products.down(x.reshape(*rows(x.shape[:-n]), len(a)), a)
         return self.up(z, own["b"]).reshape(*x.shape[:-n], *self.features)
 
     @nn.nowrap
@@ -149,7 +150,7 @@ class Lora(nn.Module):
 
     def up(self, z: jax.Array, b: jax.Array) -> jax.Array:
         """From `(…, rank)` to `(…, features)`, all features in one axis."""
-        return z @ b.reshape(self.rank, -1).astype(z.dtype) * self.scale
+        return products.up(z, (self.scale * b.reshape(self.rank, -1)).astype(z.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

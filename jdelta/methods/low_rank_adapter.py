@@ -16,9 +16,9 @@ from jdelta.axes import Axes
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
+from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.leaf import leaf
-from jdelta.methods.products import rows, thin
 from jdelta.structure import ModuleInfo, Structure
 
 # Glorot with gain √2
@@ -76,7 +76,7 @@ class LowRankDense(nn.Module):
         left = leaf(self, "left", self.left_init, (x.shape[-1], self.rank))
         right = leaf(self, "right", self.right_init, (self.rank, self.features))
         bias = leaf(self, "bias", nn.initializers.zeros, (self.features,))
-        return thin(x, left.astype(x.dtype)) @ right.astype(x.dtype) + bias.astype(x.dtype)
+        return products.up(products.down(x, left.astype(x.dtype)), right.astype(x.dtype)) + bias.astype(x.dtype)
 
 
 class LowRankAdapter(nn.Module):
@@ -97,7 +97,7 @@ class LowRankAdapter(nn.Module):
         last = nn.initializers.zeros if self.config.zero_up else init
         down = LowRankDense(self.bottleneck_dim, rank, init, init, name="down")
         up = LowRankDense(y.shape[-1], rank, init, last, name="up")
-        z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(*rows(y.shape[:-1]), y.shape[-1])))
+        z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(*products.rows(y.shape[:-1]), y.shape[-1])))
         return y + up(z).reshape(y.shape)
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:

@@ -6,10 +6,12 @@ The forms are chosen while a program is traced, from shapes. `benchmarks/lora_fo
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 Leaves = Mapping[str, jax.Array]
@@ -29,16 +31,58 @@ def rows(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (-1,) if on_cpu() else shape
 
 
-def thin(x: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """`x @ weights`, for weights `(d, r)` with few columns. It also stands for the `dot_general` of an `nn.Dense`.
+def down(x: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`x @ weights`, for weights `(d, r)` with few columns. It also stands for the `dot_general` of an `nn.Dense`."""
+    return _down_once(x, weights) if on_cpu() and x.ndim == 2 else x @ weights
 
-    XLA:CPU takes five times as long for a gradient of `(d, r)` as for one of `(r, d)`, and would make the former of the
-    latter but for the barrier.
-    """
-    if not on_cpu() or x.ndim != 2:
-        return x @ weights
-    weights = jax.lax.optimization_barrier(weights.T)
-    return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())))
+
+def up(z: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`z @ weights`, for weights `(r, d)` with few rows. It also stands for the `dot_general` of an `nn.Dense`."""
+    return _up_once(z, weights) if on_cpu() and z.ndim == 2 else z @ weights
+
+
+# What is long shall be the last axis in every product of a gradient: XLA:CPU takes up to five times as long otherwise,
+# and but for the barriers it would undo the transpositions.
+_fixed: Any = jax.lax.optimization_barrier
+
+
+@jax.custom_jvp
+def _down(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return x @ weights
+
+
+@functools.partial(_down.defjvp, symbolic_zeros=True)
+def _down_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, weights), (dx, dweights) = primals, tangents
+    of_x = None if _is_zero(dx) else dx @ weights
+    of_weights = None if _is_zero(dweights) else _fixed(_fixed(_fixed(dweights.T) @ x.T).T)
+    return (y := x @ weights), _total(y, of_x, of_weights)
+
+
+@jax.custom_jvp
+def _up(z: jax.Array, weights: jax.Array) -> jax.Array:
+    return z @ weights
+
+
+@functools.partial(_up.defjvp, symbolic_zeros=True)
+def _up_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (z, weights), (dz, dweights) = primals, tangents
+    of_z = None if _is_zero(dz) else dz @ weights
+    of_weights = (
+        None if _is_zero(dweights) else jax.lax.dot_general(_fixed(_fixed(z).T), dweights, (((0,), (0,)), ((), ())))
+    )
+    return (y := z @ weights), _total(y, of_z, of_weights)
+
+
+_down_once, _up_once = jax.jit(_down), jax.jit(_up)  # traced once for all layers that are alike
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _total(like: jax.Array, *parts: jax.Array | None) -> jax.Array:
+    return functools.reduce(operator.add, [part for part in parts if part is not None] or [jnp.zeros_like(like)])
 
 
 def folding_is_cheaper(tokens: int, d_in: int, d_out: int) -> bool:
@@ -87,18 +131,17 @@ def _folded(pair: Pair, x: jax.Array, weights: Leaves, own: Leaves) -> jax.Array
 
 @functools.partial(_folded.defjvp, symbolic_zeros=True)
 def _folded_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, weights, own), (dx, dweights, down) = primals, tangents
-    still = {key: value for key, value in weights.items() if isinstance(dweights[key], SymbolicZero)}
+    (x, weights, own), (dx, dweights, downs) = primals, tangents
+    still = {key: value for key, value in weights.items() if _is_zero(dweights[key])}
     moving = {key: value for key, value in weights.items() if key not in still}
-    dy = jax.jvp(lambda own: pair.change(x, own), (own,), (jax.tree.map(_array, down),))[1]
+    of_x = of_weights = None
+    if not _is_zero(dx):
+        again = jax.checkpoint(lambda x, dx, *of: jax.jvp(lambda x: pair.run(x, pair.fold(*of)), (x,), (dx,))[1])
+        of_x = again(x, dx, weights, own)
     if moving:
         dmoving = {key: dweights[key] for key in moving}
-        dy += jax.jvp(lambda w: pair.run(x, pair.fold({**still, **w}, own)), (moving,), (dmoving,))[1]
-    if not isinstance(dx, SymbolicZero):
-        again = jax.checkpoint(lambda x, dx, *of: jax.jvp(lambda x: pair.run(x, pair.fold(*of)), (x,), (dx,))[1])
-        dy += again(x, dx, weights, own)
-    return pair.run(x, pair.fold(weights, own)), dy  # a plain product, for `jax.checkpoint` policies to see
-
-
-def _array(tangent: Any) -> Any:
-    return jax.numpy.zeros(tangent.shape, tangent.dtype) if isinstance(tangent, SymbolicZero) else tangent
+        of_weights = jax.jvp(lambda w: pair.run(x, pair.fold({**still, **w}, own)), (moving,), (dmoving,))[1]
+    down = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if _is_zero(d) else d, downs)
+    of_own = jax.jvp(lambda own: pair.change(x, own), (own,), (down,))[1]
+    y = pair.run(x, pair.fold(weights, own))  # a plain product, for `jax.checkpoint` policies to see
+    return y, _total(y, of_x, of_weights, of_own)
