@@ -114,9 +114,11 @@ def cross_entropy(model: FlaxBertForSequenceClassification, params: Tree, batch:
 # --- with jdelta
 
 
-def with_jdelta(sizes: Sizes, targets: Sequence[str], init: bool = False) -> Training:
-    """LoRA attached by jdelta; the classifier trains too."""
+def with_jdelta(sizes: Sizes, targets: Sequence[str], init: bool = False, fused: bool = False) -> Training:
+    """LoRA attached by jdelta, if wished with its fused attention; the classifier trains too."""
     model = FlaxBertForSequenceClassification(sizes.config(), _do_init=init)
+    if fused:
+        jdelta.fused_attention(model)
     params = model.params if init else model.params_shape_tree
     delta = jdelta.LoraModel(
         model, modified_modules=targets, lora_r=sizes.rank, lora_alpha=ALPHA, unfrozen_modules=["classifier"]
@@ -265,17 +267,22 @@ def intercepted(sizes: Sizes) -> Training:
 # --- figures
 
 
-def lower(training: Training, inputs: Mapping[str, Any]) -> jax.stages.Lowered:
-    """One step of AdamW: new trainable parameters, new state, loss."""
-    tx = optax.adamw(1e-3)
+def step_of(training: Training, tx: optax.GradientTransformation) -> Callable[..., tuple[Tree, Tree, jax.Array]]:
+    """One step of training: new trainable parameters, new state, loss."""
 
     def step(trainable: Tree, state: Tree, frozen: Tree, batch: Mapping[str, Any]) -> tuple[Tree, Tree, jax.Array]:
         loss, grads = jax.value_and_grad(training.loss)(trainable, frozen, batch)
         updates, state = tx.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss
 
+    return step
+
+
+def lower(training: Training, inputs: Mapping[str, Any]) -> jax.stages.Lowered:
+    """One step of AdamW, for shapes."""
+    tx = optax.adamw(1e-3)
     state = jax.eval_shape(tx.init, training.trainable)
-    return jax.jit(step).lower(training.trainable, state, training.frozen, inputs)
+    return jax.jit(step_of(training, tx)).lower(training.trainable, state, training.frozen, inputs)
 
 
 def cost(training: Training, inputs: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,58 @@
+"""That `benchmarks/side_by_side.py` runs, and that what it compares computes the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "side_by_side.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("side_by_side") / "found.json"
+    command = [sys.executable, str(SCRIPT), "--quick", "--only", "contenders", "--json", str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    return json.loads(file.read_text())
+
+
+def test_who_is_left_out_is_said(found: dict[str, Any]) -> None:
+    rows, missing = found["contenders"]["rows"], found["contenders"]["missing"]
+    names = {row["contender"] for row in rows}
+    assert names >= {"jdelta", "jdelta, fused attention", "by hand", "full fine-tuning"}
+    assert not names & missing.keys()
+    assert names | missing.keys() >= {"qwix", "PyTorch PEFT"}
+    assert ("qwix" in missing) == (importlib.util.find_spec("qwix") is None)
+
+
+def test_all_contenders_train_the_same(found: dict[str, Any]) -> None:
+    rows = [row for row in found["contenders"]["rows"] if row["contender"] != "full fine-tuning"]
+    for row in rows:
+        assert row["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4)
+        assert row["trained_parameters"] == rows[0]["trained_parameters"]
+        assert row["optimizer_bytes"] == pytest.approx(rows[0]["optimizer_bytes"], rel=0.01)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA counts all FLOPs on the CPU only")
+def test_a_step_takes_no_more_flops_than_one_by_hand(found: dict[str, Any]) -> None:
+    rows = {row["contender"]: row for row in found["contenders"]["rows"]}
+    assert rows["jdelta"]["flops"] <= 1.001 * rows["by hand"]["flops"]
+    assert rows["jdelta, fused attention"]["flops"] <= 1.001 * rows["by hand"]["flops"]
+    assert rows["by hand"]["flops"] < rows["full fine-tuning"]["flops"]
+
+
+def test_every_figure_is_there(found: dict[str, Any]) -> None:
+    for row in found["contenders"]["rows"]:
+        assert row["seconds"] > 0
+        assert row["processor_seconds"] >= row["system_seconds"]
+        assert row["time"]["full fine-tuning"]["median"] > 0
+        if row["contender"] != "PyTorch PEFT":
+            for key in ("temporary_bytes", "peak_bytes", "trace_seconds", "compile_seconds", "tracing"):
+                assert row[key], key
