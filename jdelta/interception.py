@@ -78,6 +78,12 @@ class Attachment:
         return tuple((*edit.host, *edit.leaf) for edit in self.edits if edit.where == "train")
 
     @property
+    def left_behind(self) -> tuple[Edit, ...]:
+        """What runs while it is off, for leaves of the hosts that merging may have added: see `merging.folded`."""
+        layers = [(edit, getattr(edit.layer, "left_behind", None)) for edit in self.edits]
+        return tuple(Edit(edit.host, edit.where, make(), helps=True) for edit, make in layers if make is not None)
+
+    @property
     def trained(self) -> set[Path]:
         """Paths of everything that trains with the delta: its own leaves and the borrowed."""
         return {*self.leaves, *self.borrowed} - self.fixed
@@ -391,7 +397,7 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
     if not attachments:
         return module
     original = type(module)
-    edits = [edit for attachment in attachments if attachment.active for edit in attachment.edits]
+    edits = [edit for a in attachments for edit in (a.edits if a.active else a.left_behind)]
 
     @nn.nowrap
     @functools.wraps(original.apply)

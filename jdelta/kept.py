@@ -189,8 +189,10 @@ class Kept(Placed):
     def merge(self, params: Tree | None = None) -> Tree:
         """Folds the delta into the weights of its hosts: the model then computes the same, at the bare backbone's cost.
 
-        LoRA folds into every module that it takes; trained biases of BitFit are in their place already. The weights
-        keep their dtype; the sums are computed in float32. `unmerge` puts the original bits back.
+        LoRA folds into every module that it takes; trained biases of BitFit are in their place already. A bias that
+        BitFit gave to a module without one becomes the module's own leaf `bias`, as a module with biases would have it,
+        and still costs its addition. The weights keep their dtype; the sums are computed in float32. `unmerge` puts the
+        original bits back.
 
         Args:
           params: a tree to fold, whose leaves are only read; by default `model.params`.
@@ -219,7 +221,7 @@ class Kept(Placed):
         new |= {path: leaf for path, leaf in self._borrowed(tree).items()}
         self._switch(active=False)
         before = surgery.flatten(self._face.params)
-        self._unmerged = {path: (before[path], leaf) for path, leaf in new.items()}
+        self._unmerged = {path: (before.get(path), leaf) for path, leaf in new.items()}
         self._face.params = surgery.unflatten({**before, **new}, like=tree)
         return self._face.params
 
@@ -239,8 +241,9 @@ class Kept(Placed):
                     f"unmerge: {surgery.name_of(path)!r} was changed after delta {self.name!r} was merged. If another "
                     "delta was merged since, unmerge that one first."
                 )
-        back = {path: original for path, (original, _) in self._unmerged.items()}
-        self._face.params = surgery.unflatten({**leaves, **back}, like=self._face.params)
+        back = leaves | {path: original for path, (original, _) in self._unmerged.items()}
+        back = {path: leaf for path, leaf in back.items() if leaf is not None}
+        self._face.params = surgery.unflatten(back, like=self._face.params)
         self._unmerged = {}
         self._switch(active=True)
 

@@ -20,8 +20,9 @@ def folded(params: Tree, name: str, attachments: Sequence[Attachment], structure
     """The weights of the hosts after the edits of one attached delta are folded into them.
 
     A layer that can be folded has a method `fold(host, weights, own)`: from the host as the trace saw it, the host's
-    own leaves and the layer's, it returns those of the host's leaves that change. (Or that it would need besides: then
-    `movement` can measure the layer, and merging refuses it.)
+    own leaves and the layer's, it returns those of the host's leaves that change, and those that it needs besides. Such
+    a layer has a method `left_behind()` too: the layer that runs these leaves, if the host has them, while the delta is
+    off. Else `movement` can measure the layer, and merging refuses it.
 
     Args:
       params: the parameters, without other collections.
@@ -74,9 +75,11 @@ def _fold(
     if host.name in structure.tied:
         raise ValueError("its weights are those of a tied head too, which the delta does not change.")
     new = fold(edit, host, leaves)
-    if lacking := sorted(new.keys() - host.params.keys()):
+    lacking = sorted(new.keys() - host.params.keys())
+    if lacking and not hasattr(edit.layer, "left_behind"):
         raise ValueError(f"it would have to go into a {lacking[0]}, and the module has none.")
-    return {(*host.path, key): surgery.in_place_of(leaves[(*host.path, key)], value) for key, value in new.items()}
+    boxes = {key: leaves[(*host.path, *(edit.leaf if key in lacking else ()), key)] for key in new}
+    return {(*host.path, key): surgery.in_place_of(boxes[key], value) for key, value in new.items()}
 
 
 def foldable(edit: Edit) -> bool:

@@ -244,12 +244,62 @@ def test_an_embedding_that_is_tied_to_the_head_is_refused(family):
         delta.merge()
 
 
-def test_added_biases_are_named():
-    delta = jdelta.BitFitModel(fresh("t5", "FlaxT5ForConditionalGeneration"))
-    with pytest.raises(
-        ValueError, match=r"cannot be merged at .*: it would have to go into a bias, and the module has none"
-    ):
-        delta.merge()
+class WithBias(nn.Module):
+    """What `Scanned` is, with biases: it runs the merged tree of the one without."""
+
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        use_bias = self.use_bias
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(4, use_bias=use_bias, name="dense")(x), None
+
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layers(name="layers")(x, None)[0]
+
+
+def test_added_biases_become_leaves_that_the_module_with_biases_has():
+    backbone = of(WithBias(use_bias=False), FLAT)
+    base = backbone.params
+    delta = jdelta.BitFitModel(backbone, modified_modules=["dense"])
+    train_deltas(delta)
+    grafted, attached = backbone.params, backbone(FLAT)
+    pure = delta.merge(grafted)
+    chex.assert_trees_all_equal_shapes(pure, of(WithBias(), FLAT).params)
+    np.testing.assert_allclose(WithBias().apply({"params": pure}, FLAT), attached, rtol=1e-6)
+    merged = delta.merge()
+    chex.assert_trees_all_equal(merged, pure, backbone.params)
+    np.testing.assert_array_equal(backbone(FLAT), attached)
+    delta.unmerge()
+    chex.assert_trees_all_equal(backbone.params, grafted)
+    np.testing.assert_array_equal(backbone(FLAT), attached)
+    delta.detach()
+    chex.assert_trees_all_equal(backbone.params, base)
+    np.testing.assert_array_equal(backbone(FLAT), of(WithBias(use_bias=False), FLAT)(FLAT))
+    np.testing.assert_array_equal(backbone(FLAT, params=pure), attached)  # what was merged apart
+
+
+def test_added_biases_are_merged_in_a_model_with_norms_of_its_own_and_generate_the_same():
+    model = fresh("t5", "FlaxT5ForConditionalGeneration")
+    base, before = model.params, model.generate(IDS, max_new_tokens=4, do_sample=False).sequences
+    delta = jdelta.BitFitModel(model)
+    train_deltas(delta)
+    added = delta.own(model.params)
+    attached = model(IDS, decoder_input_ids=IDS).logits
+    sequences = model.generate(IDS, max_new_tokens=4, do_sample=False).sequences
+    delta.merge()
+    assert len(jax.tree.leaves(model.params)) == len(jax.tree.leaves(base)) + len(jax.tree.leaves(added))
+    assert "bitfit" not in str(jax.tree_util.tree_structure(model.params))
+    np.testing.assert_allclose(model(IDS, decoder_input_ids=IDS).logits, attached, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=4, do_sample=False).sequences, sequences)
+    delta.unmerge()
+    delta.detach()
+    chex.assert_trees_all_equal(model.params, base)
+    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=4, do_sample=False).sequences, before)
 
 
 def test_the_verbs_in_the_wrong_order():

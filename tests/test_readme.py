@@ -40,6 +40,7 @@ def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch
             exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
     printed = capsys.readouterr().out
     assert "trainable" in printed
+    assert "6 attention modules: bert.encoder.layer.[0-5].attention.self" in printed
     assert printed.count("modified_modules: ['bert.encoder.layer.0.attention.self.query']") == 2
 
     # The training step of the first block does what its comment says.

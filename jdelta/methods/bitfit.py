@@ -38,9 +38,23 @@ class Bias(nn.Module):
         bias = weights.get("bias")
         return dict(own) if bias is None else {"bias": (bias + own["bias"]).astype(bias.dtype)}
 
+    @nn.nowrap
+    def left_behind(self) -> nn.Module:
+        """Runs a bias that the host did not have."""
+        return HostBias()
+
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """The bias follows the axis of the host's output."""
         return {"bias": y[-1:]}
+
+
+class HostBias(nn.Module):
+    """`y + bias`, if the host has a leaf `bias` by now."""
+
+    def __call__(self, y: jax.Array) -> jax.Array:
+        if not self.has_variable("params", "bias"):
+            return y
+        return y + leaf(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
 
 
 class BitFitModel(DeltaModel):

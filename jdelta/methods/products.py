@@ -143,5 +143,6 @@ def _folded_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
         of_weights = jax.jvp(lambda w: pair.run(x, pair.fold({**still, **w}, own)), (moving,), (dmoving,))[1]
     down = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if _is_zero(d) else d, downs)
     of_own = jax.jvp(lambda own: pair.change(x, own), (own,), (down,))[1]
+    x, own = _fixed((x, own))
     y = pair.run(x, pair.fold(weights, own))  # a plain product, for `jax.checkpoint` policies to see
     return y, _total(y, of_x, of_weights, of_own)
