@@ -4,6 +4,7 @@ The rows are printed at the end of the run: how many modules a method changed at
 not fit.
 """
 
+import functools
 import re
 from collections import Counter
 
@@ -16,7 +17,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from matrix import METHODS, POSITIONS, UNREACHED, WITHOUT_ATTENTION, attach, reason
 
 import jdelta
-from jdelta import common_names
+from jdelta import common_names, surgery
 
 
 def reach(function, tree, *rest):
@@ -52,7 +53,7 @@ def test_every_method_on_every_class_by_shapes(name, record_property):
     shapes = model.params_shape_tree
     bare, before = jax.make_jaxpr(lambda p: model(**x, params=p), return_shape=True)(shapes)
 
-    row = {}
+    row, deltas = {}, []
     for method in METHODS:
         delta = attach(model, name, method)
         if delta is None:
@@ -62,11 +63,19 @@ def test_every_method_on_every_class_by_shapes(name, record_property):
         every = folded(info.name for info in delta.structure)
         assert all(every[target] == n for target, n in folded(delta.targets).items()), "a layer is left out"
         row[method] = len(delta.targets)
+        deltas.append(delta)
+        delta.detach()
 
-        trainable, frozen = delta.partition(jdelta.graft(shapes, delta.shapes()))
-        after, missed = reach(lambda t, f: model(**x, params=jdelta.combine(t, f)), trainable, frozen)
-        chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
-        assert [path for path in missed if not re.search(UNREACHED.get(name, r"$^"), path)] == []
+    # All of them at once: one trace of the model in place of eight.
+    for delta in deltas:
+        delta.attach()
+    deltas[-1].freeze_module()
+    trainable, frozen = deltas[-1].partition(functools.reduce(jdelta.graft, (d.shapes() for d in deltas), shapes))
+    after, missed = reach(lambda t, f: model(**x, params=jdelta.combine(t, f)), trainable, frozen)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+    assert [path for path in missed if not re.search(UNREACHED.get(name, r"$^"), path)] == []
+    for delta in deltas:
+        assert surgery.flatten(delta.own(trainable)).keys() == surgery.flatten(delta.shapes()).keys()
         delta.detach()
     assert str(jax.make_jaxpr(lambda p: model(**x, params=p))(shapes)) == str(bare)
     record_property("matrix", (name, row))
