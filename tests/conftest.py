@@ -4,12 +4,18 @@ import copy
 import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 # Before jax is imported: the tests compile many tiny programs, most of them for one run, so nothing is optimised. The
 # newer code generator of XLA:CPU takes long; only releases that know its flag get it, since others would die of it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+# What one process has compiled, the others and the next run need not: tests and their subprocesses share a cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jax.numpy as jnp
