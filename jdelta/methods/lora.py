@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -91,7 +92,7 @@ class Lora(nn.Module):
         x = self.dropped(x, deterministic)
         a = leaf(self, "a", kaiming_uniform, (*(x.shape[i] for i in self.axis), self.rank))
         b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features))
-        return self.change(x, {"a": a, "b": b})
+        return _changed(self.clone(parent=None, name=None), x, {"a": a, "b": b})
 
     @nn.nowrap
     def change(self, x: jax.Array, own: Mapping[str, jax.Array]) -> jax.Array:
@@ -148,9 +149,15 @@ class Lora(nn.Module):
         """The input after dropout."""
         return nn.Dropout(self.dropout)(x, deterministic) if self.dropout else x
 
+    @nn.nowrap
     def up(self, z: jax.Array, b: jax.Array) -> jax.Array:
         """From `(…, rank)` to `(…, features)`, all features in one axis."""
         return products.up(z, (self.scale * b.reshape(self.rank, -1)).astype(z.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers that are alike
+def _changed(lora: Lora, x: jax.Array, own: Mapping[str, jax.Array]) -> jax.Array:
+    return lora.change(x, own)
 
 
 @dataclasses.dataclass(frozen=True)

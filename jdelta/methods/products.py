@@ -33,12 +33,12 @@ def rows(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def down(x: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """`x @ weights`, for weights `(d, r)` with few columns. It also stands for the `dot_general` of an `nn.Dense`."""
-    return _down_once(x, weights) if on_cpu() and x.ndim == 2 else x @ weights
+    return _down(x, weights) if on_cpu() and x.ndim == 2 else x @ weights
 
 
 def up(z: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """`z @ weights`, for weights `(r, d)` with few rows. It also stands for the `dot_general` of an `nn.Dense`."""
-    return _up_once(z, weights) if on_cpu() and z.ndim == 2 else z @ weights
+    return _up(z, weights) if on_cpu() and z.ndim == 2 else z @ weights
 
 
 # What is long shall be the last axis in every product of a gradient: XLA:CPU takes up to five times as long otherwise,
@@ -72,9 +72,6 @@ def _up_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         None if _is_zero(dweights) else jax.lax.dot_general(_fixed(_fixed(z).T), dweights, (((0,), (0,)), ((), ())))
     )
     return (y := z @ weights), _total(y, of_z, of_weights)
-
-
-_down_once, _up_once = jax.jit(_down), jax.jit(_up)  # traced once for all layers that are alike
 
 
 def _is_zero(tangent: Any) -> bool:
