@@ -136,10 +136,15 @@ class Lora(nn.Module):
     ) -> dict[str, jax.Array]:
         """The host's weights with the update added, computed in float32."""
         key = "embedding" if "embedding" in weights else "kernel"
-        change = self.scale * jnp.tensordot(own["a"].astype(jnp.float32), own["b"].astype(jnp.float32), 1)
+        change = self.update(own)
         if key == "kernel" and len(change.shape) == 2 and is_transposed(host):
             change = change.T
         return {key: (weights[key] + change).astype(weights[key].dtype)}
+
+    @nn.nowrap
+    def update(self, own: Mapping[str, jax.Array]) -> jax.Array:
+        """What `a` and `b` add to the weights, `(*d_in, *features)`, in float32."""
+        return self.scale * jnp.tensordot(own["a"].astype(jnp.float32), own["b"].astype(jnp.float32), 1)
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """Which axes of the backbone's weights those of `a` and `b` follow."""
@@ -172,7 +177,7 @@ class _Pair:
         return self.host.apply({"params": weights}, x)
 
     def fold(self, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        change = self.lora.scale * jnp.tensordot(own["a"], own["b"], 1)
+        change = self.lora.update(own)
         return {**weights, "kernel": weights["kernel"] + (change.T if self.transposed else change)}
 
     def change(self, x: jax.Array, own: Mapping[str, jax.Array]) -> jax.Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -46,32 +46,24 @@ def up(z: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
 _fixed: Any = jax.lax.optimization_barrier
 
 
-@jax.custom_jvp
-def _down(x: jax.Array, weights: jax.Array) -> jax.Array:
-    return x @ weights
+def _thin(of_weights: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`x @ weights`, whose change with the weights is `of_weights(x, dweights)`."""
+
+    @jax.custom_jvp
+    def product(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return x @ weights
+
+    @functools.partial(product.defjvp, symbolic_zeros=True)
+    def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        (x, weights), (dx, dweights) = primals, tangents
+        parts = (None if _is_zero(dx) else dx @ weights, None if _is_zero(dweights) else of_weights(x, dweights))
+        return (y := x @ weights), _total(y, *parts)
+
+    return product
 
 
-@functools.partial(_down.defjvp, symbolic_zeros=True)
-def _down_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x, weights), (dx, dweights) = primals, tangents
-    of_x = None if _is_zero(dx) else dx @ weights
-    of_weights = None if _is_zero(dweights) else _fixed(_fixed(_fixed(dweights.T) @ x.T).T)
-    return (y := x @ weights), _total(y, of_x, of_weights)
-
-
-@jax.custom_jvp
-def _up(z: jax.Array, weights: jax.Array) -> jax.Array:
-    return z @ weights
-
-
-@functools.partial(_up.defjvp, symbolic_zeros=True)
-def _up_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (z, weights), (dz, dweights) = primals, tangents
-    of_z = None if _is_zero(dz) else dz @ weights
-    of_weights = (
-        None if _is_zero(dweights) else jax.lax.dot_general(_fixed(_fixed(z).T), dweights, (((0,), (0,)), ((), ())))
-    )
-    return (y := z @ weights), _total(y, of_z, of_weights)
+_down = _thin(lambda x, dweights: _fixed(_fixed(_fixed(dweights.T) @ x.T).T))
+_up = _thin(lambda z, dweights: jax.lax.dot_general(_fixed(_fixed(z).T), dweights, (((0,), (0,)), ((), ()))))
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -141,6 +133,5 @@ def _folded_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
         of_weights = jax.jvp(lambda w: pair.run(x, pair.fold({**still, **w}, own)), (moving,), (dmoving,))[1]
     down = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if _is_zero(d) else d, downs)
     of_own = jax.jvp(lambda own: pair.change(x, own), (own,), (down,))[1]
-    x, own = _fixed((x, own))
     y = pair.run(x, pair.fold(weights, own))  # a plain product, for `jax.checkpoint` policies to see
     return y, _total(y, of_x, of_weights, of_own)
