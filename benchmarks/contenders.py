@@ -35,9 +35,10 @@ SETTLE = 0.02  # seconds in which the threads of the contender before stop waiti
 # kernel, and gets them again as pages that are to be zeroed, in each step anew.
 KEEP_MEMORY = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 
-JDELTA, FUSED, HAND, QWIX, PEFT, FULL = (
+JDELTA, FUSED, LEAN, HAND, QWIX, PEFT, FULL = (
     "jdelta",
     "jdelta, fused attention",
+    "jdelta, fused and lean",
     "by hand",
     "qwix",
     "PyTorch PEFT",
@@ -147,14 +148,13 @@ def trainings() -> tuple[dict[str, Callable[[Sizes], Training]], dict[str, str]]
     patterns, by_hand_names = TARGETS["query and value"]
     ways: dict[str, Callable[[Sizes], Training]] = {
         JDELTA: lambda sizes: with_jdelta(sizes, patterns),
-        FUSED: lambda sizes: with_jdelta(sizes, patterns, fused=True),
+        FUSED: lambda sizes: with_jdelta(sizes, patterns, alter=[jdelta.fused_attention]),
+        LEAN: lambda sizes: with_jdelta(sizes, patterns, alter=[jdelta.fused_attention, jdelta.lean_activations]),
         HAND: lambda sizes: by_hand(sizes, by_hand_names),
         QWIX: with_qwix,
         FULL: full,
     }
     missing = {}
-    if not hasattr(jdelta, "fused_attention"):
-        missing[FUSED] = f"jdelta {jdelta.__version__} has no fused_attention"
     if importlib.util.find_spec("qwix") is None:
         missing[QWIX] = "qwix is not installed"
     return {name: way for name, way in ways.items() if name not in missing}, missing

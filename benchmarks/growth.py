@@ -15,7 +15,7 @@ import jax
 import many_deltas
 import numpy as np
 import optax
-from contenders import FULL, FUSED, HAND, JDELTA, Sized, compiled, numbers, size, trainings, with_arrays
+from contenders import FULL, FUSED, HAND, JDELTA, LEAN, Sized, compiled, numbers, size, trainings, with_arrays
 from handwritten import Training, step_of
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,7 +31,7 @@ def ways(*names: str) -> dict[str, Callable[[Sized], Training]]:
 
 def tokens(sizes: Sized, counts: Sequence[int], runs: int) -> Iterator[dict[str, Any]]:
     """One sequence of so many tokens: compiled for shapes, and run where that is short and takes little memory."""
-    for name, way in ways(JDELTA, FUSED, FULL).items():
+    for name, way in ways(JDELTA, FUSED, LEAN, FULL).items():
         expected = 0.0
         for count in counts:
             at = dataclasses.replace(sizes, batch=1, length=count)

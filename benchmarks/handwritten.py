@@ -114,11 +114,13 @@ def cross_entropy(model: FlaxBertForSequenceClassification, params: Tree, batch:
 # --- with jdelta
 
 
-def with_jdelta(sizes: Sizes, targets: Sequence[str], init: bool = False, fused: bool = False) -> Training:
-    """LoRA attached by jdelta, if wished with its fused attention; the classifier trains too."""
+def with_jdelta(
+    sizes: Sizes, targets: Sequence[str], init: bool = False, alter: Sequence[Callable[[Any], Any]] = ()
+) -> Training:
+    """LoRA attached by jdelta, after alterations of the model; the classifier trains too."""
     model = FlaxBertForSequenceClassification(sizes.config(), _do_init=init)
-    if fused:
-        jdelta.fused_attention(model)
+    for function in alter:
+        function(model)
     params = model.params if init else model.params_shape_tree
     delta = jdelta.LoraModel(
         model, modified_modules=targets, lora_r=sizes.rank, lora_alpha=ALPHA, unfrozen_modules=["classifier"]

@@ -11,13 +11,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from contenders import FULL, FUSED, HAND, JDELTA, PEFT, QWIX
+from contenders import FULL, FUSED, HAND, JDELTA, LEAN, PEFT, QWIX
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 COLOURS = {
     JDELTA: "#1f6fb4",
     FUSED: "#17a398",
+    LEAN: "#7cb518",
     HAND: "#8c8c8c",
     QWIX: "#b07aa1",
     PEFT: "#ee6c4d",

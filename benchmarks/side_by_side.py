@@ -61,11 +61,12 @@ from contenders import (
 )
 from handwritten import tracing_times
 from peaks import peak_of
+from products import TORCH, XLA, products
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-PARTS = ("contenders", "deltas", "devices", "tokens", "depth")
+PARTS = ("contenders", "products", "deltas", "devices", "tokens", "depth")
 TOLERANCE = {"cpu": 1e-4}  # of losses; accelerators round their products to fewer bits
 ON_ACCELERATORS = 1e-2
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "qwix", "torch", "peft")
@@ -94,16 +95,14 @@ def contenders(sizes: Sized, plan: Plan) -> dict[str, Any]:
     made = {name: way(sizes) for name, way in ways.items()}
     runners: list[Contender] = [in_jax(name, training, sizes, values) for name, training in made.items()]
     threads = None
-    if absent := [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]:
-        missing[PEFT] = f"{' and '.join(absent)}: not installed"
+    on, reason = torch_device()
+    if on is None:
+        missing[PEFT] = reason
     else:
         import torch_peft
 
-        if (on := torch_peft.device()) is None:
-            missing[PEFT] = f"PyTorch has no {jax.default_backend()} here"
-        else:
-            runners.append(torch_peft.in_torch(sizes, values, on))
-            threads = torch_peft.threads()
+        runners.append(torch_peft.in_torch(sizes, values, on))
+        threads = torch_peft.threads()
     times = take_turns(runners, plan.rounds)
     difference = require_same_losses(runners, TOLERANCE.get(jax.default_backend(), ON_ACCELERATORS))
     tracing = tracing_times(made, sizes.inputs(), plan.traces)
@@ -126,6 +125,15 @@ def contenders(sizes: Sized, plan: Plan) -> dict[str, Any]:
             row["of_peak"] = row["tflops_per_second"] / peak if (peak := peak_of(jax.devices()[0])) else None
         rows.append(row)
     return {"rows": rows, "missing": missing, "torch_threads": threads, "largest_difference_of_losses": difference}
+
+
+def torch_device() -> tuple[str | None, str]:
+    """Where PyTorch computes, if PEFT and it are there; otherwise why not."""
+    if absent := [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]:
+        return None, f"{' and '.join(absent)}: not installed"
+    import torch_peft
+
+    return torch_peft.device(), f"PyTorch has no {jax.default_backend()} here"
 
 
 # --- what is printed
@@ -202,6 +210,12 @@ def show_contenders(found: dict[str, Any], console: Console) -> None:
     console.print(f"losses of the first two steps differ by at most {found['largest_difference_of_losses']:.1e}")
     for name, reason in found["missing"].items():
         console.print(f"[yellow]{name} is left out: {reason}.")
+
+
+def show_products(found: dict[str, Any], console: Console) -> None:
+    seconds = ", ".join(f"{name} {found[name]['seconds']:.4f} s" for name in (XLA, TORCH) if name in found)
+    compared = f": {against(found['ratio'])}" if "ratio" in found else ""
+    console.print(f"the dense products of the backbone in a step, alone: {seconds}{compared}", highlight=False)
 
 
 def show_deltas(rows: list[dict[str, Any]], console: Console) -> None:
@@ -295,6 +309,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "contenders" in args.only:
         found["contenders"] = contenders(sizes, plan)
         show_contenders(found["contenders"], console)
+    if "products" in args.only:
+        found["products"] = products(sizes, plan.rounds, torch_device()[0])
+        show_products(found["products"], console)
     if "deltas" in args.only:
         found["deltas"] = growth.deltas(sizes, plan.deltas, plan.runs)
         show_deltas(found["deltas"], console)

@@ -12,6 +12,7 @@ from jdelta.finetuned import Finetuned
 from jdelta.fused_attention import fused_attention
 from jdelta.interactive import select_modules
 from jdelta.interception import Edit
+from jdelta.lean_activations import lean_activations
 from jdelta.many import rowwise, select, stack, unstack
 from jdelta.methods.adapter import AdapterConfig, AdapterModel
 from jdelta.methods.bitfit import BitFitConfig, BitFitModel
@@ -63,6 +64,7 @@ __all__ = [
     "fused_attention",
     "graft",
     "interpolate",
+    "lean_activations",
     "match",
     "match_partition_rules",
     "negate",

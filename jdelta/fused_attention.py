@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,13 +11,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta import attention, backbone
-from jdelta.interception import Attachment, Edit, Host, attachments_of, bare, instrument
+from jdelta.alteration import Alteration, altered, reasons, tried, unaltered
+from jdelta.interception import Edit, Host
 from jdelta.structure import ModuleInfo, Structure
 
 _NAME = "fused.attention"  # a delta's name has no dot
 
 
-def fused_attention(model: Any) -> FusedAttention:
+def fused_attention(model: Any) -> Alteration:
     """Computes the attention of a model in one go, where that gives an equal result.
 
         fused = jdelta.fused_attention(model)
@@ -48,55 +47,19 @@ def fused_attention(model: Any) -> FusedAttention:
       TypeError: it is no such model.
       ValueError: nothing in it can be changed; the message says why.
     """
-    face = backbone.face_of(model)
-    carried = attachments_of(face.module)
-    if any(attachment.name == _NAME for attachment in carried):
-        raise RuntimeError("fused_attention: the attention of this model is fused already. Call undo() first.")
+    face = unaltered(model, _NAME, "fused_attention: the attention of this model is fused already. Call undo() first.")
     structure = backbone.trace(face)
     kernels = _tried(face, structure)
     targets = [info for info in structure if info.path in kernels and kernels[info.path].used]
     left = {info.name: kernels[info.path].reason for info in structure if info.path in kernels and info not in targets}
     if not targets:
-        found = f"left alone: {_reasons(left)}" if left else "no module calls Flax's dot_product_attention_weights"
+        found = f"left alone: {reasons(left)}" if left else "no module calls Flax's dot_product_attention_weights"
         raise ValueError(f"fused_attention: nothing in {face.kind} can be changed; {found}.")
     once: set[str] = set()
     edits = [Edit(info.path, "around", _Fused(Kernel(info, once), info.caller is not None)) for info in targets]
     callers = dict.fromkeys(info.caller for info in targets if info.caller is not None)
     edits += [Edit(path, "around", _WeightsMade(), helps=True) for path in callers]
-    attachment = Attachment(_NAME, tuple(edits))
-    face.module = instrument(face.module, [*carried, attachment])
-    return FusedAttention(face, attachment, [info.name for info in targets], left)
-
-
-class FusedAttention:
-    """What `fused_attention` changed.
-
-    Attributes:
-      targets: the names of the attention modules that it changed, in the order of execution.
-      left: name to reason of those that it left alone.
-    """
-
-    def __init__(self, face: backbone.Face, attachment: Attachment, targets: list[str], left: Mapping[str, str]):
-        self._face = face
-        self._attachment = attachment
-        self.targets = targets
-        self.left = left
-
-    def undo(self) -> None:
-        """Gives back the model's own computation.
-
-        Raises:
-          RuntimeError: that was done already.
-        """
-        carried = attachments_of(self._face.module)
-        rest = [attachment for attachment in carried if attachment is not self._attachment]
-        if len(rest) == len(carried):
-            raise RuntimeError("undo: this was undone already.")
-        self._face.module = instrument(self._face.module, rest)
-
-    def __repr__(self) -> str:
-        left = f"; left: {_reasons(self.left)}" if self.left else ""
-        return f"{len(self.targets)} attention modules: {', '.join(_folded(self.targets))}{left}"
+    return altered(face, _NAME, edits, "attention modules", targets, left)
 
 
 # --- the modules
@@ -197,9 +160,7 @@ def _tried(face: backbone.Face, structure: Structure) -> dict[tuple[str, ...], K
         attention.prepare(module_type)
     kernels = {info.path: Kernel(info, set(), trying=True) for info in structure}
     # Around all modules: the innermost is the one whose own code computes attention.
-    edits = tuple(Edit(path, "around", _Fused(kernel)) for path, kernel in kernels.items())
-    module = instrument(bare(face.module), [Attachment(_NAME, edits)])
-    jax.eval_shape(lambda: face.init(module, jax.random.key(0)))
+    tried(face, structure, _NAME, lambda info: _Fused(kernels[info.path]))
     return {path: kernel for path, kernel in kernels.items() if kernel.used or kernel.reason}
 
 
@@ -210,33 +171,6 @@ def _dropout_fields(info: ModuleInfo, rate: float) -> str:
         if names:
             return f"{' or '.join([name for name in names if 'att' in name] or names)} = "
     return ""
-
-
-# --- names
-
-
-def _reasons(left: Mapping[str, str]) -> str:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        by_reason.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(_folded(names))} ({reason})" for reason, names in by_reason.items())
-
-
-def _folded(names: Iterable[str]) -> list[str]:
-    """Names that differ in one number, as one: `'layer.[0-11].attention'`."""
-    runs: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        number = re.search(r"(?<![^.])\d+(?![^.])", name)
-        key = (name[: number.start()], name[number.end() :]) if number else (name or "the root module", "")
-        runs.setdefault(key, []).extend([int(number[0])] if number else [])
-    return [start + _range(numbers) + end for (start, end), numbers in runs.items()]
-
-
-def _range(numbers: list[int]) -> str:
-    if len(numbers) < 2:
-        return "".join(map(str, numbers))
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"[{numbers[0]}-{numbers[-1]}]" if whole else f"[{','.join(map(str, numbers))}]"
 
 
 # --- the computation

@@ -26,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_who_is_left_out_is_said(found: dict[str, Any]) -> None:
     rows, missing = found["contenders"]["rows"], found["contenders"]["missing"]
     names = {row["contender"] for row in rows}
-    assert names >= {"jdelta", "jdelta, fused attention", "by hand", "full fine-tuning"}
+    assert names >= {"jdelta", "jdelta, fused attention", "jdelta, fused and lean", "by hand", "full fine-tuning"}
     assert not names & missing.keys()
     assert names | missing.keys() >= {"qwix", "PyTorch PEFT"}
     assert ("qwix" in missing) == (importlib.util.find_spec("qwix") is None)
@@ -45,6 +45,7 @@ def test_a_step_takes_no_more_flops_than_one_by_hand(found: dict[str, Any]) -> N
     rows = {row["contender"]: row for row in found["contenders"]["rows"]}
     assert rows["jdelta"]["flops"] <= 1.001 * rows["by hand"]["flops"]
     assert rows["jdelta, fused attention"]["flops"] <= 1.001 * rows["by hand"]["flops"]
+    assert rows["jdelta, fused and lean"]["temporary_bytes"] < 0.9 * rows["by hand"]["temporary_bytes"]
     assert rows["by hand"]["flops"] < rows["full fine-tuning"]["flops"]
 
 

@@ -1,0 +1,126 @@
+"""Activation functions that keep nothing but their input for the backward pass: opt-in, and undoable."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta import backbone
+from jdelta.alteration import Alteration, altered, tried, unaltered
+from jdelta.interception import Edit, Host
+
+_NAME = "lean.activations"  # a delta's name has no dot
+
+# Those of transformers that keep more than one array. ReLU and tanh keep one.
+_LEANER = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu", "swish")
+
+
+def lean_activations(model: Any) -> Alteration:
+    """Lets GELU and SiLU keep their input alone for the backward pass, and compute the rest there again.
+
+        lean = jdelta.lean_activations(model)
+        print(lean)  # 12 modules: bert.encoder.layer.[0-11].intermediate
+        lean.undo()
+
+    JAX keeps one or two more arrays of an activation's size, the widest in a transformer; PyTorch keeps the input.
+    With LoRA on MiniLM this saves 30 % of a step's temporary memory.
+
+    The computation is the model's own; but on a CPU in float32 the exact GELU is computed from `erf`, where
+    `jax.nn.gelu` takes `erfc`, at which XLA is slower: the results differ by rounding.
+
+    Changed is every module that takes its activation by name from transformers: all its families do. In a module of
+    your own write `jax.checkpoint(nn.gelu)`. A function that `jax.jit` compiled before keeps what it was compiled
+    with, here and after `undo`.
+
+    Args:
+      model: a Flax model of transformers, or a `jdelta.Backbone` of one of its modules, with or without deltas.
+
+    Returns:
+      What was changed, and the way back.
+
+    Raises:
+      RuntimeError: its activations are lean already.
+      TypeError: it is no such model.
+      ValueError: no module of it uses such an activation.
+    """
+    face = unaltered(
+        model, _NAME, "lean_activations: the activations of this model are lean already. Call undo() first."
+    )
+    structure = backbone.trace(face)
+    _prepare()
+    uses: dict[tuple[str, ...], _Use] = {}
+    tried(face, structure, _NAME, lambda info: _Lean(uses.setdefault(info.path, _Use())))
+    targets = [info for info in structure if uses[info.path].seen]
+    if not targets:
+        raise ValueError(
+            f"lean_activations: nothing in {face.kind} can be changed; no module takes {', '.join(_LEANER)} by name "
+            "from transformers. In a module of your own write jax.checkpoint(nn.gelu)."
+        )
+    return altered(face, _NAME, [Edit(info.path, "around", _Lean(_Use())) for info in targets], "modules", targets)
+
+
+class _Use:
+    """Whether an activation was used while this was active."""
+
+    seen = False
+
+
+_active: contextvars.ContextVar[_Use | None] = contextvars.ContextVar("use", default=None)
+
+
+class _Lean(nn.Module):
+    """Runs a module with lean activations."""
+
+    use: _Use
+
+    @nn.nowrap
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        with _within(self.use):
+            return host(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _within(use: _Use) -> Iterator[None]:
+    token = _active.set(use)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _prepare() -> None:
+    """The names of transformers' activations mean functions that delegate, unless lean ones are asked for."""
+    from transformers.modeling_flax_utils import ACT2FN
+
+    for name in _LEANER:
+        if not isinstance(ACT2FN[name], _Activation):
+            ACT2FN[name] = _Activation(ACT2FN[name])
+
+
+class _Activation:
+    def __init__(self, own: Callable[[jax.Array], jax.Array]):
+        self._own = own
+        self._again = jax.jit(jax.checkpoint(own))  # compiled, or every call without `jax.jit` would trace it
+        self._exact_gelu = isinstance(own, functools.partial) and own.keywords == {"approximate": False}
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        use = _active.get()
+        if use is None:
+            return self._own(x)
+        use.seen = True
+        quicker = self._exact_gelu and x.dtype == jnp.float32 and jax.default_backend() == "cpu"
+        return _gelu(x) if quicker else self._again(x)
+
+
+@jax.jit
+@jax.checkpoint
+def _gelu(x: jax.Array) -> jax.Array:
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
