@@ -16,9 +16,10 @@ from jdelta.interception import Edit, Host
 from jdelta.structure import ModuleInfo, Structure
 
 _NAME = "fused.attention"  # a delta's name has no dot
+Implementation = Literal["cpu", "cudnn", "xla"]
 
 
-def fused_attention(model: Any) -> Alteration:
+def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None = None) -> Alteration:
     """Computes the attention of a model in one go, where that gives an equal result.
 
         fused = jdelta.fused_attention(model)
@@ -27,17 +28,20 @@ def fused_attention(model: Any) -> Alteration:
 
     Every module that calls Flax's `dot_product_attention_weights` and sums values with the weights is changed. On a
     GPU in half precision this is cuDNN's flash attention, through `jax.nn.dot_product_attention`, whose memory does
-    not grow with the square of the length; on a CPU the same sums in a quicker order; elsewhere
-    `jax.nn.dot_product_attention`. (No GPU was there when this was tested: the choice of cuDNN is, its run is not.)
+    not grow with the square of the length, where lengths are even and heads no wider than 128; on a CPU the same sums
+    in a quicker order; elsewhere `jax.nn.dot_product_attention`. (No GPU was there when this was tested. That what
+    cuDNN is asked for passes JAX's checks and lowers is tested, its run is not.)
 
     No parameter is added. Masks, biases, caches and prefixes take part as before, and deltas come and go in any order.
     Where the weights themselves are asked for, as with `output_attentions=True`, the model's own function makes them.
     Where dropout of the weights is on, the model's own computation runs, and a warning says so once.
 
-    A function that `jax.jit` compiled before keeps what it was compiled with, here and after `undo`.
+    JAX cannot map cuDNN's attention: under `jax.vmap`, as in `jdelta.rowwise`, ask for `implementation="xla"`. A
+    function that `jax.jit` compiled before keeps what it was compiled with, here and after `undo`.
 
     Args:
       model: a Flax model of transformers, or a `jdelta.Backbone`, with or without deltas.
+      implementation: that of `jax.nn.dot_product_attention`; by default what was said above.
 
     Returns:
       What was changed, and the way back.
@@ -45,18 +49,24 @@ def fused_attention(model: Any) -> Alteration:
     Raises:
       RuntimeError: its attention is fused already.
       TypeError: it is no such model.
-      ValueError: nothing in it can be changed; the message says why.
+      ValueError: nothing in it can be changed; the message says why. Or there is no such implementation.
+      Whatever `jax.nn.dot_product_attention` raises where an implementation is asked for that cannot compute this.
     """
+    if implementation not in ("cudnn", "xla", None):
+        raise ValueError(f"fused_attention: implementation is 'cudnn', 'xla' or None, got {implementation!r}.")
     face = unaltered(model, _NAME, "fused_attention: the attention of this model is fused already. Call undo() first.")
     structure = backbone.trace(face)
-    kernels = _tried(face, structure)
+    kernels = _tried(face, structure, implementation)
     targets = [info for info in structure if info.path in kernels and kernels[info.path].used]
     left = {info.name: kernels[info.path].reason for info in structure if info.path in kernels and info not in targets}
     if not targets:
         found = f"left alone: {reasons(left)}" if left else "no module calls Flax's dot_product_attention_weights"
         raise ValueError(f"fused_attention: nothing in {face.kind} can be changed; {found}.")
     once: set[str] = set()
-    edits = [Edit(info.path, "around", _Fused(Kernel(info, once), info.caller is not None)) for info in targets]
+    edits = [
+        Edit(info.path, "around", _Fused(Kernel(info, once, implementation), info.caller is not None))
+        for info in targets
+    ]
     callers = dict.fromkeys(info.caller for info in targets if info.caller is not None)
     edits += [Edit(path, "around", _WeightsMade(), helps=True) for path in callers]
     return altered(face, _NAME, edits, "attention modules", targets, left)
@@ -97,12 +107,14 @@ class Kernel:
     Args:
       info: the module.
       once: the warnings that were given for this model.
+      kind: how it computes, if that was asked for.
       trying: whether it is only tried out, where dropout may be on.
     """
 
-    def __init__(self, info: ModuleInfo, once: set[str], trying: bool = False):
+    def __init__(self, info: ModuleInfo, once: set[str], kind: Implementation | None = None, trying: bool = False):
         self._info = info
         self._once = once
+        self._kind = kind
         self._trying = trying
         self.used = False
         self.reason = ""
@@ -136,7 +148,7 @@ class Kernel:
         common, out = jnp.result_type(query, key, value, dtype), jnp.result_type(dtype, value)
         self.used = True
         query, key, value = (states.astype(common) for states in (query, key, value))
-        result = attend(query, key, value, given.get("bias"), given.get("mask"))
+        result = attend(query, key, value, given.get("bias"), given.get("mask"), self._kind)
         return result.astype(out)
 
     def refuse(self, reason: str) -> None:
@@ -154,11 +166,11 @@ class Kernel:
             warnings.warn(message, stacklevel=2)
 
 
-def _tried(face: backbone.Face, structure: Structure) -> dict[tuple[str, ...], Kernel]:
+def _tried(face: backbone.Face, structure: Structure, kind: Implementation | None) -> dict[tuple[str, ...], Kernel]:
     """The kernels of the modules that compute attention, after one abstract run of the model."""
     for module_type in {info.type for info in structure} | {nn.MultiHeadDotProductAttention}:
         attention.prepare(module_type)
-    kernels = {info.path: Kernel(info, set(), trying=True) for info in structure}
+    kernels = {info.path: Kernel(info, set(), kind, trying=True) for info in structure}
     # Around all modules: the innermost is the one whose own code computes attention.
     tried(face, structure, _NAME, lambda info: _Fused(kernels[info.path]))
     return {path: kernel for path, kernel in kernels.items() if kernel.used or kernel.reason}
@@ -176,7 +188,14 @@ def _dropout_fields(info: ModuleInfo, rate: float) -> str:
 # --- the computation
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any = None, mask: Any = None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: Any = None,
+    mask: Any = None,
+    kind: Implementation | None = None,
+) -> jax.Array:
     """Softmax attention with the softmax in float32.
 
     Args:
@@ -184,29 +203,28 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any = None,
       key, value: `(…, keys, heads, width)`, of the same dtype.
       bias: broadcasts to `(…, heads, queries, keys)`.
       mask: bools that broadcast likewise.
+      kind: how; by default as `chosen` says.
 
     Returns:
       `(…, queries, heads, width)`.
     """
     lengths = (query.shape[-3], key.shape[-3])
-    free = bias is None and mask is None
-    kind = implementation(_backend(), query.dtype, query.shape[-1], lengths, free)
+    kind = kind or chosen(_backend(), query.dtype, query.shape[-1], lengths)
     if kind == "cpu":
         return _on_cpu(query, key, value, bias, mask)
     batch = query.shape[:-3]
     bias, mask = (None if s is None else _four_axes(jnp.asarray(s), batch) for s in (bias, mask))
-    if kind == "cudnn" and not free:
-        least = jnp.finfo(query.dtype).min
+    if kind == "cudnn" and (bias is not None or mask is not None):
+        # As low as jax.nn.dot_product_attention goes: cuDNN fails at the difference of two numbers near the lowest.
+        least = -(2.0**41) if query.dtype == jnp.bfloat16 else -(2.0**15)
         bias = jnp.zeros((), query.dtype) if bias is None else jnp.maximum(bias, least).astype(query.dtype)
-        bias = bias if mask is None else jnp.where(mask, bias, least)
+        bias = bias if mask is None else jnp.where(mask, bias, jnp.asarray(least, query.dtype))
         bias, mask = jnp.broadcast_to(bias, (*bias.shape[:-2], *lengths)), None
     q, k, v = (states.reshape(math.prod(batch), *states.shape[-3:]) for states in (query, key, value))
     return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation=kind).reshape(query.shape)
 
 
-def implementation(
-    backend: str, dtype: Any, width: int, lengths: tuple[int, int], free: bool
-) -> Literal["cpu", "cudnn", "xla"]:
+def chosen(backend: str, dtype: Any, width: int, lengths: tuple[int, int]) -> Implementation:
     """How attention is computed.
 
     Args:
@@ -214,7 +232,6 @@ def implementation(
       dtype: of query, keys and values.
       width: of a head.
       lengths: how many queries and keys.
-      free: whether there is neither a bias nor a mask.
 
     Returns:
       `"cudnn"` or `"xla"` of `jax.nn.dot_product_attention`; or `"cpu"`, which is quicker there.
@@ -222,8 +239,8 @@ def implementation(
     if backend == "cpu":
         return "cpu"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    # Gradients with a bias need even lengths in cuDNN.
-    even = free or not any(length % 2 for length in lengths)
+    # Gradients need even lengths in cuDNN.
+    even = not any(length % 2 for length in lengths)
     return "cudnn" if backend == "cuda" and half and width % 8 == 0 and width <= 128 and even else "xla"
 
 

@@ -100,9 +100,9 @@ def _prepare() -> None:
     """The names of transformers' activations mean functions that delegate, unless lean ones are asked for."""
     from transformers.modeling_flax_utils import ACT2FN
 
-    for name in _LEANER:
-        if not isinstance(ACT2FN[name], _Activation):
-            ACT2FN[name] = _Activation(ACT2FN[name])
+    for name, own in ACT2FN.items():
+        if name in _LEANER and not isinstance(own, _Activation):
+            ACT2FN[name] = _Activation(own)
 
 
 class _Activation:

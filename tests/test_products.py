@@ -131,9 +131,11 @@ def test_an_update_is_folded_exactly_where_that_takes_fewer_operations(tokens, c
     assert chosen <= flops(backbone, params, x)
 
 
-@pytest.mark.parametrize("why", ["bfloat16", "dropout", "another delta before it"])
+@pytest.mark.parametrize("why", ["bfloat16", "computes in bfloat16", "dropout", "another delta before it"])
 def test_an_update_is_added_where_it_cannot_be_folded(why, monkeypatch):
     host, shape = HOSTS["Dense"]
+    if why == "computes in bfloat16":  # as Llama does with float32 parameters, after norms that return float32
+        host = host.clone(dtype=jnp.bfloat16)
     backbone, params, x = attached(host, shape, lora_dropout=0.5 if why == "dropout" else 0.0)
     rngs = {"dropout": jax.random.key(0)} if why == "dropout" else None
     if why == "bfloat16":
@@ -146,7 +148,8 @@ def test_an_update_is_added_where_it_cannot_be_folded(why, monkeypatch):
     folded = []
     monkeypatch.setattr("jdelta.methods.lora.folded", lambda *a: folded.append(1) or products.folded(*a))
     y = backbone(x, params=params, rngs=rngs)
-    assert len(folded) == (why == "another delta before it")  # of two, the first alone
+    jax.eval_shape(jax.grad(lambda p: backbone(x, params=p, rngs=rngs).astype(jnp.float32).sum()), params)
+    assert len(folded) == 2 * (why == "another delta before it")  # of two, the first alone
     plain(monkeypatch)
     same(y, backbone(x, params=params, rngs=rngs))
 

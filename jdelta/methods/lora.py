@@ -119,7 +119,9 @@ class Lora(nn.Module):
         if {key: leaf.shape for key, leaf in own.items()} != shapes or "kernel" not in weights:
             return None  # not made yet, or an error that `__call__` reports
         transposed = False if isinstance(host, (nn.Dense, nn.DenseGeneral)) else _is_transposed(weights["kernel"], own)
-        if transposed is None or any(leaf.dtype != jnp.float32 for leaf in (x, *weights.values(), *own.values())):
+        leaves = (x, *weights.values(), *own.values())
+        dtypes = [getattr(host, "dtype", None) or "float32", *(leaf.dtype for leaf in leaves)]
+        if transposed is None or any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
             return None
 
         # Without what differs between equal layers: the pair is traced once for all of them.
