@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -23,7 +23,11 @@ class Face(Protocol):
 
     module: nn.Module
     params: Tree | None  # None: the user holds them elsewhere
-    traced: tuple[nn.Module, Structure] | None  # the newest trace, and of which module it was
+
+    @property
+    def known(self) -> dict[str, tuple[nn.Module, Any]]:
+        """What the newest traces found, and of which module."""
+        ...
 
     @property
     def kind(self) -> str:
@@ -79,7 +83,7 @@ class Backbone:
         if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list)):
             raise TypeError(f"Backbone: dummy_inputs is a tuple of arguments, got {_kind(dummy_inputs)}: write (x,).")
         self.module = module
-        self.traced: tuple[nn.Module, Structure] | None = None
+        self.known: dict[str, tuple[nn.Module, Any]] = {}
         self._rngs = dict(rngs or {})
         self._kwargs = dict(dummy_kwargs or {})
         self._whole = params is not None and bool(surgery.root(params))
@@ -161,12 +165,8 @@ class _PretrainedFace:
         self._model.params = params
 
     @property
-    def traced(self) -> tuple[nn.Module, Structure] | None:
-        return vars(self._model).get("_jdelta_traced")
-
-    @traced.setter
-    def traced(self, traced: tuple[nn.Module, Structure] | None) -> None:
-        self._model._jdelta_traced = traced
+    def known(self) -> dict[str, tuple[nn.Module, Any]]:
+        return vars(self._model).setdefault("_jdelta_known", {})
 
     @property
     def kind(self) -> str:
@@ -207,16 +207,23 @@ def face_of(backbone_model: Any) -> Face:
 def trace(face: Face) -> Structure:
     """The structure of the backbone alone, without the deltas that it carries."""
     module = bare(face.module)
-    if face.traced is None or face.traced[0] is not module:
-        face.traced = (module, structure.trace(lambda: face.init(module, _key()), type(module)))
-    return face.traced[1]
+    return _known(face, "structure", module, lambda: structure.trace(lambda: face.init(module, _key()), type(module)))
 
 
 def tree_of(face: Face) -> Tree:
     """The backbone's parameters with those of the attached deltas; their shapes, where the user holds the values."""
     if face.params is not None:
         return face.params
-    return jax.eval_shape(lambda: face.init(face.module, _key()))
+    module = face.module
+    return _known(face, "tree", module, lambda: jax.eval_shape(lambda: face.init(module, _key())))
+
+
+def _known(face: Face, what: str, module: nn.Module, find: Callable[[], Any]) -> Any:
+    of, found = face.known.get(what, (None, None))
+    if of is not module:
+        found = find()
+        face.known[what] = (module, found)
+    return found
 
 
 def positions(info: ModuleInfo) -> range | None:

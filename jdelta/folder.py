@@ -153,11 +153,11 @@ def parse_object(file: Path) -> dict[str, Any]:
 
 
 def parse_tensors(file: Path, data: bytes) -> dict[str, np.ndarray]:
-    """Name to array, from the bytes of a safetensors file. Raises `ValueError` if they are none; `file` is its name."""
+    """Name to array, by name, from the bytes of the safetensors file `file`. Raises `ValueError` if they are none."""
     try:
         return {
             name: np.frombuffer(found["data"], _DTYPES[found["dtype"]]).reshape(found["shape"])
-            for name, found in deserialize(data)
+            for name, found in sorted(deserialize(data), key=lambda item: item[0])  # it has them in any order
         }
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no whole safetensors file ({len(data):,} bytes): {error}") from error

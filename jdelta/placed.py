@@ -213,7 +213,9 @@ class Placed:
             if params is not None:
                 self._face.params = after
                 self._kept = {p: _copy(leaf) for p, leaf in self._borrowed(after).items()} | self._kept
-            self._mask_of(everything if params is None and not draft[index].made else self._tree(None))
+            if not draft[index].made:
+                self._face.known["tree"] = (self._face.module, everything)
+            self._mask_of(self._tree(None))
         except Exception:
             self._face.module = module
             if params is not None:

@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import transformers
 
@@ -94,7 +95,24 @@ def build(family: str, cls: str, config: dict | None = None, **kwargs):
     name, sizes = TINY[family]
     tokens = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     made = getattr(transformers, name)(**{**tokens, **sizes, **(config or {})})
-    return getattr(transformers, cls)(made, **kwargs)
+    model = getattr(transformers, cls)(made, **{**kwargs, "_do_init": False})
+    if kwargs.get("_do_init", True):
+        model._is_initialized = True
+        model.params = weights(model.params_shape_tree)
+    return model
+
+
+def weights(shapes):
+    """Weights like those of transformers, by NumPy: it compiles each step of a whole call to draw them."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        if "bias" in path[-1].key and "embedding" not in path[-1].key:
+            return jnp.asarray(np.zeros(shape.shape, shape.dtype))
+        values = rng.normal(0.0, 0.02, shape.shape) if len(shape.shape) > 1 else np.ones(shape.shape)
+        return jnp.asarray(values.astype(shape.dtype))
+
+    return jax.tree_util.tree_map_with_path(leaf, dict(shapes))
 
 
 _built: dict[tuple, object] = {}
@@ -120,13 +138,15 @@ def ids():
 
 def noisy(tree, seed: int = 0):
     """The tree with noise on every float leaf, so that a delta which is zero at first makes a difference."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [
-        leaf + 0.1 * jax.random.normal(k, leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-        for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, moved)
+    rng = np.random.default_rng(seed)  # NumPy compiles nothing
+
+    def moved(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        noise = 0.1 * rng.normal(size=leaf.shape)
+        return jnp.asarray((np.asarray(leaf, np.float32) + noise).astype(leaf.dtype))
+
+    return jax.tree.map(moved, tree)
 
 
 def train_deltas(delta, seed: int = 0):

@@ -152,9 +152,8 @@ def test_a_missing_model_package_or_data_file_says_what_to_do(sentiment, monkeyp
         sentiment.load_sentences(16)
 
 
-@pytest.mark.parametrize("script", ["sentiment.py", "pjit_training.py"])
-def test_help_works(script):
-    done = run(script, "--help")
+def test_help_works():
+    done = run("sentiment.py", "--help")  # pjit_training.py runs as a program below
     assert done.returncode == 0, done.stderr
     assert "--learning-rate" in done.stdout
 
@@ -163,13 +162,13 @@ def test_sharded_training_gives_the_same_losses_on_one_device_and_on_eight(tmp_p
     results = []
     for devices in (1, 8):
         file = tmp_path / f"{devices}.json"
-        small = ["--steps", "5", "--batch-size", "8", "--tokens", "16", "--json", str(file)]
+        small = ["--steps", "3", "--batch-size", "8", "--tokens", "8", "--json", str(file)]
         done = run("pjit_training.py", "--devices", str(devices), *small)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(file.read_text()))
     one, eight = results
     assert (one["mesh"], eight["mesh"]) == ({"data": 1, "model": 1}, {"data": 4, "model": 2})
-    assert len(one["losses"]) == len(eight["losses"]) == 5
+    assert len(one["losses"]) == len(eight["losses"]) == 3
     assert max(abs(a - b) for a, b in zip(one["losses"], eight["losses"], strict=True)) < 1e-4
     assert one["losses"][0] != one["losses"][-1]
     assert eight["parameter_bytes_per_device"] < one["parameter_bytes_per_device"] == one["parameter_bytes"]

@@ -1,9 +1,12 @@
+from unittest import mock
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import zoo
 from conftest import fresh
 from flax import linen as nn
 from flax.core import freeze
@@ -192,3 +195,20 @@ def test_xla_computes_no_gradient_of_the_frozen_backbone():
         for f, args in ((whole, (model.params, states[0])), (part, (trainable, frozen, states[1])))
     ]
     assert products[0] == products[1]
+
+
+def test_names_of_a_model_without_parameters_are_traced_once():
+    """Attaching knows them; after `attach` and `detach` one abstract run finds them again."""
+    model, runs = zoo.build("FlaxBertModel", _do_init=False), []
+    delta = jdelta.LoraModel(model)
+    init = type(model).init_weights
+    with mock.patch.object(type(model), "init_weights", lambda *a, **k: (runs.append(1), init(*a, **k))[1]):
+        mask, (trainable, _) = delta.trainable_mask(), delta.partition()
+        assert not runs
+        delta.detach()
+        assert not any(jax.tree.leaves(delta.trainable_mask()))
+        delta.log()
+        assert len(runs) == 1
+        delta.attach()
+        assert delta.trainable_mask() == mask
+    assert names(trainable) == names(delta.shapes())
