@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import transformers
 
+os.environ["USE_TORCH"] = "0"  # of subprocesses: transformers, imported above, would import PyTorch in each for seconds
+
 gc.set_threshold(200_000, 50, 50)  # tracing makes much garbage, little of it in cycles: a seventh of the time
 
 transformers.logging.set_verbosity_error()

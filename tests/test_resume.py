@@ -23,7 +23,7 @@ def start(*runs: list[str], first: str = "") -> subprocess.Popen:
     code = f"import json, sys, resume\n{first}\nfor words in json.loads(sys.argv[1]): resume.main(words)"
     common = ["--tiny", "--steps", str(STEPS), "--batch-size", "24", "--tokens", "8", "--lora-r", "2"]
     words = json.dumps([[*common, *run] for run in runs])
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES), "USE_TORCH": "0"}  # seconds to import
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES)}
     return subprocess.Popen([sys.executable, "-c", code, words], env=env, stderr=subprocess.PIPE, text=True)
 
 
