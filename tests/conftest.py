@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 import transformers
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # and not in the process that starts these, which hands its environment down
-    os.environ["USE_TORCH"] = (
-        "0"  # of subprocesses: transformers, imported above, would import PyTorch in each for seconds
-    )
+# transformers, imported above, would import PyTorch in every subprocess, for seconds. Workers alone say so: what the
+# process that starts them says, they would hear too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["USE_TORCH"] = "0"
 
 gc.set_threshold(200_000, 50, 50)  # tracing makes much garbage, little of it in cycles: a seventh of the time
 
