@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,17 +82,11 @@ class _Lean(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        with _within(self.use):
+        token = _active.set(self.use)
+        try:
             return host(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _within(use: _Use) -> Iterator[None]:
-    token = _active.set(use)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+        finally:
+            _active.reset(token)
 
 
 def _prepare() -> None:
