@@ -28,6 +28,8 @@ import transformers
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["USE_TORCH"] = "0"
 
+pytest_plugins = ["tiers"]  # what the plain command leaves out
+
 gc.set_threshold(200_000, 50, 50)  # tracing makes much garbage, little of it in cycles: a seventh of the time
 
 transformers.logging.set_verbosity_error()

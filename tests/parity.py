@@ -1,13 +1,22 @@
-"""What the comparisons with PyTorch PEFT share. Importing it skips a test file where torch or peft is missing."""
+"""What the comparisons with PyTorch PEFT share, the tier `parity`."""
 
+import importlib
 from typing import Any
 
 import numpy as np
-import pytest
 
-REASON = "compares with PyTorch PEFT: pip install 'jdelta[parity]'"
-torch = pytest.importorskip("torch", reason=REASON)
-peft = pytest.importorskip("peft", reason=REASON)
+
+class _Late:
+    """A module that is imported when something of it is used: collecting the tests takes neither torch nor its time."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch, peft = _Late("torch"), _Late("peft")
 
 TOLERANCE = 1e-5  # of the largest entry
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import fresh, train_deltas
 from flax import linen as nn
+from parity import peft, torch
 
 import jdelta
 from jdelta.combinations import COMBINATIONS
@@ -250,7 +251,6 @@ PEFT_CASES = [
 
 def peft_model(ranks):
     """A torch model with a random adapter of each rank, and jdelta's deltas of the same numbers."""
-    from parity import peft, torch  # skips where one is missing
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -282,6 +282,7 @@ def peft_model(ranks):
     return model, deltas
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("name", "ranks"), PEFT_CASES)
 def test_agrees_with_peft(name, ranks):
     model, deltas = peft_model(RANKS[ranks])

@@ -240,8 +240,10 @@ def test_backbones_that_are_none():
         jdelta.Backbone(nn.Dense(3), [1])
 
 
+@pytest.mark.parity
 def test_a_pytorch_model_is_told_of_from_pt():
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'parity')")
+    import torch
+
     with pytest.raises(
         TypeError, match=r"It is a PyTorch model: load its Flax class, with from_pretrained\(…, from_pt=True\)"
     ):

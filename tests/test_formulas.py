@@ -106,7 +106,6 @@ def test_a_parallel_adapter_over_a_span_is_its_formula(scaled, act):
 @pytest.fixture(scope="module")
 def opendelta_layers():
     """OpenDelta's layers by themselves: its package as a whole needs the client of its model hub."""
-    pytest.importorskip("torch")
     spec = importlib.util.find_spec("opendelta")
     if spec is None:
         pytest.skip("opendelta is not installed")
@@ -127,6 +126,7 @@ def in_float64(theirs, params, names):
     return theirs.double()(torch.tensor(np.asarray(X, np.float64))).detach().numpy()
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("factorized", "factorized_rule"), itertools.product([True, False], repeat=2))
 def test_the_layer_of_compacter_is_that_of_opendelta(opendelta_layers, factorized, factorized_rule):
     options = {"factorized_phm": factorized, "factorized_phm_rule": factorized_rule, "phm_rank": 3}
@@ -137,6 +137,7 @@ def test_the_layer_of_compacter_is_that_of_opendelta(opendelta_layers, factorize
     close(ours.apply({"params": params}, X), in_float64(theirs, params, {"bias": "b"}))
 
 
+@pytest.mark.parity
 def test_the_layer_of_the_low_rank_adapter_is_that_of_opendelta(opendelta_layers):
     """Of rank one: of any other, OpenDelta's `W_left * W_right`, an elementwise product, does not fit."""
     theirs = opendelta_layers("low_rank_linear").LowRankLinear(16, 4, rank=1)

@@ -4,32 +4,36 @@ import json
 import queue
 import random
 import re
-import shutil
 import threading
 from pathlib import Path
 
-import axe_playwright_python
 import jax.numpy as jnp
 import pytest
 from conftest import build
 from flax import linen as nn
-from playwright.sync_api import expect, sync_playwright
+from tiers import chromium
 
 import jdelta
 from jdelta import addressing, backbone, interactive
 from jdelta.interactive.server import Server
 
-AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text()
+pytestmark = pytest.mark.browser
+
+
+def expect(found):
+    """What playwright expects, imported when a test runs: collecting the tests takes no playwright."""
+    from playwright.sync_api import expect
+
+    return expect(found)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.fail("the page is tested in Chromium, which is not here. Debian: apt-get install -y chromium")
-    expect.set_options(timeout=20_000)  # other tests keep every core busy
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    from playwright import sync_api
+
+    sync_api.expect.set_options(timeout=20_000)  # other tests keep every core busy
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -281,11 +285,14 @@ def test_when_python_stops_the_page_says_so(start):
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)])
 def test_axe_finds_no_violation(start, scheme, width):
+    import axe_playwright_python
+
+    axe = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text()
     call = start(lambda: jdelta.LoraModel(bert(), interactive_modify=True, lora_r=2))
     page = call.open(width, scheme)
 
     def violations():
-        page.evaluate(AXE)
+        page.evaluate(axe)
         found = page.evaluate("axe.run()")
         return [(v["id"], [node["html"][:150] for node in v["nodes"][:3]]) for v in found["violations"]]
 

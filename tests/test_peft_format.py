@@ -35,6 +35,8 @@ from safetensors.numpy import load_file, save_file
 import jdelta
 from jdelta import folder, hub
 
+pytestmark = pytest.mark.parity
+
 TOKENS, LENGTH = 3, 7
 
 FAMILIES = {

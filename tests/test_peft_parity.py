@@ -23,6 +23,8 @@ from parity import TOLERANCE, assert_close, loss_of, peft, torch
 
 import jdelta
 
+pytestmark = pytest.mark.parity
+
 RANK, ALPHA = 4, 16
 
 BERT = transformers.BertConfig(

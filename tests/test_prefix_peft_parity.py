@@ -39,6 +39,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 import jdelta
 from jdelta.interception import attachments_of
 
+pytestmark = pytest.mark.parity
+
 TOKENS = 3
 LENGTH = 7
 WORDS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -23,6 +23,8 @@ from parity import peft, torch
 
 import jdelta
 
+pytestmark = pytest.mark.parity
+
 TOKENS = 3
 LENGTH = 7
 

@@ -1,0 +1,102 @@
+"""The tiers of tests: what the plain command leaves out, what each needs, and the command that runs it.
+
+A tier's name is its marker; `addopts` in pyproject.toml deselects them. The last lines of a run tell what it left out.
+"""
+
+import importlib.util
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pytest
+
+
+class Tier(NamedTuple):
+    """What a tier needs beside the extra `test`: packages, by the extra that brings them, and a browser."""
+
+    holds: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    browser: bool = False
+
+    @property
+    def needs(self) -> str:
+        """What to install, "" if nothing."""
+        extra = f"pip install -e '.[{self.extra}]'" if self.extra else ""
+        return extra + (" and Chromium (Debian: apt-get install chromium)" if self.browser else "")
+
+    def missing(self) -> list[str]:
+        """What it needs and this machine does not have."""
+        found = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return found + ["Chromium"] * (self.browser and chromium() is None)
+
+
+TIERS = {
+    "slow": Tier("all classes and families, the examples, meshes of devices"),
+    "browser": Tier("the selection page", ("playwright", "axe_playwright_python"), "browser", browser=True),
+    "parity": Tier("comparisons with PyTorch PEFT", ("torch", "peft"), "parity"),
+}
+DEFAULT = " and ".join(f"not {name}" for name in TIERS)  # as in pyproject.toml
+_counts = pytest.StashKey[Counter[str]]()
+
+
+def chromium() -> str | None:
+    """The path of Chromium, if it is installed."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def tiers_of(item: pytest.Item) -> Iterator[str]:
+    """The tiers of a test, usually none or one."""
+    return (name for name in TIERS if item.get_closest_marker(name))
+
+
+def told(counts: Counter[str]) -> list[str]:
+    """A line for each tier that has tests which did not run."""
+    lines = []
+    for name, tier in TIERS.items():
+        if counts[name]:
+            needs = f"; needs {tier.needs}" if tier.needs else ""
+            lines.append(f"not run: {counts[name]} {name} tests ({tier.holds}{needs}): python -m pytest -m {name}")
+    return lines
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses a tier that was asked for by name and cannot run here."""
+    config.stash[_counts] = Counter()
+    tier = TIERS.get(config.option.markexpr)
+    if tier and (missing := tier.missing()):
+        raise pytest.UsageError(f"-m {config.option.markexpr}: no {', no '.join(missing)} here. Needs {tier.needs}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what a wider selection, such as `-m ""`, takes in and this machine cannot run."""
+    for name in tiers_of(item):
+        if missing := TIERS[name].missing():
+            pytest.skip(f"no {', no '.join(missing)}; needs {TIERS[name].needs}")
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Counts what the default selection leaves out."""
+    for item in items:
+        if item.config.option.markexpr == DEFAULT:
+            item.config.stash[_counts].update(tiers_of(item))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells its counts to the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tiers"] = dict(session.config.stash[_counts])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:  # type: ignore[no-untyped-def]
+    """Takes a worker's counts, which are the same in each of them."""
+    node.config.stash[_counts] = Counter(getattr(node, "workeroutput", {}).get("tiers", {}))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Tells which tiers did not run, and how to run them."""
+    for line in told(config.stash[_counts]):
+        terminalreporter.write_line(line)
