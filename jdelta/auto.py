@@ -14,7 +14,7 @@ from jdelta import backbone, hub
 from jdelta.config import DeltaConfig, config_from_dict, require_known
 from jdelta.delta import METHODS, DeltaModel
 from jdelta.finetuned import Finetuned, listing
-from jdelta.interception import attachments_of
+from jdelta.placed import taken
 
 
 class AutoDeltaConfig:
@@ -114,8 +114,11 @@ class AutoDeltaModel:
                 "into this model in the same way, and call load_finetuned on that delta."
             )
         face = backbone.face_of(backbone_model)
-        if name is None and found.name not in {a.name for a in attachments_of(face.module)}:
-            name = found.name
+        if name is None and taken(found.name, face, backbone.trace(face)) is None:
+            named_like_a_leaf = any(
+                leaf.split(".").count(found.name) > 1 for leaf in found.values if found.is_own(leaf)
+            )
+            name = None if named_like_a_leaf else found.name  # earlier versions allowed it
         with backbone.unchanged_on_error(face):
             delta = cls.from_config(found.config, backbone_model, name=name)
             delta.load_finetuned(found, check_hash=check_hash)

@@ -84,7 +84,7 @@ class DeltaModel(Kept):
         patterns = self.default_modified_modules if modified_modules is None else modified_modules
         if not patterns and type(self) is not DeltaModel:
             raise ValueError(f"{method} was given no modules. Name some: modified_modules=[…].")
-        self._put(self._edits_at(patterns, common=bool(common_structure) or modified_modules is None))
+        self._put_at(patterns, common=bool(common_structure) or modified_modules is None)
 
     def _choose(self, port: bool | int) -> None:
         """Attaches to the modules that the user picks in a page. If it is interrupted, the model is as it was."""
@@ -95,7 +95,7 @@ class DeltaModel(Kept):
 
         def take(names: list[str]) -> None:
             self.config = dataclasses.replace(self.config, modified_modules=tuple(names))
-            self._put(self._edits_at(names))
+            self._put_at(names)
 
         with backbone.unchanged_on_error(self._face):
             interactive.choose(self, port, take)
@@ -286,7 +286,7 @@ class DeltaModel(Kept):
           ValueError: it lacks some of the delta's leaves.
         """
         have, start = surgery.flatten(tree), surgery.root(tree)
-        for path in self._attachment.leaves:
+        for path in self.paths:
             if (*start, *path) not in have:
                 raise ValueError(f"own: the tree lacks {surgery.name_of(path)!r} of delta {self.name!r}.")
         return self._only_own(tree)

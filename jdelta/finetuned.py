@@ -46,6 +46,8 @@ class Finetuned:
       exclude: what `freeze_module` was told; `None` if it was not called.
       inserted: names of modules where a layer was put by hand, which no configuration describes.
       backbone: what it was trained on, if that is known.
+      own: which of the values are the delta's own leaves, if not just those below its name at one of its modules or at
+        the root of the tree.
     """
 
     name: str
@@ -55,6 +57,11 @@ class Finetuned:
     exclude: Sequence[str] | None = None
     inserted: Sequence[str] = ()
     backbone: BackboneInfo | None = None
+    own: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.own == {leaf for leaf in self.values if self._place(leaf) is not None}:
+            object.__setattr__(self, "own", None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder, as `DeltaModel.save_finetuned`."""
@@ -71,6 +78,8 @@ class Finetuned:
             "versions": {"jdelta": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
             "backbone": None if self.backbone is None else dataclasses.asdict(self.backbone),
         }
+        if self.own is not None:
+            description["own"] = sorted(self.own)
         folder.write(path, description, self.values, card(self))
 
     @classmethod
@@ -90,14 +99,17 @@ class Finetuned:
                 f"{where}: written by jdelta {by} in format {written}; this jdelta, {__version__}, knows formats up to "
                 f"{FORMAT}. Upgrade jdelta."
             )
-        known = {*_TYPES, "versions", "sha256"}
-        for key in known - description.keys():
+        known = {*_TYPES, "versions", "sha256", "own"}
+        for key in known - description.keys() - {"own"}:
             raise ValueError(f"{where}: {key!r} is missing. It has {', '.join(sorted(description)) or 'no keys'}.")
         for key in description.keys() - known:
             raise ValueError(f"{where}: the key {key!r} is unknown.{did_you_mean(key, known)}")
         for key, (kinds, word) in _TYPES.items():
             if not isinstance(description[key], kinds):
                 raise TypeError(f"{where}: {key!r} is {word}, got {description[key]!r}.")
+        own = description.get("own")
+        if own is not None and not (isinstance(own, list) and {*map(str, own)} <= values.keys()):
+            raise TypeError(f"{where}: 'own' is a list of names of leaves, got {own!r}.")
         try:
             config = config_from_dict({"delta_type": description["delta_type"], **description["arguments"]})
             _check_arguments(config, description)
@@ -113,16 +125,29 @@ class Finetuned:
             description["exclude"],
             tuple(description["inserted"]),
             backbone,
+            None if own is None else frozenset(map(str, own)),
         )
 
     def is_own(self, name: str) -> bool:
         """Whether a leaf is the delta's, and not one of the backbone's."""
-        return self.name in name.split(".")
+        return self._place(name) is not None if self.own is None else name in self.own
 
     def renamed(self, name: str) -> Self:
         """The same under another name in the tree."""
-        values = {_renamed(key, self.name, name): value for key, value in self.values.items()}
-        return dataclasses.replace(self, name=name, values=values)
+        new = {leaf: self._renamed(leaf, name) if self.is_own(leaf) else leaf for leaf in self.values}
+        values = {new[leaf]: value for leaf, value in self.values.items()}
+        own = frozenset(new[leaf] for leaf in self.values if self.is_own(leaf))
+        return dataclasses.replace(self, name=name, values=values, own=own)
+
+    def _place(self, leaf: str) -> int | None:
+        """Where in a leaf's path the delta's name is: after a host, the longest, or at the root. `None`: nowhere."""
+        parts, hosts = leaf.split("."), {"", *self.targets}
+        places = [i for i, part in enumerate(parts[:-1]) if part == self.name and ".".join(parts[:i]) in hosts]
+        return places[-1] if places else None
+
+    def _renamed(self, leaf: str, name: str) -> str:
+        parts, at = leaf.split("."), self._place(leaf)
+        return leaf if at is None else ".".join([*parts[:at], name, *parts[at + 1 :]])
 
 
 def _check_arguments(config: DeltaConfig, description: Mapping[str, Any]) -> None:
@@ -171,10 +196,6 @@ _TYPES: dict[str, tuple[Any, str]] = {
 
 def _dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
-
-
-def _renamed(name: str, old: str, new: str) -> str:
-    return ".".join(new if key == old else key for key in name.split("."))
 
 
 def card(found: Finetuned) -> str:

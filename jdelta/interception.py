@@ -495,8 +495,8 @@ def _check_leaves(params: Any, attachments: Sequence[Attachment], creating: bool
                 if _holds(params, path):
                     raise ValueError(
                         f"delta {attachment.name!r} is detached, but the parameters hold "
-                        f"{surgery.name_of(path)!r}. Take the leaves out with "
-                        f"jdelta.prune(params, {attachment.name!r}), or call delta.attach()."
+                        f"{surgery.name_of(path)!r}. Take the leaves out with jdelta.prune(params, delta), or call "
+                        "delta.attach()."
                     )
 
 

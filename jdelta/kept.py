@@ -55,6 +55,7 @@ class Kept(Placed):
             exclude=self._exclude,
             inserted=tuple(self._inserted),
             backbone=BackboneInfo(self._face.kind, self._face.origin, fingerprint.fingerprint(frozen)),
+            own=frozenset(map(surgery.name_of, own.leaves)),
         )
 
     def save_finetuned(self, path: str | os.PathLike[str], params: Tree | None = None) -> None:

@@ -21,6 +21,24 @@ from jdelta.surgery import Path, Tree
 Find = Callable[[Sequence[str]], list[ModuleInfo]]
 
 
+class _NamedLikeALeaf(ValueError):
+    """A delta has the name of one of its own leaves."""
+
+
+def taken(name: str, face: backbone.Face, structure: Structure) -> str | None:
+    """What has this name already, as a message; `None` if nothing has."""
+    attachments = attachments_of(face.module)
+    if name in {a.name for a in attachments}:
+        return f"the model has a delta named {name!r} already. Choose another name."
+    parts = {key for path in surgery.flatten(structure.params) for key in path}
+    if name in parts.union(*(info.path for info in structure)):
+        return f"{name!r} is the name of a part of this backbone. Choose another name for the delta."
+    for a in attachments:
+        if name in {key for path in (*a.leaves, *a.made) for key in path}:
+            return f"{name!r} is the name of a part of delta {a.name!r}. Choose another name."
+    return None
+
+
 class Placed:
     """What `DeltaModel` is made on: what a method says of itself, and how that gets onto the model.
 
@@ -110,6 +128,11 @@ class Placed:
         hosts = {edit.host for edit in self._attachment.edits if not edit.helps}
         return [info.name for info in self._structure if info.path in hosts]
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The paths of the delta's own leaves in the tree of parameters."""
+        return self._attachment.leaves
+
     def shapes(self) -> Tree:
         """Shapes of the delta's own leaves, as a tree to be grafted into the backbone's."""
         return self._shapes
@@ -121,7 +144,7 @@ class Placed:
 
         The leaves that `model.params` held are kept, and `attach` puts them back; leaves of the backbone's own that
         trained with the delta get their earlier values meanwhile. Deltas come off in any order. A tree that you hold
-        yourself is yours to change: `jdelta.prune(params, delta.name)`.
+        yourself is yours to change: `jdelta.prune(params, delta)`.
 
         Raises:
           RuntimeError: it is detached already.
@@ -146,6 +169,7 @@ class Placed:
         self._structure = backbone.trace(self._face)
         self._rng = jax.random.key(rng) if isinstance(rng, int) else rng
         self.name = self._free_name(name)
+        self._is_named = name is not None  # by the user
         self._exclude: tuple[str, ...] | None = None  # None: own leaves and self._unfrozen
         self._unfrozen = tuple(self.config.unfrozen_modules or ())
         self._inserted: list[str] = []  # modules where a layer was put in by hand
@@ -162,19 +186,16 @@ class Placed:
             )
         return edits
 
-    def _free_name(self, name: str | None) -> str:
-        taken = {key for path in surgery.flatten(self._structure.params) for key in path}
-        taken |= {key for info in self._structure for key in info.path}
-        deltas = {attachment.name for attachment in attachments_of(self._face.module)}
+    def _free_name(self, name: str | None, but: str = "") -> str:
+        """The name, if the delta can have it; without one, the method's, numbered if it is taken or is `but`."""
         if name is None:
             numbers = (f"{self.delta_type}_{i}" for i in itertools.count(2))
-            return next(n for n in itertools.chain([self.delta_type], numbers) if n not in taken | deltas)
+            names = itertools.chain([self.delta_type], numbers)
+            return next(n for n in names if n != but and taken(n, self._face, self._structure) is None)
         if not isinstance(name, str) or not name or "." in name or name in ("params", freezing.DELTAS):
             raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {name!r}.")
-        if name in deltas:
-            raise ValueError(f"the model has a delta named {name!r} already. Choose another name.")
-        if name in taken:
-            raise ValueError(f"{name!r} is the name of a part of this backbone. Choose another name for the delta.")
+        if (what := taken(name, self._face, self._structure)) is not None:
+            raise ValueError(what)
         return name
 
     def _finder(self, common: bool, exclude: Sequence[str]) -> Find:
@@ -192,6 +213,17 @@ class Placed:
 
     # --- inside: onto the model
 
+    def _put_at(self, patterns: Sequence[str], common: bool = False) -> None:
+        """Attaches to the modules that the patterns mean. If leaves have the name that it gave itself, it takes
+        another."""
+        try:
+            self._put(self._edits_at(patterns, common))
+        except _NamedLikeALeaf:
+            if self._is_named:
+                raise
+            self.name = self._free_name(None, but=self.name)
+            self._put(self._edits_at(patterns, common))
+
     def _put(self, edits: Sequence[Edit]) -> None:
         """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
         draft, index, everything = self._tried(edits)
@@ -199,6 +231,7 @@ class Placed:
         known = {path for path in surgery.flatten(self._structure.params)}
         known.update(path for a in others if a.name != self.name for path in a.leaves)
         shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
+        self._check_names(shapes, others)
         draft[index], own = self._attachment_of(edits, shapes)
 
         module, params = self._face.module, self._face.params
@@ -267,6 +300,21 @@ class Placed:
                     raise TypeError(
                         f"{host.name} ({host.type.__name__}) {what} an array of {dtype}; a layer needs floats."
                     )
+
+    def _check_names(self, leaves: Iterable[Path], others: Sequence[Attachment]) -> None:
+        """Raises `ValueError` if parts of the delta's leaves are called like a delta."""
+        named = {a.name for a in others if a.name != self.name}
+        for path in leaves:
+            if path.count(self.name) > 1:
+                raise _NamedLikeALeaf(
+                    f"a delta cannot be named {self.name!r}: it has the leaf {surgery.name_of(path)!r}. Choose another "
+                    "name."
+                )
+            if taken := named.intersection(path):
+                raise ValueError(
+                    f"{type(self).__name__} has the leaf {surgery.name_of(path)!r}, and a delta of this model is named "
+                    f"{min(taken)!r}. Take that one off, and give it another name."
+                )
 
     def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, Any]) -> tuple[Attachment, dict[Path, Any]]:
         """The attachment of these edits, whose layers have leaves of these shapes; and the shapes of its own leaves."""

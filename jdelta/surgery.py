@@ -7,8 +7,9 @@ leaves).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 from flax.core import FrozenDict, freeze, meta
@@ -16,6 +17,28 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 Path = tuple[str, ...]
 Tree = Any  # nested dict or FrozenDict of leaves
+
+
+class HasPaths(Protocol):
+    """A delta: what knows the paths of its own leaves."""
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The paths, without the collection's name."""
+        ...
+
+
+# The leaves of each of jdelta's methods, below the name that the delta has by default.
+_LEAVES = {
+    "lora": r"a|b",
+    "adapter": r"(down|up)\.(kernel|bias)",
+    "parallel_adapter": r"(down|up)\.(kernel|bias)",
+    "low_rank_adapter": r"(down|up)\.(left|right|bias)",
+    "compacter": r"(down|up)\.(bias|(W|phm_rule)\w*)|phm_rule\w*|(down|up)_W\w*",
+    "bitfit": r"bias",
+    "prefix": r"keys|values|embed\.embedding|(down|up)\.(kernel|bias)",
+    "soft_prompt": r"embedding",
+}
 
 
 def flatten(tree: Tree) -> dict[Path, Any]:
@@ -77,24 +100,64 @@ def graft(params: Tree, delta_params: Tree) -> Tree:
     return _merge((params, delta_params), "graft: {} is in the tree already. Prune the old delta first.")
 
 
-def prune(params: Tree, name: str) -> Tree:
-    """Takes a delta's leaves out again: the inverse of `graft`, bit for bit.
+def prune(params: Tree, *deltas: HasPaths | Tree | Iterable[Path | str] | str) -> Tree:
+    """Takes deltas' leaves out again: the inverse of `graft`, bit for bit.
+
+        params = jdelta.prune(params, delta)
+        params = jdelta.prune(params, "lora")  # the same, where only a name is at hand
 
     Args:
       params: a grafted tree.
-      name: the delta's name, for example `"lora"`: every sub-tree of that name goes.
+      *deltas: each a delta, attached or not; a tree of its leaves, as `graft` takes it; paths of leaves, as
+        `delta.paths` gives them, or dot-joined; or the name that a method of jdelta gives to its deltas, such as
+        `"lora"` or `"lora_2"`. Under another name, only LoRA's leaves can be told from those of a backbone.
 
     Returns:
       A new tree without them.
 
     Raises:
-      ValueError: the tree holds no delta of that name.
+      TypeError: something else in place of a delta.
+      ValueError: the tree holds no leaf of a delta, or a name may be that of a part of the backbone. Pass the delta
+        then.
     """
-    leaves = flatten(params)
-    kept = {path: leaf for path, leaf in leaves.items() if name not in path}
-    if len(kept) == len(leaves):
-        raise ValueError(f"prune: the tree holds no delta named {name!r}.")
+    leaves, start = flatten(params), root(params)
+    kept = dict(leaves)
+    for delta in deltas:
+        if isinstance(delta, str):
+            paths = _paths_of(delta, leaves)
+        else:
+            paths = {(*start, *path) for path in _checked_paths(delta)} & leaves.keys()
+        if not paths:
+            named = f"delta named {delta!r}" if isinstance(delta, str) else "leaf of this delta"
+            raise ValueError(f"prune: the tree holds no {named}.")
+        kept = {path: leaf for path, leaf in kept.items() if path not in paths}
     return unflatten(kept, like=params)
+
+
+def _checked_paths(delta: Any) -> list[Path]:
+    found = flatten(parameters(delta)) if isinstance(delta, Mapping) else getattr(delta, "paths", delta)
+    paths = (
+        [path.split(".") if isinstance(path, str) else path for path in found] if isinstance(found, Iterable) else []
+    )
+    if not paths or not all(isinstance(path, Sequence) and all(isinstance(p, str) for p in path) for path in paths):
+        raise TypeError(f"prune: expected a delta, its name, or the paths of its leaves, got {delta!r}.")
+    return [tuple(path) for path in paths]
+
+
+def _paths_of(name: str, leaves: Mapping[Path, Any]) -> set[Path]:
+    """The leaves of the delta of this name, if each leaf below the name can be told from a backbone's."""
+    own = re.compile(_LEAVES.get(re.sub(r"_\d+$", "", name), "(?!)"))
+    paths = {path for path in leaves if name in path}
+    for path in paths:
+        at = path.index(name)
+        host, below = path[:at], name_of(path[at + 1 :])
+        is_lora = below in ("a", "b") and any((*host, weight) in leaves for weight in ("kernel", "embedding"))
+        if not (own.fullmatch(below) or is_lora):
+            raise ValueError(
+                f"prune: {name!r} may name a part of the backbone, at {name_of(path)!r}. Pass the delta itself, "
+                "jdelta.prune(params, delta), or the paths of its leaves."
+            )
+    return paths
 
 
 def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:

@@ -201,7 +201,7 @@ def test_trees_that_do_not_fit_what_is_attached(bert):
         bert(IDS, params=before)
     delta.detach()
     surplus = (
-        r"delta 'lora' is detached, but the parameters hold 'bert\.encoder.*lora\.a'.*jdelta\.prune\(params, 'lora'\)"
+        r"delta 'lora' is detached, but the parameters hold 'bert\.encoder.*lora\.a'.*jdelta\.prune\(params, delta\)"
     )
     with pytest.raises(ValueError, match=surplus):
         bert(IDS, params=grafted)
