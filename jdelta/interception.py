@@ -39,6 +39,8 @@ class Edit:
       start: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
       leaf: path below the host: of the layer's parameters, or of the leaf that trains.
       helps: whether it only helps another edit, and its host is none of the delta's targets.
+      outermost: whether it goes around all other edits of its host, whenever those were attached.
+      needs: a leaf of the host's own without which it does nothing.
     """
 
     host: Path
@@ -47,6 +49,8 @@ class Edit:
     start: Path | None = None
     leaf: Path = ()
     helps: bool = False
+    outermost: bool = False
+    needs: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Attachment:
     def left_behind(self) -> tuple[Edit, ...]:
         """What runs while it is off, for leaves of the hosts that merging may have added: see `merging.folded`."""
         layers = [(edit, getattr(edit.layer, "left_behind", None)) for edit in self.edits]
-        return tuple(Edit(edit.host, edit.where, make(), helps=True) for edit, make in layers if make is not None)
+        behind = [(edit, *make()) for edit, make in layers if make is not None]
+        return tuple(Edit(edit.host, edit.where, layer, helps=True, needs=leaf) for edit, leaf, layer in behind)
 
     @property
     def trained(self) -> set[Path]:
@@ -271,13 +276,14 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
     """An interceptor for `nn.intercept_methods` that runs the edits. Make a fresh one for every run.
 
     Args:
-      edits: in the order of attaching.
+      edits: in the order of attaching. Each goes around the earlier ones of its host, and those that are `outermost`
+        around all.
       root_type: the class of the module that is applied or initialised.
       ran: where to note the edits that were run.
     """
     calls = Calls(root_type)
     by_host: dict[Path, list[Edit]] = {}
-    for edit in edits:
+    for edit in sorted(edits, key=lambda edit: edit.outermost):
         if edit.layer is not None:
             by_host.setdefault(edit.host, []).append(edit)
     starts = {edit.start for edit in edits if edit.start is not None}
@@ -297,6 +303,8 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
                 # Each edit wraps what the earlier ones made of the host.
                 call = next_call
                 for edit in by_host.get(frame.path, ()):
+                    if edit.needs is not None and not frame.module.has_variable("params", edit.needs):
+                        continue
                     if edit.where == "around":
                         call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
                     else:

@@ -39,9 +39,9 @@ class Bias(nn.Module):
         return dict(own) if bias is None else {"bias": (bias + own["bias"]).astype(bias.dtype)}
 
     @nn.nowrap
-    def left_behind(self) -> nn.Module:
-        """Runs a bias that the host did not have."""
-        return HostBias()
+    def left_behind(self) -> tuple[str, nn.Module]:
+        """The leaf that a host may have got by merging, and the layer that runs it."""
+        return "bias", HostBias()
 
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """The bias follows the axis of the host's output."""
@@ -49,11 +49,9 @@ class Bias(nn.Module):
 
 
 class HostBias(nn.Module):
-    """`y + bias`, if the host has a leaf `bias` by now."""
+    """`y + bias`, with a leaf of the host that its own code does not know."""
 
     def __call__(self, y: jax.Array) -> jax.Array:
-        if not self.has_variable("params", "bias"):
-            return y
         return y + leaf(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
 
 

@@ -261,7 +261,7 @@ class SoftPromptModel(DeltaModel):
             )
         ids = self._ids(host)
         table = PromptTable(ids, host.y.shape[-1], self.config.init_range)
-        yield Edit(host.path, "around", table, leaf=(self.name,))
+        yield Edit(host.path, "around", table, leaf=(self.name,), outermost=True)
         reads = [info for info in structure if _attends_to_encoder(info) and info not in callers]
         decoders = [info for info in reads if not _within(structure, info, [top, *reads])]
         around = Prompted(ids, entry, None if decoders else exit, backbone.positions(top))
@@ -285,8 +285,9 @@ class SoftPromptModel(DeltaModel):
         if not self.config.token_init:
             return leaves
         n = self.config.soft_token_num
-        rows = {path: params[(*path[:-2], "embedding")] for path in leaves}
-        return {path: jnp.resize(table[:n], (n, table.shape[1])).astype(jnp.float32) for path, table in rows.items()}
+        rows = {p: params[(*p[:-2], "embedding")] for p in leaves if p[-2:] == (self.name, "embedding")}
+        started = {p: jnp.resize(table[:n], (n, table.shape[1])).astype(jnp.float32) for p, table in rows.items()}
+        return {**leaves, **started}
 
 
 def _extent(
