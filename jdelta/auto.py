@@ -114,7 +114,7 @@ class AutoDeltaModel:
                 "into this model in the same way, and call load_finetuned on that delta."
             )
         face = backbone.face_of(backbone_model)
-        if name is None and taken(found.name, face, backbone.trace(face)) is None:
+        if name is None and taken(found.name, backbone_model, backbone.trace(face)) is None:
             named_like_a_leaf = any(
                 leaf.split(".").count(found.name) > 1 for leaf in found.values if found.is_own(leaf)
             )

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 class DeltaModel(Kept):
     """A delta on a backbone. Constructing one attaches it: `model.params` is then the grafted tree.
 
+    It stays there until `detach` or `remove`, whoever holds the object. A second one of the same method, arguments and
+    modules is a `UserWarning`, unless it is given a `name`.
+
     Of itself it changes nothing; it carries what `insert_sequential_module` and its like put in. A method is a
     subclass that says in `edits` what a module should get:
 
@@ -205,7 +208,8 @@ class DeltaModel(Kept):
     # --- what it is
 
     def __repr__(self) -> str:
-        state = "merged" if self.merged else "attached" if self.attached else "detached"
+        states = {"removed": self._removed, "merged": self.merged, "attached": self.attached, "detached": True}
+        state = next(state for state, holds in states.items() if holds)
         return f"<{type(self).__name__} {self.name!r} on {len(self.targets)} modules of {self._face.kind}, {state}>"
 
     def init(self, rng: int | jax.Array, params: Tree | None = None) -> Tree:
@@ -286,7 +290,7 @@ class DeltaModel(Kept):
           ValueError: it lacks some of the delta's leaves.
         """
         have, start = surgery.flatten(tree), surgery.root(tree)
-        for path in self.paths:
+        for path in self._attachment.leaves:
             if (*start, *path) not in have:
                 raise ValueError(f"own: the tree lacks {surgery.name_of(path)!r} of delta {self.name!r}.")
         return self._only_own(tree)
@@ -332,6 +336,7 @@ class DeltaModel(Kept):
           tx: the optimizer of the trainable leaves; `optax.MultiSteps` goes in here, since around the result it would
             sum up the gradients of the whole backbone.
         """
+        self._mask_of(self._tree(None))
         return freezing.freeze_except(tx, self._mask_of)
 
     def log(self, params: Tree | None = None) -> None:

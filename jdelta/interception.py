@@ -66,6 +66,7 @@ class Attachment:
       source: a module whose parameters are the leaves below `(name,)`, and which makes from them, once a run, leaves
         of the hosts that are not in the tree: `source() -> {path: array}`.
       made: the paths of what the source makes.
+      config: its method's arguments.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Attachment:
     fixed: frozenset[Path] = frozenset()
     source: nn.Module | None = None
     made: tuple[Path, ...] = ()
+    config: Any = None
 
     @property
     def borrowed(self) -> tuple[Path, ...]:
@@ -405,7 +407,7 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
     if not attachments:
         return module
     original = type(module)
-    edits = [edit for a in attachments for edit in (a.edits if a.active else a.left_behind)]
+    edits = _running(attachments)
 
     @nn.nowrap
     @functools.wraps(original.apply)
@@ -453,6 +455,19 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
     subclass = metaclass(original.__name__, (original,), namespace)
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init and f.name != "parent"}
     return subclass(**fields, parent=None)
+
+
+def _running(attachments: Sequence[Attachment]) -> list[Edit]:
+    """The edits of those that are active, and what the others left behind: at each host once."""
+    edits: list[Edit] = []
+    seen: set[tuple[Path, type]] = set()
+    for attachment in attachments:
+        for edit in attachment.edits if attachment.active else attachment.left_behind:
+            key = (edit.host, type(edit.layer))
+            if attachment.active or key not in seen:
+                edits.append(edit)
+            seen |= set() if attachment.active else {key}
+    return edits
 
 
 def with_made(variables: Any, attachments: Sequence[Attachment]) -> Any:

@@ -215,6 +215,7 @@ class Kept(Placed):
         made = with_made({"params": surgery.parameters(tree)}, [own])["params"]
         folded = merging.folded(made, self.name, attachments, self._structure)
         new = {(*start, *path): value for path, value in folded.items()}
+        self._was_merged = True
         if params is not None:
             leaves = surgery.flatten(tree)
             own_leaves = {(*start, *path) for path in own.leaves}

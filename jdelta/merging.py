@@ -95,7 +95,8 @@ def fold(edit: Edit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[str, 
       host: its host, as the trace saw it.
       leaves: path to value, those of host and layer among them.
     """
-    weights = {key: meta.unbox(leaves[(*host.path, key)]) for key in host.params}
+    own_keys = {*host.params, "bias"}  # a bias that it did not have may have been merged into it before
+    weights = {key: meta.unbox(leaves[(*host.path, key)]) for key in own_keys if (*host.path, key) in leaves}
     begin = (*host.path, *edit.leaf)
     own = {path[-1]: meta.unbox(leaf) for path, leaf in leaves.items() if path[:-1] == begin}
     run: Callable = lambda weights, own: edit.layer.fold(host, weights, own)  # type: ignore[union-attr]  # noqa: E731

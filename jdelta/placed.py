@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +28,31 @@ class _NamedLikeALeaf(ValueError):
     """A delta has the name of one of its own leaves."""
 
 
-def taken(name: str, face: backbone.Face, structure: Structure) -> str | None:
+_held: weakref.WeakSet[Placed] = weakref.WeakSet()  # every delta that somebody holds
+_lock = threading.Lock()
+_COMMON = {field.name for field in dataclasses.fields(DeltaConfig)}  # the arguments that every method has
+LEFT_BEHIND = "left.behind"  # the name of what stays of deltas that are gone; no delta has a dot in its name
+
+
+def carried(backbone_model: Any) -> list[Attachment]:
+    """What a model carries, without the detached deltas that nobody holds any more, as nobody can attach them."""
+    with _lock:
+        put = [delta for delta in _held if "_shapes" in vars(delta)]  # others are being made, or failed
+    names = {delta.name for delta in put if delta.backbone_model is backbone_model and delta._removed is None}
+    attachments = attachments_of(backbone.face_of(backbone_model).module)
+    return without(attachments, [a for a in attachments if not a.active and a.name not in names])
+
+
+def without(attachments: Sequence[Attachment], gone: Sequence[Attachment]) -> list[Attachment]:
+    """The attachments without some that are off. What merging may have left behind in their hosts is still run."""
+    rest = [a for a in attachments if a not in gone]
+    edits = {edit.host: edit for a in gone for edit in a.edits if hasattr(edit.layer, "left_behind")}
+    return [Attachment(LEFT_BEHIND, tuple(edits.values()), active=False), *rest] if edits else rest
+
+
+def taken(name: str, backbone_model: Any, structure: Structure) -> str | None:
     """What has this name already, as a message; `None` if nothing has."""
-    attachments = attachments_of(face.module)
+    attachments = carried(backbone_model)
     if name in {a.name for a in attachments}:
         return f"the model has a delta named {name!r} already. Choose another name."
     parts = {key for path in surgery.flatten(structure.params) for key in path}
@@ -53,6 +78,15 @@ class Placed:
     default_modified_modules: ClassVar[Sequence[str]] = ()
 
     config: Any  # of config_class
+    name: str
+    _removed: Attachment | None = None  # what it was on the model, if it was taken off for good
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Also of copies: notes that somebody holds it."""
+        self = super().__new__(cls)
+        with _lock:
+            _held.add(self)
+        return self
 
     # --- what a method says
 
@@ -115,7 +149,7 @@ class Placed:
     @property
     def attached(self) -> bool:
         """Whether the model runs this delta."""
-        return self._attachment.active
+        return self._removed is None and self._attachment.active
 
     @property
     def merged(self) -> bool:
@@ -125,13 +159,13 @@ class Placed:
     @property
     def targets(self) -> list[str]:
         """The names of the modules this delta sits on, in the order of execution."""
-        hosts = {edit.host for edit in self._attachment.edits if not edit.helps}
+        hosts = {edit.host for edit in (self._removed or self._attachment).edits if not edit.helps}
         return [info.name for info in self._structure if info.path in hosts]
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The paths of the delta's own leaves in the tree of parameters."""
-        return self._attachment.leaves
+        return (self._removed or self._attachment).leaves
 
     def shapes(self) -> Tree:
         """Shapes of the delta's own leaves, as a tree to be grafted into the backbone's."""
@@ -160,6 +194,26 @@ class Placed:
         """
         self._switch(active=True)
 
+    def remove(self) -> None:
+        """Takes the delta off for good: its leaves go, and its name is free again.
+
+        Nothing can be done with this object afterwards; what `finetuned` gave before can be attached anew. A delta that
+        is merged stays in the weights, which are then the model's own: `merge(); remove()` leaves a bare backbone. To
+        forget a detached delta, `del` will do: one that nobody holds does not stay on the model.
+
+        Raises:
+          RuntimeError: it was removed already.
+          ValueError: as `detach`.
+        """
+        if self._attachment.active:
+            self._switch(active=False)
+        own, others = self._attachment, carried(self.backbone_model)
+        rest = without(others, [own]) if self._was_merged else [a for a in others if a.name != self.name]
+        self._face.module = instrument(self._face.module, rest)
+        self._removed = own
+        self._kept.clear()
+        self._unmerged.clear()
+
     # --- inside: before it is on the model
 
     def _begin(self, backbone_model: Any, name: str | None, rng: int | jax.Array) -> None:
@@ -173,6 +227,7 @@ class Placed:
         self._exclude: tuple[str, ...] | None = None  # None: own leaves and self._unfrozen
         self._unfrozen = tuple(self.config.unfrozen_modules or ())
         self._inserted: list[str] = []  # modules where a layer was put in by hand
+        self._was_merged = False
         self._unmerged: dict[Path, tuple[Any, Any]] = {}  # while it is merged: the weights before and after
         self._kept: dict[Path, Any] = {}  # values to put back: on detach the backbone's, on attach the delta's
 
@@ -191,10 +246,10 @@ class Placed:
         if name is None:
             numbers = (f"{self.delta_type}_{i}" for i in itertools.count(2))
             names = itertools.chain([self.delta_type], numbers)
-            return next(n for n in names if n != but and taken(n, self._face, self._structure) is None)
+            return next(n for n in names if n != but and taken(n, self.backbone_model, self._structure) is None)
         if not isinstance(name, str) or not name or "." in name or name in ("params", freezing.DELTAS):
             raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {name!r}.")
-        if (what := taken(name, self._face, self._structure)) is not None:
+        if (what := taken(name, self.backbone_model, self._structure)) is not None:
             raise ValueError(what)
         return name
 
@@ -216,18 +271,40 @@ class Placed:
     def _put_at(self, patterns: Sequence[str], common: bool = False) -> None:
         """Attaches to the modules that the patterns mean. If leaves have the name that it gave itself, it takes
         another."""
+        edits = self._edits_at(patterns, common)
+        if not self._is_named:
+            self._warn_of_twin(edits)
         try:
-            self._put(self._edits_at(patterns, common))
+            self._put(edits)
         except _NamedLikeALeaf:
             if self._is_named:
                 raise
             self.name = self._free_name(None, but=self.name)
             self._put(self._edits_at(patterns, common))
 
+    def _warn_of_twin(self, edits: Sequence[Edit]) -> None:
+        """Warns if an attached delta is the same up to its values, however the patterns of its modules are written."""
+
+        def what(config: DeltaConfig, edits: Sequence[Edit]) -> Any:
+            arguments = config.to_dict()
+            own = {key: arguments[key] for key in arguments if key not in _COMMON}
+            return own, {edit.host for edit in edits}
+
+        carried = [a for a in attachments_of(self._face.module) if a.active and a.config is not None]
+        twins = [a.name for a in carried if edits and what(a.config, a.edits) == what(self.config, edits)]
+        if twins:
+            warnings.warn(
+                f"{type(self).__name__}: delta {twins[0]!r} of the same arguments is attached to the same modules. The "
+                f"new one, {self.name!r}, adds to what it does, and by default only {self.name!r} trains. If the same "
+                "lines ran twice, call remove() or detach() on the first before they run again, or load the model "
+                "afresh. If both are meant, give the new one a name: name=….",
+                stacklevel=4,
+            )
+
     def _put(self, edits: Sequence[Edit]) -> None:
         """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
         draft, index, everything = self._tried(edits)
-        edits, others = draft[index].edits, attachments_of(self._face.module)
+        edits, others = draft[index].edits, carried(self.backbone_model)
         known = {path for path in surgery.flatten(self._structure.params)}
         known.update(path for a in others if a.name != self.name for path in a.leaves)
         shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
@@ -262,7 +339,7 @@ class Placed:
         Nothing changes; raises what can be wrong with the edits.
         """
         edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
-        others = attachments_of(self._face.module)
+        others = carried(self.backbone_model)
         index = next((i for i, a in enumerate(others) if a.name == self.name), len(others))
         if index < len(others) and not others[index].active:
             raise RuntimeError(f"delta {self.name!r} is detached; call attach() before changing it.")
@@ -326,7 +403,7 @@ class Placed:
             own = {path: shape for path, shape in shapes.items() if path not in made}
             own |= {(self.name, *path): shape for path, shape in surgery.flatten(variables["params"]).items()}
         fixed = frozenset(path for path in own if self.frozen(path))
-        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made), own
+        return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made, self.config), own
 
     def _run_init(self, attachments: Sequence[Attachment], rng: jax.Array, ran: set[Edit] | None = None) -> Tree:
         return self._face.init(instrument(self._face.module, attachments, ran), rng)
@@ -360,7 +437,15 @@ class Placed:
 
     @property
     def _attachment(self) -> Attachment:
-        return next(a for a in attachments_of(self._face.module) if a.name == self.name)
+        if self._removed is not None:
+            raise RuntimeError(
+                f"delta {self.name!r} was removed from its model. Attach a new one; AutoDeltaModel.from_finetuned "
+                "attaches one that was saved."
+            )
+        found = [a for a in attachments_of(self._face.module) if a.name == self.name]
+        if not found:
+            raise RuntimeError(f"the model does not carry delta {self.name!r}: its module was replaced. Attach anew.")
+        return found[0]
 
     def _active(self, verb: str) -> Attachment:
         """The attachment. Raises `RuntimeError` if it is off."""
@@ -383,11 +468,11 @@ class Placed:
         return _select(tree, self._attachment.leaves)
 
     def _mask_of(self, params: Tree) -> Tree:
-        attachments = attachments_of(self._face.module)
+        own, attachments = self._attachment, attachments_of(self._face.module)
         never = {path for a in attachments for path in a.fixed}
         if self._exclude is None:
             exclude: tuple[str, ...] = (freezing.DELTAS, *self._unfrozen)
-            return freezing.trainable_mask(params, exclude, self._attachment.trained, never)
+            return freezing.trainable_mask(params, exclude, own.trained, never)
         trained = {path for a in attachments if a.active for path in a.trained}
         return freezing.trainable_mask(params, self._exclude, trained, never)
 
@@ -403,8 +488,7 @@ class Placed:
         if own.active == active:
             raise RuntimeError(f"delta {self.name!r} is {'attached' if active else 'detached'} already.")
         attachments = [
-            dataclasses.replace(a, active=active) if a.name == self.name else a
-            for a in attachments_of(self._face.module)
+            dataclasses.replace(a, active=active) if a.name == self.name else a for a in carried(self.backbone_model)
         ]
         params = self._face.params
         if params is not None:
@@ -432,6 +516,7 @@ class Placed:
             raise ValueError(f"delta {self.name!r} {'is detached' if own.source else 'has nothing to fold'}.")
         folded, written = self._written(self._tree(params))
         others = attachments_of(self._face.module)
+        written = dataclasses.replace(written, config=config)
         self._face.module = instrument(self._face.module, [written if a.name == own.name else a for a in others])
         self.config = config
         self._shapes = surgery.shapes(_select(folded, written.leaves))

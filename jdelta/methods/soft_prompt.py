@@ -24,7 +24,6 @@ from jdelta.interception import (
     Frame,
     Host,
     arguments,
-    attachments_of,
     describe,
     is_array,
     main_input,
@@ -32,7 +31,7 @@ from jdelta.interception import (
     with_main_input,
 )
 from jdelta.methods.leaf import leaf
-from jdelta.placed import Find
+from jdelta.placed import Find, carried
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path
 
@@ -276,7 +275,7 @@ class SoftPromptModel(DeltaModel):
         table = host.params.get("embedding")
         if table is None or len(table.shape) != 2:
             raise TypeError(f"SoftPromptModel at {host.name} ({host.type.__name__}): it is no word embedding.")
-        edits = [edit for a in attachments_of(self._face.module) for edit in a.edits if edit.host == host.path]
+        edits = [edit for a in carried(self.backbone_model) for edit in a.edits if edit.host == host.path]
         taken = [edit.layer.prompt_ids.stop for edit in edits if isinstance(edit.layer, PromptTable)]
         start = max([table.shape[0], *taken])
         return range(start, start + self.config.soft_token_num)
