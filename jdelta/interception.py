@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core.scope import in_filter
+from flax.ids import uuid
 
 from jdelta import surgery
 from jdelta.surgery import Path
@@ -451,10 +452,25 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
         "__doc__": original.__doc__,
         "_jdelta": (module, tuple(attachments)),
     }
+    return _copied(module, original, namespace)
+
+
+def _copied(module: nn.Module, original: type[nn.Module], namespace: dict[str, Any]) -> nn.Module:
+    """A copy of an unbound module, of a subclass with this namespace. It is not constructed: no `__init__` runs."""
     metaclass: Any = type(original)
-    subclass = metaclass(original.__name__, (original,), namespace)
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init and f.name != "parent"}
-    return subclass(**fields, parent=None)
+    # The base is given afterwards: flax then makes no dataclass of the subclass, with an `__init__`, `__eq__` and
+    # `__hash__` in place of those that the original may define, and no `__init_subclass__` hears of it.
+    subclass = metaclass(original.__name__, (_NoBase,), namespace)
+    subclass.__bases__ = (original,)
+    copied = object.__new__(subclass)
+    vars(copied).update(vars(module if module.scope is None else module.clone()))
+    # What flax gives to each instance anew; a test of flax's own caches and scopes notices if it becomes more.
+    vars(copied).update(_id=uuid(), _state=type(module._state)(), _parent_ref=None)
+    return copied
+
+
+class _NoBase:
+    """Where the bases of a subclass are still to come."""
 
 
 def _running(attachments: Sequence[Attachment]) -> list[Edit]:
