@@ -100,8 +100,17 @@ class Backbone:
         return type(self.module).__name__
 
     def __call__(self, *args: Any, params: Tree | None = None, rngs: Any = None, **kwargs: Any) -> Any:
-        """`module.apply` with `params`, or with the backbone's own. Other keywords of `apply` pass through."""
+        """`module.apply` with `params`, or with the backbone's own. Other keywords of `apply` pass through.
+
+        Raises:
+          ValueError: there are only shapes of parameters.
+        """
         tree = self.params if params is None else params
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            raise ValueError(
+                f"this backbone of {self.kind} holds the shapes of its parameters and no values. Pass the tree that "
+                "holds them, params=…, or set its params; module.init makes random ones."
+            )
         variables = tree if surgery.root(tree) else {"params": tree}
         return self.module.apply(variables, *args, rngs=rngs, **kwargs)
 

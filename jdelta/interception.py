@@ -11,17 +11,17 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.core.scope import in_filter
+from flax.core.scope import Scope, in_filter
 from flax.ids import uuid
 
-from jdelta import surgery
+from jdelta import jit_cache, surgery
 from jdelta.surgery import Path
 
 
@@ -110,6 +110,11 @@ class Frame:
     nested: bool  # inside a nested `apply` on a tree of its own: no part of the model's tree
     again: bool  # within a call of the same module: super().__call__, or a scope shared with a child
 
+    @property
+    def body(self) -> Scope | None:
+        """The scope that it is in of those which lifted transformations make, one for each run of theirs."""
+        return None if self.module.scope is None else self.module.scope.root
+
 
 class Calls:
     """The stack of module calls in progress."""
@@ -127,6 +132,15 @@ class Calls:
             yield frame
         finally:
             self._stack.pop()
+
+    def inside(self, body: Scope | None) -> bool:
+        """Whether calls in this `Frame.body` are in progress."""
+        return any(frame.body is body for frame in self._stack)
+
+    @property
+    def state(self) -> Hashable:
+        """What the next call's frame depends on, besides the call."""
+        return tuple((frame.path, frame.nested, frame.deterministic) for frame in self._stack)
 
     @property
     def outer(self) -> Frame | None:
@@ -275,13 +289,17 @@ class Host:
             self._watchers.remove(watch)
 
 
-def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit] | None = None) -> Callable:
-    """An interceptor for `nn.intercept_methods` that runs the edits. Make a fresh one for every run.
+@contextlib.contextmanager
+def running(
+    edits: Sequence[Edit], root_type: type[nn.Module], name: Hashable, ran: set[Edit] | None = None
+) -> Iterator[None]:
+    """Runs the edits around the calls of one run of a model, while this lasts.
 
     Args:
       edits: in the order of attaching. Each goes around the earlier ones of its host, and those that are `outermost`
         around all.
       root_type: the class of the module that is applied or initialised.
+      name: of these edits, among all others: runs under the same name share what `nn.jit` traced.
       ran: where to note the edits that were run.
     """
     calls = Calls(root_type)
@@ -290,7 +308,7 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
         if edit.layer is not None:
             by_host.setdefault(edit.host, []).append(edit)
     starts = {edit.start for edit in edits if edit.start is not None}
-    inputs: dict[Path, Any] = {}  # the newest input of each start
+    inputs: dict[Path, _Input] = {}  # of each start's newest call
     watchers: list[Watcher] = []  # of the hosts in progress, outermost first
 
     def intercept(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -302,7 +320,7 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 if frame.path in starts:
-                    inputs[frame.path] = main_input(type(frame.module), args, kwargs)[1]
+                    inputs[frame.path] = _Input(main_input(type(frame.module), args, kwargs)[1], frame.body)
                 # Each edit wraps what the earlier ones made of the host.
                 call = next_call
                 for edit in by_host.get(frame.path, ()):
@@ -311,7 +329,7 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
                     if edit.where == "around":
                         call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
                     else:
-                        call = functools.partial(_run, edit, call, frame, inputs, call is next_call)
+                        call = functools.partial(_run, edit, call, frame, inputs, calls, call is next_call)
                     if ran is not None:
                         ran.add(edit)
                 return call(*args, **kwargs)
@@ -321,11 +339,40 @@ def interceptor(edits: Sequence[Edit], root_type: type[nn.Module], ran: set[Edit
                 call = watch(frame, call)
             return call(*args, **kwargs)
 
-    return intercept
+    def mark(module: nn.Module) -> Hashable:
+        path = module.scope.path if module.scope is not None else ()
+        within = (edit for edit in edits if edit.start in inputs and edit.host[: len(path)] == path)
+        if watchers or any(within):
+            return jit_cache.unique()  # arrays from outside would become constants of what is kept
+        return name, path, calls.state
+
+    with nn.intercept_methods(intercept), jit_cache.marked(mark):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """What a span starts from, and where that was."""
+
+    x: Any
+    body: Scope | None
+
+    def is_gone(self, frame: Frame, calls: Calls) -> bool:
+        """Whether it was made inside a transformed module, such as one of `nn.remat`, that has ended."""
+        levels = [body and body.trace_level for body in (self.body, frame.body)]
+        return levels[0] != levels[1] and not calls.inside(self.body)
 
 
 def _run(
-    edit: Edit, call: Callable, frame: Frame, inputs: dict[Path, Any], first: bool, /, *args: Any, **kwargs: Any
+    edit: Edit,
+    call: Callable,
+    frame: Frame,
+    inputs: Mapping[Path, _Input],
+    calls: Calls,
+    first: bool,
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     if edit.where == "replace":
         return _layer(edit, frame)(*args, **kwargs)
@@ -342,7 +389,13 @@ def _run(
     if edit.start is None or edit.start == edit.host:
         x = main_input(type(frame.module), args, kwargs)[1]
     elif edit.start in inputs:
-        x = inputs[edit.start]
+        if inputs[edit.start].is_gone(frame, calls):
+            raise ValueError(
+                f"the span from {surgery.name_of(edit.start)} to {describe(frame.module)} leads out of a module "
+                "that is transformed as a whole (by nn.jit, nn.remat, nn.scan, …), and values cannot leave it that "
+                "way. Name two modules inside it, or two outside."
+            )
+        x = inputs[edit.start].x
     else:
         raise ValueError(
             f"the span to {describe(frame.module)} starts at {surgery.name_of(edit.start)}, which was not called "
@@ -408,7 +461,7 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
     if not attachments:
         return module
     original = type(module)
-    edits = _running(attachments)
+    edits, number = _edits_of(attachments), jit_cache.unique()
 
     @nn.nowrap
     @functools.wraps(original.apply)
@@ -416,13 +469,13 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
         creating = in_filter(kwargs.get("mutable", False), "params")
         _check_leaves(variables.get("params", {}), attachments, creating)
         surgery.require_alive(variables)
-        with nn.intercept_methods(interceptor(edits, type(self), ran)):
+        with running(edits, type(self), number, ran):
             return original.apply(self, with_made(variables, attachments), *args, **kwargs)
 
     @nn.nowrap
     @functools.wraps(original.init_with_output)
     def init_with_output(self: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(interceptor(edits, type(self), ran)):
+        with running(edits, type(self), number, ran):
             output, variables = original.init_with_output(self, rngs, *args, **kwargs)
         return output, _without_made(variables, attachments, rngs)
 
@@ -473,7 +526,7 @@ class _NoBase:
     """Where the bases of a subclass are still to come."""
 
 
-def _running(attachments: Sequence[Attachment]) -> list[Edit]:
+def _edits_of(attachments: Sequence[Attachment]) -> list[Edit]:
     """The edits of those that are active, and what the others left behind: at each host once."""
     edits: list[Edit] = []
     seen: set[tuple[Path, type]] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta import addressing, surgery
+from jdelta import addressing, jit_cache, surgery
 from jdelta.interception import Calls, Frame, is_array, main_input, main_output
 from jdelta.surgery import Path, Tree
 
 _NOT_CALLED = (
-    "no call of it was seen. It only holds parameters or other modules, or it is run by other methods than __call__, "
-    "or inside nn.jit, which keeps what it traced before."
+    "no call of it was seen. It only holds parameters or other modules, or it is run by other methods than __call__."
 )
 
 
@@ -131,7 +131,7 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
       root_type: the class of the model's root module.
     """
     recorder = _Recorder(root_type)
-    with nn.intercept_methods(recorder):
+    with nn.intercept_methods(recorder), jit_cache.marked(lambda _: jit_cache.unique()):
         params = surgery.parameters(jax.eval_shape(run))
     modules = {info.name: info for info in recorder.modules(params)}
     uncalled = {name: reason for name, reason in recorder.nested.items() if name not in modules}
@@ -177,17 +177,21 @@ class _Recorder:
         """What was seen. A scan traces its body twice and runs it once a layer: calls are counted accordingly."""
         leaves = surgery.flatten(meta.unbox(params))
         found = [info for info in self._seen.values() if info is not None]
-        factor: dict[Path, float] = {}
-        for body, around in self._bodies.items():
+        factor: dict[Path, tuple[int, float]] = {}  # body -> copies of its leaves, runs for each time it was traced
+        for body, around in sorted(self._bodies.items(), key=lambda item: len(item[0])):
             inside = [info for info in found if info.path[: len(body)] == body and info.params]
-            if inside:
-                key, leaf = next(iter(inside[0].params.items()))
-                copies = leaves[(*inside[0].path, key)].size // max(leaf.size, 1)
-                if copies > 1:
-                    factor[body] = copies * len(set(map(id, around))) / len(around)
+            copied = (
+                leaves[(*info.path, key)].size // max(leaf.size, 1)
+                for info in inside
+                for key, leaf in info.params.items()
+            )
+            outer = math.prod(n for above, (n, _) in factor.items() if body[: len(above)] == above)
+            copies = min(copied, default=1) // outer
+            if copies > 1:
+                factor[body] = copies, copies * len(set(map(id, around))) / len(around)
         for info in found:
             calls = float(info.calls)
-            for body, ratio in factor.items():
+            for body, (_, ratio) in factor.items():
                 if info.path[: len(body)] == body:
                     calls *= ratio
             yield dataclasses.replace(info, calls=round(calls))

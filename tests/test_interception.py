@@ -292,18 +292,6 @@ def test_a_lifted_root_and_a_lifted_method():
     chex.assert_trees_all_close(backbone(X), 4 * before, rtol=1e-6)
 
 
-def test_what_nn_jit_has_cached_cannot_be_seen_and_is_refused():
-    @nn.jit
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(4, name="dense")(x)
-
-    backbone = backbone_of(Model())
-    with pytest.raises(ValueError, match=r"'dense' means 'dense', which cannot be a target: .* nn\.jit"):
-        jdelta.LoraModel(backbone, modified_modules=["dense"], lora_r=2)
-
-
 def test_a_module_that_calls_its_super_is_edited_once():
     class Double(nn.Dense):
         def __call__(self, x):

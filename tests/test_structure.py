@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -68,6 +70,28 @@ def test_scanned_layers_show_the_shapes_inside_and_the_tree_the_layer_axis(remat
     assert structure["layers.dense"].params["kernel"].shape == (4, 4)
     assert structure["layers.dense"].calls == 3
     assert structure.params["layers"]["dense"]["kernel"].shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_a_lifted_module_in_a_scanned_one_counts_its_layers_once(lift):
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            scan = functools.partial(nn.scan, variable_axes={"params": 0}, split_rngs={"params": True})
+            return scan(lift(Block), length=3)(name="inner")(nn.Dense(4, name="own")(x), None)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(Outer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return lift(Block)(name="last")(layers(name="layers")(x, None)[0], None)[0]
+
+    structure = structure_of(jdelta.Backbone(Model(), dummy_inputs=(jnp.ones((2, 4)),)))
+    assert {name: structure[name].calls for name in ("layers.own", "layers.inner.dense", "last.dense")} == {
+        "layers.own": 2,
+        "layers.inner.dense": 6,
+        "last.dense": 1,
+    }
 
 
 def test_a_rematted_layer_called_twice_counts_two():
