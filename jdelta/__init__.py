@@ -1,5 +1,6 @@
 """jdelta: delta tuning (parameter-efficient fine-tuning) for JAX and Flax."""
 
+from jdelta import transformers_linear as _transformers_linear
 from jdelta import transformers_repair as _transformers_repair
 from jdelta.addressing import match
 from jdelta.arithmetic import interpolate, negate, weighted_sum
@@ -13,6 +14,7 @@ from jdelta.fused_attention import fused_attention
 from jdelta.interactive import select_modules
 from jdelta.interception import Edit
 from jdelta.lean_activations import lean_activations
+from jdelta.linear import register_linear
 from jdelta.many import rowwise, select, stack, unstack
 from jdelta.methods.adapter import AdapterConfig, AdapterModel
 from jdelta.methods.bitfit import BitFitConfig, BitFitModel
@@ -71,6 +73,7 @@ __all__ = [
     "partition",
     "prune",
     "register_common_names",
+    "register_linear",
     "rowwise",
     "select",
     "select_modules",
@@ -80,4 +83,5 @@ __all__ = [
     "weighted_sum",
 ]
 
+_transformers_linear.install()
 _transformers_repair.install()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from flax import linen as nn
-
+from jdelta.linear import ConvMap, EinsumMap, MatrixMap, layout
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path
 
@@ -45,49 +42,23 @@ def of_output(host: ModuleInfo, structure: Structure) -> Axes:
     return next((found[1][-1:] for info in _linear_first(inside) if (found := _of_weights(info))), (None,))
 
 
-def is_transposed(host: ModuleInfo) -> bool:
-    """Whether a module with a kernel of two axes stores the output's axis first; asked of the module, if need be."""
-    if issubclass(host.type, (nn.Dense, nn.DenseGeneral)):
-        return False
-    if (d := host.x.shape[-1]) != host.params["kernel"].shape[0]:
-        return True
-    if d != host.params["kernel"].shape[1]:
-        return False
-    with jax.ensure_compile_time_eval():
-        key_kernel, key_x = jax.random.split(jax.random.key(0))
-        kernel, x = jax.random.normal(key_kernel, (d, d)), jax.random.normal(key_x, (1, d))
-        given = {key: jnp.zeros(leaf.shape) for key, leaf in host.params.items()} | {"kernel": kernel}
-        y = host.type(**host.fields, parent=None).apply({"params": given}, x)
-        return bool(jnp.abs(y - x @ kernel).sum() > jnp.abs(y - x @ kernel.T).sum())
-
-
 def _of_weights(host: ModuleInfo) -> tuple[Axes, Axes] | None:
     """The axes of input and output among those of the module's own weights; `None` if that is not known."""
-    if issubclass(host.type, nn.Embed):
-        return _split(host, "embedding", 1)
-    kernel = host.params.get("kernel")
-    if kernel is None:
+    linear = layout(host)
+    if linear is None or isinstance(linear, EinsumMap):
         vector = next((key for key in ("scale", "weight") if key in host.params), None)
-        fits = vector is not None and host.params[vector].shape == (_width(host, "y"),)
+        fits = vector is not None and "kernel" not in host.params and host.params[vector].shape == (_width(host, "y"),)
         return ((Axis((*host.path, vector), 0),),) * 2 if fits and vector is not None else None
-    if issubclass(host.type, nn.Conv):
-        window = len(kernel.shape) - 2
-        return (Axis((*host.path, "kernel"), window),), (Axis((*host.path, "kernel"), window + 1),)
-    if issubclass(host.type, nn.DenseGeneral):
-        axis, batch = host.fields["axis"], host.fields["batch_dims"]
-        return _split(host, "kernel", 1 if isinstance(axis, int) else len(axis)) if not batch else None
-    if "einsum_str" in host.fields or len(kernel.shape) != 2:
-        return None
-    if {_width(host, "x"), _width(host, "y")} != set(kernel.shape):
-        return None
-    x, y = _split(host, "kernel", 1)
-    return (y, x) if is_transposed(host) else (x, y)
-
-
-def _split(host: ModuleInfo, key: str, inputs: int) -> tuple[Axes, Axes]:
-    """The axes of a leaf, of which the first are the input's."""
-    axes = tuple(Axis((*host.path, key), i) for i in range(len(host.params[key].shape)))
-    return axes[:inputs], axes[inputs:]
+    axes = tuple(Axis((*host.path, linear.weights), i) for i in range(len(host.params[linear.weights].shape)))
+    match linear:
+        case ConvMap():
+            return axes[-2:-1], axes[-1:]
+        case MatrixMap(transposed=True):
+            return axes[1:], axes[:1]
+        case MatrixMap():
+            return axes[: len(linear.axis)], axes[len(linear.axis) :]
+        case _:
+            return axes[:1], axes[1:]
 
 
 def _linear_first(modules: list[ModuleInfo]) -> list[ModuleInfo]:

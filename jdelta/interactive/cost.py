@@ -7,7 +7,6 @@ import functools
 import inspect
 import itertools
 import math
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from flax.core import meta
 from jdelta import addressing, backbone, surgery
 from jdelta.delta import DeltaModel
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, is_array
+from jdelta.structural_key import structural_key
 from jdelta.structure import ModuleInfo
 from jdelta.surgery import Path
 
@@ -135,7 +135,9 @@ class _Measure:
         self._alive.append(edits)
         outside = [edit for edit in edits if edit.layer is not None and edit.where in ("around", "replace")]
         if outside:
-            rows = self._once((_key(info, ()), *(_key(e, info.path) for e in edits)), lambda: self._run(info, edits))
+            rows = self._once(
+                (structural_key(info), *(structural_key(e, info.path) for e in edits)), lambda: self._run(info, edits)
+            )
             for edit, row in zip(edits, rows, strict=True):
                 found |= {(*edit.host, *edit.leaf, *path): self._with_axes(edit, shape) for path, shape in row.items()}
             return found
@@ -146,7 +148,7 @@ class _Measure:
             start = self._method._structure.modules[surgery.name_of(edit.host if edit.start is None else edit.start)]
             x, y = (start.x if edit.where in ("before", "parallel") else host.y), host.y
             wanted = x.shape if edit.where == "before" else y.shape
-            key = (_key(edit.layer, ()), x.shape, x.dtype, wanted)
+            key = (structural_key(edit.layer), x.shape, x.dtype, wanted)
             (row,) = self._once(key, functools.partial(_layer_shapes, edit.layer, x, wanted))
             found |= {(*edit.host, *edit.leaf, *path): self._with_axes(edit, shape) for path, shape in row.items()}
         return found
@@ -245,34 +247,6 @@ def _moved(edit: Edit, start: Path) -> Edit:
 
 def _rngs() -> dict[str, jax.Array]:
     return {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-
-
-def _key(value: Any, start: Path) -> Any:
-    """A key that is equal for values which make the same layers: functions are compared by code and closure."""
-    if isinstance(value, ModuleInfo):
-        return (value.type, _key(value.fields, ()), _key((value.args, value.kwargs), ()))
-    if isinstance(value, Edit):
-        return (value.where, value.host[len(start) :], value.start, value.leaf, _key(value.layer, ()))
-    if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        skip = ("parent", "name") if isinstance(value, nn.Module) else ()
-        own = [f.name for f in dataclasses.fields(value) if f.name not in skip]
-        return (type(value), *(_key(getattr(value, name, None), ()) for name in own))
-    if isinstance(value, functools.partial):
-        return (_key(value.func, ()), _key(value.args, ()), _key(value.keywords, ()))
-    if isinstance(value, types.FunctionType):
-        cells = tuple(_key(cell.cell_contents, ()) for cell in value.__closure__ or ())
-        return (value.__code__, _key(value.__defaults__, ()), cells)
-    if isinstance(value, (list, tuple)):
-        return (type(value), *(_key(item, ()) for item in value))
-    if isinstance(value, Mapping):
-        return tuple((key, _key(item, ())) for key, item in value.items())
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return (value.shape, value.dtype)
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return (type(value), value)
 
 
 # --- what hosts share

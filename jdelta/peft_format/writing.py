@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from jdelta import common_names, folder
 from jdelta.finetuned import BackboneInfo, Finetuned, listing
+from jdelta.linear import ConvMap, LookupMap, MatrixMap, linear_map
 from jdelta.methods.lora import LoraConfig
 from jdelta.peft_format.limits import require_no_cross_attention, require_same_lora
 from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, modules_of, shapes_of, to_torch, torch_leaf, torch_name
@@ -86,19 +87,25 @@ def _write_lora(found: Finetuned, structure: Structure) -> Written:
             key: _whole(config.alpha_of(host)) for key, host in own.items() if config.alpha_of(host) != alpha
         },
         "target_modules": [torch_name(host) for host in found.targets],
-        "fan_in_fan_out": any(structure[host].type.__name__ == "FlaxConv1D" for host in found.targets),
+        "fan_in_fan_out": any(_is_transposed(structure[host]) for host in found.targets),
         "modules_to_save": _owners(modules) or None,
         "bias": "none" if not biases else "lora_only" if biases <= of_hosts else "all",
     }
     return fields, {f"base_model.model.{key}": value for key, value in (tensors | saved).items()}
 
 
+def _is_transposed(host: ModuleInfo) -> bool:
+    linear = linear_map(host)
+    return isinstance(linear, MatrixMap) and linear.transposed
+
+
 def _factors(host: ModuleInfo, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
     """PEFT's tensors of the LoRA at a module."""
     name = torch_name(host.name)
-    if issubclass(host.type, nn.Embed):
+    linear = linear_map(host)
+    if isinstance(linear, LookupMap):
         return {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T}
-    if issubclass(host.type, nn.Conv):
+    if isinstance(linear, ConvMap):
         ones = (1,) * (a.ndim - 2)
         return {f"{name}.lora_A.weight": to_torch(a), f"{name}.lora_B.weight": b.T.reshape(*b.shape[::-1], *ones)}
     r = len(b)
