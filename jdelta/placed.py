@@ -18,7 +18,7 @@ from flax import linen as nn
 from jdelta import addressing, backbone, common_names, freezing, surgery
 from jdelta.config import DeltaConfig
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
-from jdelta.structure import ModuleInfo, Structure
+from jdelta.structure import ModuleInfo, Structure, require_open
 from jdelta.surgery import Path, Tree
 
 Find = Callable[[Sequence[str]], list[ModuleInfo]]
@@ -358,6 +358,7 @@ class Placed:
         lent = {path: a.name for a in others if a.name != self.name for path in a.borrowed}
         for edit in edits:
             host = self._structure[surgery.name_of(edit.host)]
+            require_open(host)
             if edit.where == "train":
                 if (*edit.host, *edit.leaf) in lent:
                     owner = lent[(*edit.host, *edit.leaf)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ from jdelta.surgery import Path, Tree
 
 _NOT_CALLED = (
     "no call of it was seen. It only holds parameters or other modules, or it is run by other methods than __call__."
+)
+
+
+_NNX = (
+    "it is an nnx module in flax.nnx.bridge.ToLinen, which takes all that lies below its path for the nnx module's "
+    "state; nnx modules cannot have deltas yet"
 )
 
 
@@ -62,6 +69,11 @@ class ModuleInfo:
         """Shape and dtype of the array that is returned, alone or first. Raises `TypeError` if there is none."""
         return main_output(self.output)
 
+    @property
+    def closed(self) -> str:
+        """Why nothing of a delta may be put into the module; `""` if it may."""
+        return _NNX if _is_nnx(self.type) else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -92,7 +104,8 @@ class Structure:
         """The modules that the patterns mean, in order of execution.
 
         Raises:
-          ValueError: as `addressing.match`; also if a pattern means only parts that cannot carry a layer.
+          ValueError: as `addressing.match`; also if a pattern means only parts that cannot carry a layer, or a module
+            that is `closed`.
         """
         names = [name for name in self.modules if name]
         for pattern in addressing.checked(patterns):
@@ -100,7 +113,10 @@ class Structure:
                 for name, reason in self.uncalled.items():
                     if addressing.matches(name, pattern):
                         raise ValueError(f"{pattern!r} means {name!r}, which cannot be a target: {reason}")
-        return [self.modules[name] for name in addressing.match(names, patterns, exclude)]
+        found = [self.modules[name] for name in addressing.match(names, patterns, exclude)]
+        for info in found:
+            require_open(info)
+        return found
 
     def callers(self, info: ModuleInfo) -> list[ModuleInfo]:
         """The modules in whose calls a module was first called, innermost first; the last is the root."""
@@ -123,6 +139,15 @@ class Structure:
         return found
 
 
+def require_open(info: ModuleInfo) -> None:
+    """Raises `ValueError` if the module is `closed`."""
+    if info.closed:
+        raise ValueError(
+            f"{info.name!r} cannot be a target: {info.closed}. Leave it out, with exclude_modules=[{info.name!r}] for "
+            f"example; its own parameters can train with a delta, by unfrozen_modules=[{info.name!r}]."
+        )
+
+
 def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
     """Records one abstract run of a model: nothing is computed, no array is allocated.
 
@@ -139,7 +164,11 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
         for above in (path[:i] for i in range(1, len(path))):
             name = surgery.name_of(above)
             if name not in modules and name not in uncalled:
-                uncalled[name] = _NOT_CALLED
+                around = (modules.get(surgery.name_of(above[:i])) for i in range(1, len(above)))
+                inside = next((info.name for info in around if info is not None and info.closed), None)
+                uncalled[name] = (
+                    _NOT_CALLED if inside is None else f"it is a part of {inside or 'the root'!r}, and {_NNX}."
+                )
     return Structure(
         modules, uncalled, params, frozenset(name for name, info in modules.items() if recorder.is_tied(info))
     )
@@ -223,11 +252,17 @@ class _Recorder:
     def _note_nested(self, frame: Frame) -> None:
         outer, handed = self._calls.outer, frame.module.scope.variables().get("params", {})
         self._handed.update(jnp.shape(leaf) for leaf in jax.tree.leaves(handed) if jnp.ndim(leaf) == 2)
-        if outer is not None and not outer.nested and frame.module.name:
+        if outer is not None and not outer.nested and frame.module.name and not _is_nnx(type(outer.module)):
             self.nested[surgery.name_of((*outer.path, frame.module.name))] = (
                 f"{type(frame.module).__name__} runs in a nested apply with weights handed to it (a tied head), "
                 "so it has no parameters of its own in the tree. Name the module that feeds it, or untie the weights."
             )
+
+
+def _is_nnx(module_type: type[nn.Module]) -> bool:
+    """Without importing flax.nnx: a class of a module that was never imported has no subclasses."""
+    wrapper = getattr(sys.modules.get("flax.nnx.bridge.wrappers"), "ToLinen", None)
+    return wrapper is not None and issubclass(module_type, wrapper)
 
 
 def _abstract(tree: Any) -> Any:

@@ -73,5 +73,5 @@ class BitFitModel(DeltaModel):
         for info in structure.below(host.path):
             if "bias" in info.params:
                 yield Edit(info.path, "train", leaf=("bias",))
-            elif info.params.keys() & {"kernel", "scale", "weight"}:
+            elif info.params.keys() & {"kernel", "scale", "weight"} or info.closed:  # closed: an error that says why
                 yield Edit(info.path, "after", Bias(), leaf=(self.name,))
