@@ -106,7 +106,7 @@ def weighted_sum(
     values = dict(first.values)
     for pair in pairs:
         values |= lora_pairs.merged(found, numbers, pair, how, rank, merge)
-    for key in operands.others(first, pairs, kept):
+    for key in operands.added_up(found, pairs, kept):
         leaves = [delta.values[key] for delta in found]
         if key in before or _is_change(first, key):
             start = before.get(key, np.zeros(()))
@@ -156,7 +156,7 @@ def interpolate(
     operands.require_alike(found, kept)
     operands.require_one_backbone(found, kept, check_hash)
     values = dict(first.values)
-    for key in operands.others(first, (), kept):
+    for key in operands.added_up(found, (), kept):
         values[key] = linear([delta.values[key] for delta in found], weights)
     return _result(first, values, name)
 
@@ -190,7 +190,7 @@ def negate(
     values = dict(found.values)
     for pair in pairs:
         values[f"{pair}.a"] = -values[f"{pair}.a"]
-    for key in operands.others(found, pairs, kept):
+    for key in operands.added_up([found], pairs, kept):
         if key in before:
             values[key] = 2 * before[key] - wide(values[key])
         elif _is_change(found, key):

@@ -196,7 +196,8 @@ class DeltaModel(Kept):
 
         Raises:
           TypeError: `exclude` is a bare string.
-          ValueError: a pattern matches nothing; the earlier choice then stays.
+          ValueError: a pattern matches nothing, or nothing but leaves that cannot be trained, such as whole numbers.
+            The earlier choice then stays. A pattern that means some of those too is a `UserWarning`.
         """
         before, self._exclude = self._exclude, tuple(addressing.checked(exclude))
         try:
@@ -204,6 +205,7 @@ class DeltaModel(Kept):
         except ValueError:
             self._exclude = before
             raise
+        self._warn_of_fixed(self._exclude, "freeze_module")
 
     # --- what it is
 

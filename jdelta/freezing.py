@@ -8,15 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import meta
 
-from jdelta import addressing, surgery
+from jdelta import addressing, dtypes, surgery
 from jdelta.surgery import Path, Tree
 
 DELTAS = "deltas"  # in a list of patterns: all leaves of all attached deltas
 
 
 def trainable_mask(
-    params: Tree, exclude: Sequence[str], deltas: Collection[Path] = (), never: Collection[Path] = ()
+    params: Tree,
+    exclude: Sequence[str],
+    deltas: Collection[Path] = (),
+    never: Collection[Path] = (),
+    fixed: Collection[Path] = (),
 ) -> Tree:
     """A tree with `True` at each leaf that trains.
 
@@ -26,17 +31,19 @@ def trainable_mask(
         `["bias"]` is BitFit), and the word `"deltas"`.
       deltas: paths of the leaves that the word means, without the collection's name.
       never: paths of leaves that do not train even so.
+      fixed: likewise, since their dtype cannot be trained. Those are also known by the dtypes in `params`.
 
     Returns:
       A tree of bools with the structure of `params`.
 
     Raises:
       TypeError: `exclude` is a bare string.
-      ValueError: an invalid regex, or a pattern that matches nothing.
+      ValueError: an invalid regex, or a pattern that matches nothing, or nothing that can train.
     """
     start = len(surgery.root(params))
     leaves = surgery.flatten(params)
     names = {path: surgery.name_of(path[start:]) for path in leaves if path[:start] == surgery.root(params)}
+    fixed = {path for path in names if path[start:] in fixed or dtypes.is_fixed(leaves[path])}
     chosen: set[Path] = set()
     patterns = addressing.checked(exclude)
     if DELTAS in patterns:
@@ -48,10 +55,27 @@ def trainable_mask(
         if not hits:
             above = [name.rpartition(".")[0] for name in names.values()]
             raise ValueError(addressing.nothing_matches(pattern, [*filter(None, above), *names.values()]))
+        if fixed.issuperset(hits):
+            raise ValueError(
+                f"{pattern!r} means {names[hits[0]]!r}, which holds {_dtype(leaves[hits[0]])}. Only floats of 16 bits "
+                "and more train."
+            )
         chosen.update(hits)
+    chosen -= fixed
     chosen -= {path for path in names if path[start:] in never}
     empty = surgery.empty_node
     return surgery.unflatten({p: v if v is empty else p in chosen for p, v in leaves.items()}, like=params)
+
+
+def passed_over(params: Tree, exclude: Sequence[str]) -> list[str]:
+    """The names of leaves that patterns mean, and that do not train since their dtype cannot be trained."""
+    start = surgery.root(params)
+    names = [
+        surgery.name_of(path[len(start) :])
+        for path, leaf in surgery.flatten(params).items()
+        if path[: len(start)] == start and leaf is not surgery.empty_node and dtypes.is_fixed(leaf)
+    ]
+    return [name for name in names if any(addressing.matches_at_or_above(name, pattern) for pattern in exclude)]
 
 
 def freeze_except(
@@ -75,4 +99,11 @@ def freeze_except(
 
 def _no_update(updates: Any, params: Any = None) -> Any:
     del params
-    return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+    # Of leaves that are no floats, `jax.grad(…, allow_int=True)` gives gradients of a dtype that nothing adds to.
+    return jax.tree.map(
+        lambda u: jnp.zeros(u.shape, bool) if u.dtype == jax.dtypes.float0 else jnp.full_like(u, -0.0), updates
+    )
+
+
+def _dtype(leaf: Any) -> str:
+    return str(getattr(meta.unbox(leaf), "dtype", "no floats"))

@@ -443,7 +443,15 @@ def _bound(edit: Edit, frame: Frame) -> tuple[Any, dict[str, bool]]:
 
 
 def _same_dtype(new: Any, old: Any) -> Any:
-    """A delta never changes the precision that the backbone computes in."""
+    """A delta never changes the precision that the backbone computes in.
+
+    Raises:
+      TypeError: what the layer computes would be cut off: whole numbers, or real ones, are in its place.
+    """
+    for a in jax.tree.leaves(new):
+        is_complex = jnp.issubdtype(a.dtype, jnp.complexfloating)
+        if not jnp.issubdtype(old.dtype, jnp.complexfloating if is_complex else jnp.inexact):
+            raise TypeError(f"a layer gives {a.dtype} where the model has {old.dtype}, which would be cut off.")
     return jax.tree.map(lambda a: a.astype(old.dtype), new)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 from flax.core import meta
 
-from jdelta import fingerprint, hub, merging, surgery
+from jdelta import dtypes, fingerprint, hub, merging, surgery
 from jdelta.config import DeltaConfig
 from jdelta.finetuned import BackboneInfo, Finetuned, listing, require_same
 from jdelta.interception import attachments_of, with_made
@@ -152,7 +152,8 @@ class Kept(Placed):
           FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
           RuntimeError: the delta is detached, or the tree was donated.
           TypeError, ValueError: what is saved is damaged, is of another method or has other arguments or modules, or
-            leaves are missing, surplus or of another shape. Nothing has changed then.
+            leaves are missing, surplus or of another shape, or floats stand where there are whole numbers, or the other
+            way. Nothing has changed then.
         """
         own = self._active("loaded")
         if not isinstance(source, Finetuned):
@@ -171,6 +172,8 @@ class Kept(Placed):
                 odd.append(f"{name} belongs to no part of this model")
             elif value.shape != (shape := meta.unbox(shapes[paths[name]]).shape):
                 odd.append(f"{name} has shape {value.shape}, here {shape}")
+            elif dtypes.takes_steps(value.dtype) == dtypes.is_fixed(here := shapes[paths[name]]):
+                odd.append(f"{name} holds {value.dtype}, here {meta.unbox(here).dtype}")
         if odd:
             raise ValueError(f"delta {self.name!r} cannot be loaded: {listing(odd)}.")
         if check_hash:
@@ -205,8 +208,8 @@ class Kept(Placed):
 
         Raises:
           RuntimeError: the delta is detached or merged, or the tree was donated.
-          ValueError: some of it cannot be folded, such as a layer with a non-linearity, or an embedding that is tied
-            to the head. The message names the modules.
+          ValueError: some of it cannot be folded, such as a layer with a non-linearity, an embedding that is tied to
+            the head, or an update of weights that are no floats of 16 bits and more. The message names the modules.
         """
         own, tree = self._active("merged"), self._values(params)
         start, attachments = surgery.root(tree), attachments_of(self._face.module)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax.core import meta
 
-from jdelta import surgery
+from jdelta import dtypes, surgery
 from jdelta.interception import Attachment, Edit
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path, Tree
@@ -75,11 +75,22 @@ def _fold(
     if host.name in structure.tied:
         raise ValueError("its weights are those of a tied head too, which the delta does not change.")
     new = fold(edit, host, leaves)
+    require_steps(host, new, leaves)
     lacking = sorted(new.keys() - host.params.keys())
     if lacking and not hasattr(edit.layer, "left_behind"):
         raise ValueError(f"it would have to go into a {lacking[0]}, and the module has none.")
     boxes = {key: leaves[(*host.path, *(edit.leaf if key in lacking else ()), key)] for key in new}
     return {(*host.path, key): surgery.in_place_of(boxes[key], value) for key, value in new.items()}
+
+
+def require_steps(host: ModuleInfo, keys: Iterable[str], leaves: Mapping[Path, Any]) -> None:
+    """Raises `ValueError` if one of these leaves of a module is of a dtype in which nothing can be added to it."""
+    for path in ((*host.path, key) for key in keys):
+        if path in leaves and dtypes.is_fixed(leaves[path]):
+            raise ValueError(
+                f"its {path[-1]} holds {meta.unbox(leaves[path]).dtype}, and an update is added only to floats of 16 "
+                "bits and more."
+            )
 
 
 def foldable(edit: Edit) -> bool:

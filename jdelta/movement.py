@@ -14,6 +14,7 @@ import numpy as np
 from flax.core import meta
 
 from jdelta import fingerprint, merging, surgery
+from jdelta.dtypes import takes_steps
 from jdelta.interception import Attachment, Edit
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Path, Tree
@@ -58,7 +59,8 @@ def measured(
       `(layers,)`. NaN if the weight is 0.
 
     Raises:
-      ValueError: the delta does something else than change weights, or earlier values are unknown.
+      ValueError: the delta does something else than change weights, or they are no floats, or earlier values are
+        unknown.
     """
     if not attachment.edits:
         raise ValueError(f"delta {attachment.name!r} changes nothing yet: put layers in first.")
@@ -118,6 +120,7 @@ def _movement(
             before[(*edit.host, *edit.leaf)] = _in_float32(_earlier((*edit.host, *edit.leaf), pretrained))
         else:
             folded = merging.fold(edit, module, {**leaves, **after})
+            merging.require_steps(module, folded, leaves)
             after |= {(*module.path, key): value for key, value in folded.items()}
     axes = merging.scanned_axes({key: before[(*module.path, key)] for key in module.params}, module.params)
 
@@ -145,16 +148,17 @@ def _squares(value: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     for depth, axis in enumerate(reversed(axes)):
         value = np.moveaxis(value, depth + axis, depth)
     layers = (math.prod(value.shape[: len(axes)]),) if axes else ()
-    return np.square(value.reshape(*layers, -1)).sum(axis=-1)
+    return np.square(np.abs(value.reshape(*layers, -1))).sum(axis=-1)
 
 
 def _in_float32(leaf: Any) -> jax.Array:
     value = jnp.asarray(meta.unbox(leaf))
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32) if takes_steps(value.dtype) else jnp.float32)
 
 
 def _in_float64(value: Any) -> np.ndarray:
-    return fingerprint.to_host(value).astype(np.float64)
+    on_host = fingerprint.to_host(value)
+    return on_host.astype(np.complex128 if np.iscomplexobj(on_host) else np.float64)
 
 
 def _split(path: Path, others: Iterable[Path]) -> tuple[Path, int | None, Path]:

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
-from jdelta import fingerprint, hub, surgery
+from jdelta import dtypes, fingerprint, hub, surgery
 from jdelta.addressing import checked, matches_at_or_above, nothing_matches
 from jdelta.combinations import COMBINATIONS, Combination, wide
 from jdelta.config import DeltaConfig, did_you_mean
@@ -177,6 +178,17 @@ def values_before(base: Tree | Finetuned | None, first: Finetuned, pairs: Sequen
 def others(found: Finetuned, pairs: Sequence[str], kept: Collection[str] = ()) -> list[str]:
     """The leaves that are neither in a pair nor kept; sorted, so that the same seed gives the same numbers."""
     return sorted(found.values.keys() - leaves_of(pairs) - {*kept})
+
+
+def added_up(found: Sequence[Finetuned], pairs: Sequence[str], kept: Collection[str]) -> list[str]:
+    """The leaves that are neither in a pair nor kept. Raises `ValueError` if some of them are no floats."""
+    names = others(found[0], pairs, kept)
+    for name in names:
+        for i, delta in enumerate(found, 1):
+            dtype = delta.values[name].dtype
+            if not dtypes.takes_steps(dtype) or jnp.issubdtype(dtype, jnp.complexfloating):
+                raise ValueError(f"{name} holds {dtype} in delta {i}, and only floats add up. Pass {keep_hint(name)}.")
+    return names
 
 
 def keep_hint(key: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, freezing, surgery
+from jdelta import addressing, backbone, common_names, dtypes, freezing, surgery
 from jdelta.config import DeltaConfig
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
 from jdelta.structure import ModuleInfo, Structure, require_open
@@ -326,6 +327,7 @@ class Placed:
             if not draft[index].made:
                 self._face.known["tree"] = (self._face.module, everything)
             self._mask_of(self._tree(None))
+            self._warn_of_fixed(self._unfrozen, "unfrozen_modules")
         except Exception:
             self._face.module = module
             if params is not None:
@@ -355,6 +357,8 @@ class Placed:
     def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
         spans = any(edit.start is not None for edit in edits)
         order = {info.path: i for i, info in enumerate(self._structure)} if spans else {}
+        trains = any(edit.where == "train" for edit in edits)
+        held = surgery.flatten(surgery.parameters(self._tree(None))) if trains else {}
         lent = {path: a.name for a in others if a.name != self.name for path in a.borrowed}
         for edit in edits:
             host = self._structure[surgery.name_of(edit.host)]
@@ -363,6 +367,12 @@ class Placed:
                 if (*edit.host, *edit.leaf) in lent:
                     owner = lent[(*edit.host, *edit.leaf)]
                     raise ValueError(f"{host.name}.{surgery.name_of(edit.leaf)} is trained by delta {owner!r} already.")
+                leaf = held.get((*edit.host, *edit.leaf))
+                if dtypes.is_fixed(leaf):
+                    raise TypeError(
+                        f"{host.name}.{surgery.name_of(edit.leaf)} holds {meta.unbox(leaf).dtype}, and only floats of "
+                        "16 bits and more train. Leave the module out with exclude_modules."
+                    )
                 continue
             if edit.where == "around" and not getattr(type(edit.layer).__call__, "nowrap", False):
                 raise TypeError(f"{type(edit.layer).__name__} goes around modules: mark its __call__ with nn.nowrap.")
@@ -471,11 +481,23 @@ class Placed:
     def _mask_of(self, params: Tree) -> Tree:
         own, attachments = self._attachment, attachments_of(self._face.module)
         never = {path for a in attachments for path in a.fixed}
+        held = surgery.flatten(surgery.parameters(self._tree(None)))
+        fixed = {path for path, leaf in held.items() if dtypes.is_fixed(leaf)}
         if self._exclude is None:
             exclude: tuple[str, ...] = (freezing.DELTAS, *self._unfrozen)
-            return freezing.trainable_mask(params, exclude, own.trained, never)
+            return freezing.trainable_mask(params, exclude, own.trained, never, fixed)
         trained = {path for a in attachments if a.active for path in a.trained}
-        return freezing.trainable_mask(params, self._exclude, trained, never)
+        return freezing.trainable_mask(params, self._exclude, trained, never, fixed)
+
+    def _warn_of_fixed(self, patterns: Sequence[str], verb: str) -> None:
+        """Warns if patterns of what trains mean leaves too that cannot be trained."""
+        if passed := freezing.passed_over(self._tree(None), patterns):
+            more = f" and {len(passed) - 3} more" if len(passed) > 3 else ""
+            warnings.warn(
+                f"{verb}: {', '.join(passed[:3])}{more} stay frozen: only floats of 16 bits and more train. Name the "
+                "other leaves alone.",
+                stacklevel=4,
+            )
 
     def _borrowed(self, params: Tree) -> dict[Path, Any]:
         """The backbone's own leaves that train with this delta."""

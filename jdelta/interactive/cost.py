@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta import addressing, backbone, surgery
+from jdelta import addressing, backbone, dtypes, surgery
 from jdelta.delta import DeltaModel
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, is_array
 from jdelta.structural_key import structural_key
@@ -66,7 +66,8 @@ def costs(method: DeltaModel, exclude: Sequence[str] = ()) -> Costs:
     tree = surgery.flatten(surgery.parameters(backbone.tree_of(face)))
     sizes = {path: math.prod(meta.unbox(leaf).shape) for path, leaf in tree.items() if leaf is not surgery.empty_node}
     patterns = [p for p in method.config.unfrozen_modules or () if p != "deltas"]
-    unfrozen = {p for p in sizes if any(addressing.matches_at_or_above(surgery.name_of(p), q) for q in patterns)}
+    able = {p for p in sizes if not dtypes.is_fixed(tree[p])}
+    unfrozen = {p for p in able if any(addressing.matches_at_or_above(surgery.name_of(p), q) for q in patterns)}
 
     others = attachments_of(face.module)
     measure = _Measure(method)

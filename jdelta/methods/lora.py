@@ -20,6 +20,7 @@ from jdelta import addressing
 from jdelta.axes import Axes, Axis
 from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
+from jdelta.dtypes import takes_steps
 from jdelta.interception import Edit
 from jdelta.linear import ConvMap, EinsumMap, LinearMap, LookupMap, MatrixMap, linear_map, operands, runs_alone
 from jdelta.methods import products
@@ -148,7 +149,8 @@ class Lora(nn.Module):
         change = self.update(own)
         if isinstance(self.linear, MatrixMap):
             change = self.linear.stored(change)
-        return (weights.astype(jnp.promote_types(weights.dtype, jnp.float32)) + change).astype(weights.dtype)
+        wide = jnp.promote_types(weights.dtype, jnp.float32) if takes_steps(weights.dtype) else jnp.float32
+        return (weights.astype(wide) + change).astype(weights.dtype)
 
     @nn.nowrap
     def update(self, own: Mapping[str, jax.Array]) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta import backbone, common_names, generation
+from jdelta import backbone, common_names, dtypes, generation, surgery
 from jdelta.axes import Axes
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
@@ -285,6 +285,12 @@ class SoftPromptModel(DeltaModel):
             return leaves
         n = self.config.soft_token_num
         rows = {p: params[(*p[:-2], "embedding")] for p in leaves if p[-2:] == (self.name, "embedding")}
+        for path, table in rows.items():
+            if dtypes.is_fixed(table):
+                raise ValueError(
+                    f"SoftPromptModel starts from rows of {surgery.name_of(path[:-2])}, which holds {table.dtype}, and "
+                    "they are no vectors by themselves. Pass token_init=False."
+                )
         started = {p: jnp.resize(table[:n], (n, table.shape[1])).astype(jnp.float32) for p, table in rows.items()}
         return {**leaves, **started}
 
