@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "side_by_side.py"
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 import zoo
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 from jdelta import backbone, common_names, common_names_guess
@@ -51,6 +52,20 @@ VARIANTS = {
 }
 CASES = {**{name: (name, {}) for name in CLASSES}, **VARIANTS}
 ATTENDING = [case for case in CASES if CASES[case][0] not in CNNS]
+
+
+# One of each kind: fused and separate projections, grouped heads, cross-attention, images, sound, no attention.
+QUICK = (
+    "FlaxBertForSequenceClassification",
+    "FlaxGPT2LMHeadModel",
+    "FlaxLlamaForCausalLM",
+    "FlaxBartForConditionalGeneration",
+    "FlaxT5ForConditionalGeneration untied",
+    "FlaxVisionTextDualEncoderModel",
+    "FlaxWhisperForAudioClassification",
+    "block-sparse BigBird",
+)
+QUICK_CNN = "FlaxResNetForImageClassification"
 
 
 @functools.cache
@@ -130,7 +145,7 @@ def test_there_are_126_classes_of_40_families():
 # --- every class is covered
 
 
-@pytest.mark.parametrize("case", ATTENDING)
+@pytest.mark.parametrize("case", breadth(ATTENDING, *QUICK))
 def test_attention_and_feed_forward_are_found_on_every_layer(case):
     own, cross = layers_of(case)
     for name in ("attn", "attn.q", "attn.k", "attn.v", "attn.proj", "attn.layer_norm", "ff.w2", "ff.layer_norm"):
@@ -142,7 +157,7 @@ def test_attention_and_feed_forward_are_found_on_every_layer(case):
         assert len(named(case, name)) == cross, name
 
 
-@pytest.mark.parametrize("case", [*CNNS, "bottleneck ResNet"])
+@pytest.mark.parametrize("case", breadth([*CNNS, "bottleneck ResNet"], QUICK_CNN))
 def test_blocks_and_convolutions_are_found_where_there_is_no_attention(case):
     structure = traced(case)[0]
     blocks = named(case, "block")
@@ -154,7 +169,7 @@ def test_blocks_and_convolutions_are_found_where_there_is_no_attention(case):
     assert named(case, "attn", "ff", "layer_norm", "embeddings") == []
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", breadth(CASES, *QUICK, QUICK_CNN))
 def test_embeddings_are_those_of_tokens_or_of_patches(case):
     structure = traced(case)[0]
     tokens = [info for info in structure if info.type is nn.Embed and info.fields["num_embeddings"] == VOCAB]
@@ -164,7 +179,7 @@ def test_embeddings_are_those_of_tokens_or_of_patches(case):
     assert bool(tokens or patches) != (without or case == "FlaxWhisperForAudioClassification")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", breadth(CASES, *QUICK, QUICK_CNN))
 def test_heads_are_the_modules_that_give_logits(case):
     """A head over the vocabulary is as wide as it; a classifier is the last linear module, outside the layers."""
     structure = traced(case)[0]
@@ -180,6 +195,7 @@ def test_heads_are_the_modules_that_give_logits(case):
     assert not (no_logits and (heads or classifiers))
 
 
+@pytest.mark.slow
 def test_every_class_with_a_head_has_it_under_a_common_name_unless_it_is_tied():
     without = set()
     for name in CLASSES:
@@ -196,7 +212,7 @@ def test_every_class_with_a_head_has_it_under_a_common_name_unless_it_is_tied():
 # --- and each name points to what it says
 
 
-@pytest.mark.parametrize("case", ATTENDING)
+@pytest.mark.parametrize("case", breadth(ATTENDING, *QUICK))
 def test_attn_is_where_attention_weights_are_computed_and_projected(case):
     computed = traced(case)[1]
     homes = paths_of(named(case, "attn", "crossattn"))
@@ -213,7 +229,7 @@ def test_attn_is_where_attention_weights_are_computed_and_projected(case):
                 assert path[: len(home)] == home
 
 
-@pytest.mark.parametrize("case", ATTENDING)
+@pytest.mark.parametrize("case", breadth(ATTENDING, *QUICK))
 def test_the_widths_are_those_of_the_configuration(case):
     family = zoo.family_of(CASES[case][0])
     wide = {"bloom": 4 * HIDDEN}.get(family, WIDE)
@@ -250,7 +266,7 @@ def test_query_and_output_projection_are_told_apart_by_their_widths(name):
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", breadth(CASES, *QUICK, QUICK_CNN))
 def test_layer_norms_are_norms(case):
     norms = named(case, "layer_norm")
     for info in norms:
@@ -258,7 +274,7 @@ def test_layer_norms_are_norms(case):
         assert {leaf.shape for leaf in info.params.values()} == {(HIDDEN,)}
 
 
-@pytest.mark.parametrize("case", ATTENDING)
+@pytest.mark.parametrize("case", breadth(ATTENDING, *QUICK))
 def test_projections_run_before_what_they_feed(case):
     order = {path: i for i, path in enumerate(paths_of(traced(case)[0]))}
     for kind in ("attn", "crossattn"):
@@ -279,7 +295,7 @@ GUESSED = [
 ]
 
 
-@pytest.mark.parametrize("name", GUESSED)
+@pytest.mark.parametrize("name", breadth(GUESSED, zoo.REPRESENTATIVE["bert"], zoo.REPRESENTATIVE["bart"]))
 def test_the_table_says_what_the_names_of_the_modules_suggest(name):
     """Guesses, which know nothing of the table, agree with it."""
     structure = traced(name)[0]
@@ -294,6 +310,7 @@ def test_the_table_says_what_the_names_of_the_modules_suggest(name):
         assert {(key, path) for key, paths in guess.items() for path in as_tuple(paths)} == there
 
 
+@pytest.mark.slow
 def test_no_entry_of_the_table_is_dead():
     seen = set()
     for case in CASES:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -116,7 +117,9 @@ def in_float64(backbone, params):
 
 
 @pytest.mark.parametrize(
-    "values", itertools.product([True, False], repeat=5), ids=lambda v: "".join("01"[b] for b in v)
+    "values",
+    breadth(itertools.product([True, False], repeat=5), (True,) * 5, (False,) * 5, (True, False, True, False, True)),
+    ids=lambda v: "".join("01"[b] for b in v),
 )
 def test_every_combination_is_its_formula_trains_and_counts(values):
     options = dict(zip(SWITCHES, values, strict=True))
@@ -248,7 +251,9 @@ def test_initial_values(shared):
     assert np.std(p["down"]["W_left"]) == pytest.approx(1e-4, rel=0.1)
 
 
-@pytest.mark.parametrize("values", itertools.product([True, False], repeat=3))
+@pytest.mark.parametrize(
+    "values", breadth(itertools.product([True, False], repeat=3), (True, True, True), (False, True, False))
+)
 def test_with_zero_up_the_output_is_unchanged_and_the_second_gradient_reaches_every_leaf(values):
     options = dict(zip(("factorized_phm", "shared_phm_rule", "shared_W_phm"), values, strict=True))
     backbone, delta, before = attach(zero_up=True, **options)

@@ -229,6 +229,7 @@ def test_a_replaced_word_embedding_does_not_see_the_ids_of_a_prompt():
     assert np.isfinite(model(IDS)).all()
 
 
+@pytest.mark.slow
 def test_generation_with_a_prompt_and_lora_on_its_word_embedding():
     model = fresh("gpt2", "FlaxGPT2LMHeadModel")
     ids = jnp.ones((1, 3), jnp.int32)

@@ -14,6 +14,7 @@ import jax
 import jax.extend
 import pytest
 from flax.traverse_util import flatten_dict
+from tiers import breadth
 
 
 def load(path: Path) -> ModuleType:
@@ -35,7 +36,7 @@ WIDE = handwritten.Sizes(layers=2, hidden=1024, vocab=100, batch=8, length=128)
 # On a GPU XLA does not count what it hands to libraries.
 counts_products = pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA counts all FLOPs on the CPU only")
 
-each_choice = pytest.mark.parametrize("choice", handwritten.TARGETS)
+each_choice = pytest.mark.parametrize("choice", breadth(handwritten.TARGETS, "query and value"))
 
 
 @each_choice

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiers import breadth
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = [
@@ -57,7 +58,7 @@ def bitfit(sentiment) -> dict:
     return sentiment.main(["--method", "bitfit", "--seed", "1", *SMALL])
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit"])
+@pytest.mark.parametrize("method", breadth(["lora", "bitfit"], "lora"))
 def test_sentiment_gives_finite_results_and_leaves_the_backbone_untouched(method, request):
     results = request.getfixturevalue(method)
     assert results["steps"] == len(results["losses"]) == 6
@@ -68,6 +69,7 @@ def test_sentiment_gives_finite_results_and_leaves_the_backbone_untouched(method
     assert results["frozen_leaves"] > 50
 
 
+@pytest.mark.slow
 def test_sentiment_takes_every_method(sentiment):
     import jax
 
@@ -83,6 +85,7 @@ def test_sentiment_takes_every_method(sentiment):
     assert jax.tree.leaves(delta.shapes())[0].shape == (3, 384)
 
 
+@pytest.mark.slow
 def test_compare_methods_prints_a_table_draws_a_picture_and_runs_nothing_twice(sentiment, tmp_path, capsys):
     compare = load("compare_methods")
     words = ["--methods", "head", "soft_prompt", "--seeds", "0", "--epochs", "1", "--train-sentences", "96"]
@@ -99,6 +102,7 @@ def test_compare_methods_prints_a_table_draws_a_picture_and_runs_nothing_twice(s
     assert json.loads((tmp_path / "runs.json").read_text()) == runs
 
 
+@pytest.mark.slow
 def test_sentiment_counts_what_trains(lora, bitfit):
     width, inner, head = 384, 1536, 2 * 384 + 2
     assert lora["trainable"] == 2 * (6 * (4 * 2 * width + 2 * (width + inner)) + 2 * width) + head
@@ -108,6 +112,7 @@ def test_sentiment_counts_what_trains(lora, bitfit):
         assert results["optimizer_bytes"] < 3 * results["stored_bytes"] < results["full_stored_bytes"]
 
 
+@pytest.mark.slow
 def test_sentiment_prints_the_table_and_classified_sentences(sentiment, capsys):
     results = sentiment.main(["--method", "head", *SMALL])
     text = capsys.readouterr().out
@@ -116,6 +121,7 @@ def test_sentiment_prints_the_table_and_classified_sentences(sentiment, capsys):
         assert words in text
 
 
+@pytest.mark.slow
 def test_the_held_out_set_does_not_depend_on_the_seed_or_on_the_training_set(sentiment, lora, bitfit):
     assert lora["held_out"] == bitfit["held_out"]
     training, held_out = sentiment.load_sentences(max_tokens=16)
@@ -158,6 +164,7 @@ def test_help_works():
     assert "--learning-rate" in done.stdout
 
 
+@pytest.mark.slow
 def test_sharded_training_gives_the_same_losses_on_one_device_and_on_eight(tmp_path):
     results = []
     for devices in (1, 8):

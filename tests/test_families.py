@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import build, fresh, noisy
+from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -73,7 +74,7 @@ def call(model, family, params=None, **kwargs):
 
 
 @pytest.mark.parametrize("family", CLASSES)
-@pytest.mark.parametrize("method", POSITIONS)
+@pytest.mark.parametrize("method", breadth(POSITIONS, "lora"))
 def test_default_positions_are_those_of_the_table_on_every_layer(method, family):
     model = build(family, CLASSES[family], _do_init=False)
     cls, arguments = METHODS[method]
@@ -103,7 +104,7 @@ def test_bitfit_trains_the_biases_that_are_there_and_nothing_else():
     assert trained == every - outside
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("family", breadth(["gpt2", "llama", "t5", "bart"], "llama", "t5"))
 def test_greedy_generation_with_a_cache_agrees_with_the_uncached_forward(family):
     model = fresh(family, CLASSES[family])
     jdelta.LoraModel(model, lora_r=4, lora_alpha=64)
@@ -191,7 +192,7 @@ def test_albert_shares_one_delta_over_its_layers():
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", breadth(METHODS, "adapter"))
 def test_gradient_checkpointing_changes_nothing(method):
     plain, checkpointed = (fresh("bert", "FlaxBertForSequenceClassification") for _ in range(2))
     checkpointed.enable_gradient_checkpointing()

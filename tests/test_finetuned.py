@@ -18,6 +18,7 @@ from conftest import build, fresh, noisy, train_deltas
 from flax import linen as nn
 from matrix import METHODS
 from safetensors.numpy import load_file, save_file
+from tiers import breadth
 
 import jdelta
 from jdelta import fingerprint, folder, surgery
@@ -57,7 +58,7 @@ def untouched(model, before):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", breadth(METHODS, "lora", "bitfit", "prefix"))
 def test_every_method_comes_back_bit_for_bit(method, dtype, tmp_path):
     cls, arguments = METHODS[method]
     model = bert()
@@ -319,6 +320,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_backbone_sharded_over_a_mesh(tmp_path):
     env = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", SHARDED, str(Path(__file__).parent), str(tmp_path)]

@@ -17,6 +17,7 @@ import zoo
 from conftest import fresh
 from flax import linen as nn
 from flax.linen import dot_product_attention_weights
+from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -100,7 +101,7 @@ def uses(monkeypatch):
 # --- equal numbers
 
 
-@pytest.mark.parametrize("class_name", NUMBERS)
+@pytest.mark.parametrize("class_name", breadth(NUMBERS, BERT, LLAMA))
 def test_outputs_and_gradients_are_the_models_own(class_name):
     model, params = small(class_name)
     batch = padded(model)
@@ -153,7 +154,7 @@ def test_biases_and_masks_of_all_shapes_mean_what_they_mean_in_flax(bias, mask, 
     close(own.attend(query, key, value, bias, mask), expected)
 
 
-@pytest.mark.parametrize("class_name", [GPT2, LLAMA, BART, T5])
+@pytest.mark.parametrize("class_name", breadth([GPT2, LLAMA, BART, T5], LLAMA, T5))
 def test_generation_with_a_cache_gives_the_same_tokens(class_name, uses):
     model, params = small(class_name, {"eos_token_id": 999})
     # Greedily, random encoder-decoders say one word over and over.
@@ -170,7 +171,9 @@ def test_generation_with_a_cache_gives_the_same_tokens(class_name, uses):
     assert len(np.unique(expected)) > 4
 
 
-@pytest.mark.parametrize("class_name", ["FlaxBertModel", "FlaxLlamaModel", "FlaxT5EncoderModel"])
+@pytest.mark.parametrize(
+    "class_name", breadth(["FlaxBertModel", "FlaxLlamaModel", "FlaxT5EncoderModel"], "FlaxLlamaModel")
+)
 def test_half_precision_stays_and_is_as_exact_as_it_was(class_name, uses):
     model, params = small(class_name, dtype=jnp.bfloat16)
     batch = zoo.inputs(model, 4, 16)
@@ -191,7 +194,7 @@ def test_half_precision_stays_and_is_as_exact_as_it_was(class_name, uses):
 # --- where it is used
 
 
-@pytest.mark.parametrize("family", zoo.REPRESENTATIVE)
+@pytest.mark.parametrize("family", breadth(zoo.REPRESENTATIVE, "bert", "gpt2", "whisper", "resnet"))
 def test_every_attention_of_every_family_is_computed_so(family, uses):
     class_name = zoo.REPRESENTATIVE[family]
     model = zoo.build(class_name, zoo.one_layer(family), _do_init=False)
@@ -301,7 +304,10 @@ def test_gradient_checkpointing_changes_nothing():
 # --- the weights themselves
 
 
-@pytest.mark.parametrize(("class_name", "compiled"), [(BERT, True), (LLAMA, True), (T5, True), (BART, False)])
+@pytest.mark.parametrize(
+    ("class_name", "compiled"),
+    [(BERT, True), (BART, False), *(pytest.param(name, True, marks=pytest.mark.slow) for name in (LLAMA, T5))],
+)
 def test_attentions_are_given_when_asked_for(class_name, compiled):
     model, params = small(class_name)
     batch = padded(model)
@@ -374,7 +380,15 @@ def test_other_dropout_leaves_it_fused(uses):
 
 
 @pytest.mark.parametrize(
-    ("class_name", "first"), [(BERT, "prefix"), (BERT, "fused"), (LLAMA, "prefix"), (T5, "prefix"), (BART, "fused")]
+    ("class_name", "first"),
+    [
+        (BERT, "prefix"),
+        (T5, "fused"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(BERT, "fused"), (LLAMA, "prefix"), (T5, "prefix"), (BART, "fused")]
+        ),
+    ],
 )
 def test_with_a_prefix_it_is_what_the_prefix_is_without(class_name, first, uses):
     def prefixed(model):

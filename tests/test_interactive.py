@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import build
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 from jdelta import backbone, interactive, surgery
@@ -52,16 +53,18 @@ def costs_of(method, model, **arguments):
 
 SHARED = {"reduction_factor": 2, "shared_phm_rule": True, "shared_W_phm": True}
 METHODS = [
-    (jdelta.LoraModel, {"lora_r": 2}),
+    pytest.param(jdelta.LoraModel, {"lora_r": 2}, marks=pytest.mark.slow),
     (jdelta.LoraModel, {"lora_r": 2, "rank_pattern": {"query": 3}, "unfrozen_modules": ["classifier"]}),
-    (jdelta.AdapterModel, {}),
+    pytest.param(jdelta.AdapterModel, {}, marks=pytest.mark.slow),
     (jdelta.BitFitModel, {"unfrozen_modules": ["classifier", "1.attention"]}),
-    (jdelta.LowRankAdapterModel, {"reduction_factor": 4}),
-    (jdelta.CompacterModel, {"reduction_factor": 2}),
-    (jdelta.CompacterModel, SHARED),
-    (jdelta.CompacterModel, SHARED | {"learn_phm": False, "factorized_phm_rule": True}),
+    pytest.param(jdelta.LowRankAdapterModel, {"reduction_factor": 4}, marks=pytest.mark.slow),
+    pytest.param(jdelta.CompacterModel, {"reduction_factor": 2}, marks=pytest.mark.slow),
+    pytest.param(jdelta.CompacterModel, SHARED, marks=pytest.mark.slow),
+    pytest.param(
+        jdelta.CompacterModel, SHARED | {"learn_phm": False, "factorized_phm_rule": True}, marks=pytest.mark.slow
+    ),
     (jdelta.PrefixModel, {"embed_dim": 4, "mid_dim": 5}),
-    (jdelta.PrefixModel, {"reparameterize": False}),
+    pytest.param(jdelta.PrefixModel, {"reparameterize": False}, marks=pytest.mark.slow),
 ]
 
 
@@ -80,7 +83,9 @@ def test_the_cost_of_a_selection_is_what_the_attached_delta_has(method, argument
 
 
 @pytest.mark.parametrize(
-    "method", [jdelta.LoraModel, jdelta.AdapterModel, jdelta.BitFitModel, jdelta.PrefixModel], ids=lambda m: m.__name__
+    "method",
+    breadth([jdelta.LoraModel, jdelta.AdapterModel, jdelta.BitFitModel, jdelta.PrefixModel], jdelta.LoraModel),
+    ids=lambda m: m.__name__,
 )
 def test_exactly_the_modules_with_a_reason_cannot_be_attached_to(method):
     names = names_of(abstract(layers=1))
@@ -96,7 +101,7 @@ def test_exactly_the_modules_with_a_reason_cannot_be_attached_to(method):
 
 
 @pytest.mark.parametrize(("family", "cls"), [("t5", "FlaxT5ForConditionalGeneration"), ("albert", "FlaxAlbertModel")])
-@pytest.mark.parametrize("method", [jdelta.LoraModel, jdelta.PrefixModel])
+@pytest.mark.parametrize("method", breadth([jdelta.LoraModel, jdelta.PrefixModel], jdelta.LoraModel))
 def test_it_is_exact_where_modules_are_shared_and_attention_differs(family, cls, method):
     arguments = {"lora_r": 2} if method is jdelta.LoraModel else {"embed_dim": 3, "mid_dim": 4}
     found = costs_of(method, build(family, cls, _do_init=False), **arguments)

@@ -15,9 +15,19 @@ import pytest
 import zoo
 from jax.interpreters.partial_eval import dce_jaxpr
 from matrix import METHODS, POSITIONS, UNREACHED, WITHOUT_ATTENTION, attach, reason
+from tiers import breadth
 
 import jdelta
 from jdelta import common_names, surgery
+
+QUICK = (
+    "FlaxBertForSequenceClassification",
+    "FlaxGPT2LMHeadModel",
+    "FlaxT5ForConditionalGeneration",
+    "FlaxVisionTextDualEncoderModel",
+    "FlaxWhisperForConditionalGeneration",
+    "FlaxResNetForImageClassification",
+)
 
 
 def reach(function, tree, *rest):
@@ -46,7 +56,7 @@ def positions(structure, name: str, method: str) -> list[str]:
     return [info.name for info in found]
 
 
-@pytest.mark.parametrize("name", zoo.classes())
+@pytest.mark.parametrize("name", breadth(zoo.classes(), *QUICK))
 def test_every_method_on_every_class_by_shapes(name, record_property):
     # Two layers in one class of each family; the others differ in what is around the layers.
     family = zoo.family_of(name)

@@ -31,6 +31,7 @@ def results(multitask, tmp_path_factory) -> dict:
     return multitask.main(["--domains", "nyt", "tweets", "--out", str(out), *SMALL])
 
 
+@pytest.mark.slow
 def test_every_delta_is_judged_on_every_domain(results):
     domains = {"nyt", "tweets"}
     assert results["accuracies"].keys() == results["majority"].keys() == domains
@@ -41,6 +42,7 @@ def test_every_delta_is_judged_on_every_domain(results):
     assert len({tuple(row.values()) for row in results["accuracies"].values()}) == 2  # they are different deltas
 
 
+@pytest.mark.slow
 def test_what_is_served_compiles_once_for_each_shape_and_not_again_after_a_swap(multitask, results):
     lengths = set()
     for domain in results["accuracies"]:
@@ -49,6 +51,7 @@ def test_what_is_served_compiles_once_for_each_shape_and_not_again_after_a_swap(
     assert list(results["compilations"].values()) == [len(lengths), 0]
 
 
+@pytest.mark.slow
 def test_a_folder_is_small_and_gives_what_was_served_to_another_model(multitask, results):
     import jdelta
 
@@ -62,6 +65,7 @@ def test_a_folder_is_small_and_gives_what_was_served_to_another_model(multitask,
     assert accuracy == results["accuracies"]["nyt"]["nyt"]
 
 
+@pytest.mark.slow
 def test_a_domain_trained_alone_gives_the_same_bits(multitask, results, tmp_path):
     again = multitask.main(["--domains", "tweets", "--out", str(tmp_path), *SMALL])
     one, other = (r["folders"]["tweets"] / "delta.safetensors" for r in (results, again))
@@ -69,6 +73,7 @@ def test_a_domain_trained_alone_gives_the_same_bits(multitask, results, tmp_path
     assert again["accuracies"]["tweets"]["tweets"] == results["accuracies"]["tweets"]["tweets"]
 
 
+@pytest.mark.slow
 def test_swaps_leave_the_backbone_as_it_was(multitask, results):
     import jax
 

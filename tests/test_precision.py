@@ -18,6 +18,7 @@ import pytest
 from conftest import build, noisy, train_deltas
 from flax import linen as nn
 from matrix import METHODS
+from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -152,7 +153,7 @@ def test_a_delta_brings_no_float32_into_the_step_of_a_bfloat16_backbone(method):
     check_no_more_float32("bert", model, cls(model, **arguments), OWN[method])
 
 
-@pytest.mark.parametrize("family", OWN_OF_ALL)
+@pytest.mark.parametrize("family", breadth(OWN_OF_ALL, "llama"))
 def test_all_deltas_together_bring_no_float32_into_other_families(family):
     model = half(family)
     check_no_more_float32(family, model, attach_all(model), OWN_OF_ALL[family])
@@ -208,7 +209,7 @@ def test_biases_that_train_in_place_are_bfloat16_unless_they_are_cast():
     chex.assert_trees_all_equal(model.params, trained)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("family", breadth(["bert", "t5", "llama"], "llama"))
 def test_a_bfloat16_backbone_computes_what_float32_does_up_to_its_resolution(family):
     model = half(family)
     train_deltas(attach_all(model) if family == "bert" else jdelta.LoraModel(model))
@@ -235,7 +236,7 @@ class Scanned(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
-@pytest.mark.parametrize("method", ["lora", "compacter", "bitfit"])
+@pytest.mark.parametrize("method", breadth(["lora", "compacter", "bitfit"], "lora"))
 def test_layers_in_a_scan_that_take_float32_from_a_norm_keep_bfloat16(method):
     module, x = Scanned(), jnp.ones((2, 7, 8), jnp.bfloat16)
     base = jdelta.Backbone(module, module.init(jax.random.key(0), x)["params"], dummy_inputs=(x,))

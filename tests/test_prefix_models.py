@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import zoo
+from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -45,7 +46,7 @@ def generate(model, params, ids, **kwargs):
     return jax.jit(lambda params: model.generate(ids, params=params, do_sample=False, **kwargs))(params)
 
 
-@pytest.mark.parametrize("class_name", GENERATING)
+@pytest.mark.parametrize("class_name", breadth(GENERATING, "FlaxGPT2LMHeadModel", "FlaxT5ForConditionalGeneration"))
 def test_greedy_generation_with_a_cache_agrees_with_the_uncached_forward(class_name):
     seq2seq, length = class_name.endswith("ForConditionalGeneration"), 9
     hosts = ["attn", "crossattn"] if seq2seq else ["attn"]
@@ -185,7 +186,7 @@ def test_half_precision_models_stay_in_half_precision(class_name, dtype):
 
 
 @pytest.mark.parametrize(
-    "class_name", [BERT, "FlaxDistilBertForSequenceClassification", "FlaxT5ForConditionalGeneration"]
+    "class_name", breadth([BERT, "FlaxDistilBertForSequenceClassification", "FlaxT5ForConditionalGeneration"], BERT)
 )
 def test_dropout_of_the_attention_reaches_the_prefix_and_gradients_are_finite(class_name):
     rate = {"attention_probs_dropout_prob": 0.5, "attention_dropout": 0.5, "dropout_rate": 0.5}

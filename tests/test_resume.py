@@ -74,12 +74,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save_the_earlier_checkpoints_are_whole(folder):
     assert complete(folder / "killed") == [3, 6]
     assert unfinished(folder / "killed") == ["9.orbax-checkpoint-tmp"]
     assert len(losses(folder / "killed")) == EVERY * KILLED_AT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["same", "moments"])
 def test_on_the_same_mesh_it_goes_on_bit_for_bit(name, folder):
     assert len(losses(folder / "whole")) == STEPS
@@ -89,12 +91,14 @@ def test_on_the_same_mesh_it_goes_on_bit_for_bit(name, folder):
     assert deltas[0] == deltas[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["other", "one"])
 def test_on_another_mesh_it_goes_on_but_for_rounding(name, folder):
     assert losses(folder / name)[: 2 * EVERY] == losses(folder / "whole")[: 2 * EVERY]
     np.testing.assert_allclose(losses(folder / name), losses(folder / "whole"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole", "same", "moments", "other", "one"])
 def test_two_checkpoints_are_left_and_nothing_unfinished(name, folder):
     assert complete(folder / name)[-1] == STEPS
@@ -102,6 +106,7 @@ def test_two_checkpoints_are_left_and_nothing_unfinished(name, folder):
     assert unfinished(folder / name) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_trains_and_nothing_of_the_backbone(folder):
     import jax
     import orbax.checkpoint as ocp

@@ -17,6 +17,7 @@ import transformers
 import zoo
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tiers import breadth
 
 import jdelta
 
@@ -111,7 +112,9 @@ def close(found, expected, tolerance=TOLERANCE):
 TWINS = ("blenderbot-small", "mbart", "marian", "mt5", "xlm-roberta", "mistral")
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TWINS])
+@pytest.mark.parametrize(
+    "family", breadth([family for family in FAMILIES if family not in TWINS], "bert", "gpt2", "t5")
+)
 def test_a_prompt_is_tokens_of_a_larger_vocabulary(family):
     name = zoo.REPRESENTATIVE[family]
     larger = zoo.build(name, words(family, WORDS + N), _do_init=False)
@@ -228,7 +231,7 @@ SEQ2SEQ_CLASSES = [zoo.REPRESENTATIVE[f] for f in ("t5", "bart", "encoder-decode
 OPEN_END = {"eos_token_id": 1000, "pad_token_id": 0}  # no word ends it
 
 
-@pytest.mark.parametrize("name", CAUSAL_CLASSES)
+@pytest.mark.parametrize("name", breadth(CAUSAL_CLASSES, "FlaxGPT2LMHeadModel"))
 def test_greedy_generation_is_that_of_the_uncached_forward(name):
     model, _ = attached(name)
     padded = name != "FlaxGPTJForCausalLM"  # whose own cache is wrong under padding, without jdelta too
@@ -244,7 +247,7 @@ def test_greedy_generation_is_that_of_the_uncached_forward(name):
     assert (logits.argmax(-1)[:, LENGTH - 1 : -1] == sequences[:, LENGTH:]).all()
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ_CLASSES)
+@pytest.mark.parametrize("name", breadth(SEQ2SEQ_CLASSES, "FlaxT5ForConditionalGeneration"))
 def test_greedy_generation_of_an_encoder_decoder_is_that_of_the_uncached_forward(name):
     model, _ = attached(name)
     start = {"decoder_start_token_id": 2, "forced_bos_token_id": None}
@@ -299,7 +302,9 @@ def test_sampling_gives_words():
     assert (sampled < WORDS).all()
 
 
-@pytest.mark.parametrize("name", ["FlaxGPT2LMHeadModel", "FlaxBartForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name", breadth(["FlaxGPT2LMHeadModel", "FlaxBartForConditionalGeneration"], "FlaxGPT2LMHeadModel")
+)
 def test_beams_are_those_of_a_larger_vocabulary(name):
     model, delta = attached(name)
     larger = zoo.build(name, {"vocab_size": WORDS + N}, _do_init=False)
@@ -334,7 +339,7 @@ def test_generation_with_parameters_held_elsewhere():
 # --- encode and decode by hand
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ_CLASSES[:2])
+@pytest.mark.parametrize("name", breadth(SEQ2SEQ_CLASSES[:2], "FlaxT5ForConditionalGeneration"))
 def test_encode_and_decode_are_the_whole_call(name):
     model, _ = attached(name)
     decoder_ids = jnp.asarray(IDS[:, :4])
@@ -468,7 +473,9 @@ def test_values_for_parameters_held_elsewhere():
 # --- together with others, and training
 
 
-@pytest.mark.parametrize("name", ["FlaxGPT2LMHeadModel", "FlaxBartForConditionalGeneration", "FlaxBertModel"])
+@pytest.mark.parametrize(
+    "name", breadth(["FlaxGPT2LMHeadModel", "FlaxBartForConditionalGeneration", "FlaxBertModel"], "FlaxBertModel")
+)
 def test_two_prompts_are_one_with_the_later_in_front(name):
     model = bare(name)
     first, second = put_on(model, seed=5), put_on(model, seed=6, soft_token_num=2)

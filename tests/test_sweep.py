@@ -26,6 +26,7 @@ def sweep():
     return module
 
 
+@pytest.mark.slow
 def test_it_trains_draws_saves_and_compares(sweep, tmp_path, capsys):
     results = sweep.main([*SMALL, "--compare", "2", "--out", str(tmp_path)])
     losses = np.array(results["losses"])

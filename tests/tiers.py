@@ -4,10 +4,11 @@ A tier's name is its marker; `addopts` in pyproject.toml deselects them. The las
 """
 
 import importlib.util
+import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -46,18 +47,30 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def breadth(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """The cases of a parametrised test, of which the plain command runs only the quick ones: the others are `slow`.
+
+    Raises:
+        ValueError: if a quick one is none of the cases.
+    """
+    cases = list(cases)
+    if strangers := [case for case in quick if case not in cases]:
+        raise ValueError(f"{strangers} are none of the cases {cases}")
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 def tiers_of(item: pytest.Item) -> Iterator[str]:
     """The tiers of a test, usually none or one."""
     return (name for name in TIERS if item.get_closest_marker(name))
 
 
-def told(counts: Counter[str]) -> list[str]:
-    """A line for each tier that has tests which did not run."""
-    lines = []
+def told(counts: Counter[str], arguments: Sequence[str] = ()) -> list[str]:
+    """A line for each tier that has tests which did not run, with the command of these arguments that runs them."""
+    lines, command = [], shlex.join(["python", "-m", "pytest", *arguments])
     for name, tier in TIERS.items():
         if counts[name]:
             needs = f"; needs {tier.needs}" if tier.needs else ""
-            lines.append(f"not run: {counts[name]} {name} tests ({tier.holds}{needs}): python -m pytest -m {name}")
+            lines.append(f"not run: {counts[name]} {name} tests ({tier.holds}{needs}): {command} -m {name}")
     return lines
 
 
@@ -76,11 +89,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"no {', no '.join(missing)}; needs {TIERS[name].needs}")
 
 
-def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """Counts what the default selection leaves out."""
-    for item in items:
-        if item.config.option.markexpr == DEFAULT:
-            item.config.stash[_counts].update(tiers_of(item))
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Leaves the tiers out after all other selection, `-k` for one, so that only what was asked for is counted."""
+    if config.option.markexpr != DEFAULT:
+        return (yield)
+    config.option.markexpr = ""
+    try:
+        result = yield
+    finally:
+        config.option.markexpr = DEFAULT
+    left_out = [item for item in items if any(tiers_of(item))]
+    if left_out:
+        items[:] = [item for item in items if not any(tiers_of(item))]
+        config.stash[_counts].update(name for item in left_out for name in tiers_of(item))
+        config.hook.pytest_deselected(items=left_out)
+    return result
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -91,12 +115,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error) -> None:  # type: ignore[no-untyped-def]
-    """Takes a worker's counts, which are the same in each of them."""
-    node.config.stash[_counts] = Counter(getattr(node, "workeroutput", {}).get("tiers", {}))
+    """Takes a worker's counts, which are the same in each of them; one that crashed has none."""
+    if "tiers" in getattr(node, "workeroutput", {}):
+        node.config.stash[_counts] = Counter(node.workeroutput["tiers"])
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Tells which tiers did not run, and how to run them."""
-    for line in told(config.stash[_counts]):
+    for line in told(config.stash[_counts], config.invocation_params.args):
         terminalreporter.write_line(line)
