@@ -161,7 +161,7 @@ class Calls:
 
 def _deterministic(module: nn.Module, args: tuple, kwargs: dict) -> bool | None:
     """What this call says of dropout: its `deterministic` or `train` argument, else the module's field of that name."""
-    for name, index, default in mode_arguments(type(module).__call__):
+    for name, index, default in _mode_arguments(type(module).__call__):
         value = kwargs.get(name, args[index] if index < len(args) else default)
         if not isinstance(value, (bool, np.bool_)):
             value = getattr(module, name, None)
@@ -171,8 +171,7 @@ def _deterministic(module: nn.Module, args: tuple, kwargs: dict) -> bool | None:
 
 
 @functools.cache
-def mode_arguments(call: Callable) -> tuple[tuple[str, int, Any], ...]:
-    """Name, position and default of the arguments of a call that say whether it is training."""
+def _mode_arguments(call: Callable) -> tuple[tuple[str, int, Any], ...]:
     parameters = list(inspect.signature(call).parameters.values())[1:]  # without self
     return tuple(
         (p.name, i if p.kind is p.POSITIONAL_OR_KEYWORD else 1 << 30, p.default)

@@ -244,6 +244,8 @@ def runs_alone(host: ModuleInfo) -> bool:
 def layout(host: ModuleInfo) -> LinearMap | None:
     """Which axes of its weights a module's features meet, also if it is not linear; `None` if that is not known."""
     try:
+        if (known := _of(host.type)) is not None:
+            return known.describe(host)
         maps = _candidates(host)
         return maps[0] if len(maps) == 1 else linear_map(host)
     except TypeError:
@@ -275,7 +277,7 @@ _MOST_TRIED = 256
 
 def _found(host: ModuleInfo, registered: bool = False) -> _Found:
     """What trying a module gives; modules that differ in their initialisers alone are tried once."""
-    fields = {key: value for key, value in host.fields.items() if not key.endswith("_init")}
+    fields = {key: value for key, value in host.fields.items() if not is_initializer(key, value)}
     shapes = tuple((key, leaf.shape, leaf.dtype) for key, leaf in host.params.items())
     key = (registered, shapes, structural_key(dataclasses.replace(host, fields=fields)))
     if key not in _tried:
@@ -307,27 +309,35 @@ def _try(host: ModuleInfo, registered: bool) -> _Found:
 
 def _candidates(host: ModuleInfo) -> list[LinearMap]:
     """How a module is linear, if it is. Raises `TypeError` if it cannot be."""
-    for base in host.type.__mro__:
-        if (known := _of(base)) is not None:
-            return [known.describe(host)]
+    maps: list[LinearMap] = []
+    problem = None
+    base = next((known for base in host.type.__mro__ if (known := _of(base)) is not None), None)
+    try:
+        maps += [base.describe(host)] if base is not None else []
+    except TypeError as error:
+        problem = error
     for weights in host.params:
         if (equation := _equation_in(host, weights)) is not None:
-            return [_by_equation(host, equation, weights)]
-    kernel = host.params.get("kernel")
-    if kernel is None:
+            maps.append(_by_equation(host, equation, weights))
+    maps += _by_shape(host) if problem is None else []
+    if maps:
+        return list(dict.fromkeys(maps))
+    if problem is not None:
+        raise problem
+    if "kernel" not in host.params:
         raise TypeError("this one has no kernel of its own. Name a Dense inside it.")
     _require_floats(host)
-    shape = (host.x.shape[-1:] or (0,)) + (host.y.shape[-1:] or (0,))
-    maps = [
-        MatrixMap(transposed=stored != shape)
-        for stored in dict.fromkeys((shape, shape[::-1]))
-        if stored == kernel.shape
-    ]
-    if shape[0] == shape[1] and maps:
-        maps.append(MatrixMap(transposed=True))
-    if not maps:
-        raise TypeError(f"how this one uses its kernel of shape {kernel.shape} is unknown. Name a Dense inside it.")
-    return list(maps)
+    shape = host.params["kernel"].shape
+    raise TypeError(f"how this one uses its kernel of shape {shape} is unknown. Name a Dense inside it.")
+
+
+def _by_shape(host: ModuleInfo) -> list[LinearMap]:
+    """A product with a kernel of two axes, which are as wide as input and output."""
+    kernel = host.params.get("kernel")
+    if kernel is None or not jnp.issubdtype(host.x.dtype, jnp.inexact):
+        return []
+    widths = (*host.x.shape[-1:], *host.y.shape[-1:])
+    return [MatrixMap(transposed=t) for t in (False, True) if kernel.shape == (widths[::-1] if t else widths)]
 
 
 # --- the types of flax
@@ -438,6 +448,11 @@ def _by_equation(host: ModuleInfo, equation: str, weights: str) -> LinearMap:
 
 
 # --- checks
+
+
+def is_initializer(name: str, value: Any) -> bool:
+    """Whether a field of a module only says how its parameters begin."""
+    return name.endswith("_init") and callable(value)
 
 
 def _require(host: ModuleInfo, weights: str) -> None:

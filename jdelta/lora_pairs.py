@@ -131,11 +131,13 @@ def _layer_axes(first: Finetuned, pair: str, a: Sequence[np.ndarray], b: Sequenc
 
 
 def _kernel_axes(found: Finetuned, target: str) -> int | None:
-    """The number of axes of the host's weights, if they are known."""
-    for weights in (f"{target}.kernel".lstrip("."), f"{target}.embedding".lstrip(".")):
-        if weights in found.values:
-            return found.values[weights].ndim
-        if found.backbone is not None and weights in found.backbone.leaves:
-            shape = found.backbone.leaves[weights].partition("[")[2].partition("]")[0]
-            return shape.count(",") + 1
-    return None
+    """The number of axes of the host's weights, if they are known; under a name of its own, no leaf there has more."""
+    start = f"{target}." if target else ""
+    known = {key: value.ndim for key, value in found.values.items() if not found.is_own(key)}
+    for key, text in found.backbone.leaves.items() if found.backbone is not None else ():
+        known.setdefault(key, text.partition("[")[2].partition("]")[0].count(",") + 1)
+    counts = {
+        key[len(start) :]: n for key, n in known.items() if key.startswith(start) and "." not in key[len(start) :]
+    }
+    named = [counts[key] for key in ("kernel", "embedding") if key in counts]
+    return named[0] if named else max(counts.values(), default=None)

@@ -5,6 +5,7 @@ Nothing of the user's is touched: parameters and inputs are drawn here, in the s
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jdelta.interception import arguments, is_array, main_input, main_output, mode_arguments, with_main_input
+from jdelta.interception import arguments, is_array, main_input, main_output, with_main_input
 from jdelta.structure import ModuleInfo
 
 Shape = tuple[int, ...]
@@ -22,6 +23,7 @@ Shape = tuple[int, ...]
 _ROWS = 256  # modules may compute in another way from some number of rows on
 _LARGEST = 2**28  # leaves of more numbers are not tried
 _MAGNITUDES = ((1.0, 1.0), (0.01, 1.0), (100.0, 1.0), (1.0, 30.0))  # of the input, and of the weights
+_MODES = ("deterministic", "train", "training", "is_training")
 
 Values = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -92,9 +94,8 @@ def _problem(host: ModuleInfo, linear: Map, rest: Any) -> str | None:
             for of_x, of_weights in _MAGNITUDES if is_float or takes_floats else ():
                 x = _random(draw, jax.ShapeDtypeStruct(shape, given.dtype), of_x) if takes_floats else None
                 ids = jnp.asarray(draw.integers(0, stored.shape[0], shape)).astype(given.dtype)
-                scale = of_weights if is_float else 1
                 try:
-                    values = run(ids if x is None else x, w * scale, change * scale, rest)
+                    values = run(ids if x is None else x, w, change, of_weights, rest)
                 except Exception:
                     if shape == given.shape:
                         raise
@@ -109,12 +110,13 @@ def _problem(host: ModuleInfo, linear: Map, rest: Any) -> str | None:
 def _runner(
     host: ModuleInfo, linear: Map, mode: tuple[Mapping, Mapping], draw: np.random.Generator, is_float: bool
 ) -> Callable:
-    """From `(x, W, D, other variables)` to what the change should be, and the outputs before and after it."""
+    """From `(x, W, D, scale of both, other variables)` to what the change should be, and the outputs around it."""
     of_fields, of_call = mode
     module = host.type(**{**_in_float32(host.fields), **of_fields}, parent=None)
     main = main_input(host.type, host.args, host.kwargs)[0]
     args, kwargs = jax.tree.map(lambda a: _random(draw, a) if is_array(a) else a, (tuple(host.args), dict(host.kwargs)))
 
+    @jax.jit
     def f(x: jax.Array, weights: jax.Array, rest: Any) -> jax.Array:
         call = arguments(host.type, *with_main_input(args, kwargs, main, x))
         call.arguments.update(of_call)
@@ -122,14 +124,15 @@ def _runner(
         rngs = {"dropout": jax.random.key(0)}
         return main_output(module.apply(variables, *call.args[1:], **call.kwargs, rngs=rngs))
 
-    def of_weights(x: jax.Array, w: jax.Array, change: jax.Array, rest: Any) -> Values:
-        return linear.product(x, change), f(x, w, rest), f(x, w + change, rest)
+    # One after the other, so that of large weights few copies are alive.
+    def of_weights(x: jax.Array, w: jax.Array, change: jax.Array, scale: float, rest: Any) -> Values:
+        return jax.jit(linear.product)(x, scale * change), f(x, scale * w, rest), f(x, scale * (w + change), rest)
 
-    def of_input(x: jax.Array, w: jax.Array, change: jax.Array, rest: Any) -> Values:
+    def of_input(x: jax.Array, w: jax.Array, change: jax.Array, scale: float, rest: Any) -> Values:
         more = jnp.flip(x, -1) / 2
         return f(more, w, rest) - f(jnp.zeros_like(x), w, rest), f(x, w, rest), f(x + more, w, rest)
 
-    return jax.jit(of_weights if is_float else of_input)
+    return of_weights if is_float else of_input
 
 
 def _compared(want: jax.Array, before: jax.Array, after: jax.Array) -> tuple[float, float, float]:
@@ -182,8 +185,8 @@ def _shapes_of(host: ModuleInfo, call: Callable, given: Any) -> Any:
 
 def _modes(host: ModuleInfo) -> list[tuple[dict[str, bool], dict[str, bool]]]:
     """What says whether this is training, both ways: fields of the module, or else arguments of its call."""
-    fields = [name for name in ("deterministic", "train") if isinstance(host.fields.get(name), bool)]
-    names = [name for name, _, _ in mode_arguments(host.type.__call__)]
+    fields = [name for name in _MODES if isinstance(host.fields.get(name), bool)]
+    names = [name for name in _MODES if name in inspect.signature(host.type.__call__).parameters]
     if fields:
         return [(dict.fromkeys(fields, flag), {}) for flag in (False, True)]
     return [({}, dict.fromkeys(names, flag)) for flag in (False, True)[: len(names) + 1]]

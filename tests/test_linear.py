@@ -83,6 +83,35 @@ class Renamed(nn.Dense):
     """Computes what `nn.Dense` does."""
 
 
+class Transposed(nn.Dense):
+    """Stores its kernel the other way round."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", self.kernel_init, (self.features, x.shape[-1])).T
+
+
+class Trained(nn.Module):
+    """Linear as long as it is not trained, which its field says."""
+
+    training: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dropout(0.5, deterministic=not self.training)(x)
+        return x @ self.param("kernel", KERNEL, (D_IN, D_OUT))
+
+
+class Gain(nn.Module):
+    """Has a field that ends like an initialiser, and is none."""
+
+    gain_init: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", KERNEL, (D_IN, D_OUT)) + self.gain_init * x.sum(-1, keepdims=True)
+
+
 class Noted(nn.Module):
     """Linear, and keeps a note of its output."""
 
@@ -182,6 +211,13 @@ LINEAR = {
     "one that keeps its kernel transposed": (Own(lambda x, k: x @ k.T, (D_OUT, D_IN)), None),
     "a square one": (Own(jnp.matmul, (D_IN, D_IN)), None),
     "a square one, transposed": (Own(lambda x, k: x @ k.T, (D_IN, D_IN)), None),
+    "a subclass that is transposed": (Transposed(D_OUT), None),
+    "a square subclass that is transposed": (Transposed(D_IN), None),
+    "one with a field that is no initialiser": (Gain(2.0), None),
+    "a Dense in nn.vmap": (
+        nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})(D_OUT),
+        None,
+    ),
     "one that keeps notes": (Noted(), None),
     "one with more beside": (OneMore(), None),
     "an einsum with a field": (nn.Einsum((2, D_IN, 5), "btd,ndh->btnh"), None),
@@ -223,6 +259,7 @@ NOT_LINEAR = {
     "a kernel and its transpose": (Own(lambda x, k: x @ k + x @ k.T, (D_IN, D_IN)), None, OTHER),
     "a mean over rows": (Own(lambda x, k: (x - x.mean(1, keepdims=True)) @ k), None, OTHER),
     "another function of many rows": (Switches(), None, r"of shape \(1, 256, 6\)"),
+    "dropout inside that a field turns on": (Trained(), None, f"{OTHER}.*training=True"),
     "dropout inside": (Dropped(), None, f"{OTHER}.*deterministic=False"),
     "statistics in another collection": (Standardised(), None, OTHER),
     "a product in float8": (
@@ -392,3 +429,27 @@ def test_an_update_beside_an_int8_kernel_is_its_formula_for_any_number_of_rows()
         x = x_of(rows)
         want = Quantised().apply({"params": {k: backbone.params["layers_0"][k] for k in ("kernel", "scale")}}, x)
         np.testing.assert_allclose(backbone(x), want + 8 * x @ own["a"] @ own["b"], rtol=1e-5, atol=1e-4)
+
+
+def test_arithmetic_knows_the_axes_of_weights_of_any_name():
+    class Pairs(nn.Module):
+        @nn.compact
+        def __call__(self, equation, x):
+            return jnp.einsum(equation, x, self.param("w", KERNEL, (2, 3, 2, 5)))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Pairs(name="pairs")("bij,ijop->bop", x)
+
+    x = jnp.ones((4, 2, 3))
+    backbone = jdelta.Backbone(Net(), Net().init(jax.random.key(0), x)["params"], dummy_inputs=(x,))
+    delta = jdelta.LoraModel(backbone, ["pairs"], lora_r=2)  # as many ranks as there are in two other axes
+    train_deltas(delta)
+    found = delta.finetuned()
+    total = jdelta.weighted_sum([found, found], [0.5, 0.5], "svd", rank=2)
+
+    def update(delta, scale):
+        return scale * np.tensordot(delta.values["pairs.lora.a"], delta.values["pairs.lora.b"], 1)
+
+    np.testing.assert_allclose(update(total, 1), update(found, 8), rtol=1e-4, atol=1e-5)

@@ -22,7 +22,17 @@ from jdelta.config import DeltaConfig, require_positive_int, require_probability
 from jdelta.delta import DeltaModel
 from jdelta.dtypes import takes_steps
 from jdelta.interception import Edit
-from jdelta.linear import ConvMap, EinsumMap, LinearMap, LookupMap, MatrixMap, linear_map, operands, runs_alone
+from jdelta.linear import (
+    ConvMap,
+    EinsumMap,
+    LinearMap,
+    LookupMap,
+    MatrixMap,
+    is_initializer,
+    linear_map,
+    operands,
+    runs_alone,
+)
 from jdelta.methods import products
 from jdelta.methods.leaf import kaiming_uniform, leaf
 from jdelta.methods.products import folded, folding_is_cheaper, rows
@@ -129,7 +139,8 @@ class Lora(nn.Module):
             return None
 
         # Without what differs between equal layers: the pair is traced once for all of them.
-        plain = {field.name: nn.initializers.zeros for field in dataclasses.fields(host) if field.name[-5:] == "_init"}
+        fields = {field.name: getattr(host, field.name) for field in dataclasses.fields(host)}
+        plain = {key: nn.initializers.zeros for key, value in fields.items() if is_initializer(key, value)}
         pair = _Pair(host.clone(parent=None, name=None, **plain), self.clone(parent=None, name=None))
         try:
             hash(pair)
