@@ -17,7 +17,7 @@ from jdelta.config import CONFIGS, DeltaConfig
 from jdelta.interception import Edit, attachments_of, with_made
 from jdelta.kept import Kept
 from jdelta.movement import Movement, measured, tabulated
-from jdelta.surgery import Tree
+from jdelta.surgery import Path, Tree
 from jdelta.visualization import Visualization
 
 if TYPE_CHECKING:
@@ -327,19 +327,35 @@ class DeltaModel(Kept):
         """
         return surgery.combine(*trees, like=self._tree(None))
 
-    def optimizer(self, tx: optax.GradientTransformation | optax.MultiSteps) -> optax.GradientTransformation:
+    def optimizer(self, tx: optax.GradientTransformation | optax.MultiSteps) -> optax.GradientTransformationExtraArgs:
         """An optimizer for the whole tree that moves only what trains now, and holds state only for that.
 
             tx = delta.optimizer(optax.adamw(1e-3))
             state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
             tx = delta.optimizer(optax.MultiSteps(optax.adamw(1e-3), every_k_schedule=4))  # of 4 micro-batches
 
+        It is bound to what trains when it is made. If that changes, by `freeze_module`, `detach` or another delta, its
+        next `init` or `update` is a `RuntimeError`; a compiled step goes on with what it was compiled for, until it is
+        traced again. (`trainable_mask` and `partition` give plain trees, which stay as they are too.)
+
         Args:
           tx: the optimizer of the trainable leaves; `optax.MultiSteps` goes in here, since around the result it would
             sum up the gradients of the whole backbone.
+
+        Raises:
+          TypeError: `tx` is no optimizer.
         """
-        self._mask_of(self._tree(None))
-        return freezing.freeze_except(tx, self._mask_of)
+        bound = self._trained_in_model(self._tree(None))
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            raise TypeError(f"optimizer takes one of optax's, such as optax.adamw(1e-3), got {tx!r}.")
+
+        def mask(params: Tree) -> Tree:
+            now = self._trained_in_model(params)
+            if now != bound:
+                raise RuntimeError(_changed(self.name, bound, now))
+            return freezing.mask_of(params, bound)
+
+        return freezing.freeze_except(tx, mask)
 
     def log(self, params: Tree | None = None) -> None:
         """Prints the model as a coloured tree, and how much of it trains.
@@ -428,6 +444,19 @@ class DeltaModel(Kept):
     def _init_model(self, rng: jax.Array) -> Tree:
         own = dataclasses.replace(self._attachment, active=True)
         return self._run_init([own if a.name == own.name else a for a in attachments_of(self._face.module)], rng)
+
+
+def _changed(name: str, before: set[Path], now: set[Path]) -> str:
+    """The message for an optimizer that was made when other leaves trained."""
+    parts = []
+    for what, odd in (("trains now", now - before), ("trains no more", before - now)):
+        if odd:
+            names = sorted(map(surgery.name_of, odd))
+            parts.append(f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {what}")
+    return (
+        f"what trains with delta {name!r} changed after this optimizer was made: {'; '.join(parts)}. Make it and its "
+        "state anew: tx = delta.optimizer(…); state = tx.init(params)."
+    )
 
 
 # By delta_type: every subclass that defines one of its own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,38 +16,33 @@ from jdelta.surgery import Path, Tree
 DELTAS = "deltas"  # in a list of patterns: all leaves of all attached deltas
 
 
-def trainable_mask(
-    params: Tree,
+def trained_paths(
+    leaves: Mapping[Path, Any],
     exclude: Sequence[str],
     deltas: Collection[Path] = (),
     never: Collection[Path] = (),
     fixed: Collection[Path] = (),
-) -> Tree:
-    """A tree with `True` at each leaf that trains.
+) -> set[Path]:
+    """The paths of what trains.
 
     Args:
-      params: a parameter tree; shapes suffice.
+      leaves: path to leaf of all parameters; shapes suffice.
       exclude: what is excluded from freezing: patterns of modules or leaves (everything below a match trains, so
         `["bias"]` is BitFit), and the word `"deltas"`.
-      deltas: paths of the leaves that the word means, without the collection's name.
+      deltas: paths of the leaves that the word means.
       never: paths of leaves that do not train even so.
-      fixed: likewise, since their dtype cannot be trained. Those are also known by the dtypes in `params`.
-
-    Returns:
-      A tree of bools with the structure of `params`.
+      fixed: likewise, since their dtype cannot be trained. Those are also known by the dtypes in `leaves`.
 
     Raises:
       TypeError: `exclude` is a bare string.
       ValueError: an invalid regex, or a pattern that matches nothing, or nothing that can train.
     """
-    start = len(surgery.root(params))
-    leaves = surgery.flatten(params)
-    names = {path: surgery.name_of(path[start:]) for path in leaves if path[:start] == surgery.root(params)}
-    fixed = {path for path in names if path[start:] in fixed or dtypes.is_fixed(leaves[path])}
+    names = {path: surgery.name_of(path) for path in leaves}
+    fixed = {path for path in names if path in fixed or dtypes.is_fixed(leaves[path])}
     chosen: set[Path] = set()
     patterns = addressing.checked(exclude)
     if DELTAS in patterns:
-        chosen.update(path for path in names if path[start:] in deltas)
+        chosen.update(path for path in names if path in deltas)
     for pattern in patterns:
         if pattern == DELTAS:
             continue
@@ -61,10 +56,21 @@ def trainable_mask(
                 "and more train."
             )
         chosen.update(hits)
-    chosen -= fixed
-    chosen -= {path for path in names if path[start:] in never}
-    empty = surgery.empty_node
-    return surgery.unflatten({p: v if v is empty else p in chosen for p, v in leaves.items()}, like=params)
+    return chosen - fixed - {*never}
+
+
+def mask_of(params: Tree, trained: Collection[Path]) -> Tree:
+    """A tree of bools like `params`, `True` at these paths, which are without the collection's name."""
+    start, empty = surgery.root(params), surgery.empty_node
+    marked = {(*start, *path) for path in trained}
+    leaves = surgery.flatten(params)
+    return surgery.unflatten({p: v if v is empty else p in marked for p, v in leaves.items()}, like=params)
+
+
+def parameters_of(params: Tree) -> dict[Path, Any]:
+    """Path to leaf of the parameters in a tree, without other collections and the name of theirs."""
+    leaves, start = surgery.flatten(params), surgery.root(params)
+    return {path[len(start) :]: leaf for path, leaf in leaves.items() if path[: len(start)] == start}
 
 
 def passed_over(params: Tree, exclude: Sequence[str]) -> list[str]:
@@ -80,21 +86,36 @@ def passed_over(params: Tree, exclude: Sequence[str]) -> list[str]:
 
 def freeze_except(
     tx: optax.GradientTransformation | optax.MultiSteps, mask: Tree | Callable[[Tree], Tree]
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer for the whole tree that moves only what the mask marks, and keeps state only for that.
 
     Frozen leaves do not change by one bit, whatever `tx` does (weight decay, say): their update is -0.0, the number
     that leaves every float as it is under addition. optax's own `set_to_zero` gives +0.0, which turns -0.0 into 0.0.
+    A state that was made for other leaves is a `RuntimeError`.
 
     Args:
       tx: the optimizer of the trainable leaves, or anything that has its `init` and `update`.
-      mask: a tree of bools, as `trainable_mask` gives it, or a function from a tree to such a tree.
+      mask: a tree of bools, as `mask_of` gives it, or a function from a tree to such a tree.
     """
 
     def labels(tree: Tree) -> Tree:
         return jax.tree.map(lambda trains: "train" if trains else "freeze", mask(tree) if callable(mask) else mask)
 
-    return optax.multi_transform({"train": tx, "freeze": optax.stateless(_no_update)}, labels)
+    inner = optax.multi_transform({"train": tx, "freeze": optax.stateless(_no_update)}, labels)
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        try:
+            return inner.update(updates, state, params, **extra)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            fitting = jax.eval_shape(inner.init, updates if params is None else params)
+            if jax.tree.structure(fitting) == jax.tree.structure(state):  # type: ignore[operator]
+                raise
+            raise RuntimeError(
+                "this optimizer's state was made for other leaves than those that train now. Make it anew: "
+                "state = tx.init(params)."
+            ) from error
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _no_update(updates: Any, params: Any = None) -> Any:

@@ -479,15 +479,26 @@ class Placed:
         return _select(tree, self._attachment.leaves)
 
     def _mask_of(self, params: Tree) -> Tree:
+        return freezing.mask_of(params, self._trained(freezing.parameters_of(params)))
+
+    def _trained(self, leaves: Mapping[Path, Any]) -> set[Path]:
+        """The paths of what trains now among these leaves."""
         own, attachments = self._attachment, attachments_of(self._face.module)
         never = {path for a in attachments for path in a.fixed}
         held = surgery.flatten(surgery.parameters(self._tree(None)))
         fixed = {path for path, leaf in held.items() if dtypes.is_fixed(leaf)}
         if self._exclude is None:
             exclude: tuple[str, ...] = (freezing.DELTAS, *self._unfrozen)
-            return freezing.trainable_mask(params, exclude, own.trained, never, fixed)
+            return freezing.trained_paths(leaves, exclude, own.trained if own.active else (), never, fixed)
         trained = {path for a in attachments if a.active for path in a.trained}
-        return freezing.trainable_mask(params, self._exclude, trained, never, fixed)
+        return freezing.trained_paths(leaves, self._exclude, trained, never, fixed)
+
+    def _trained_in_model(self, params: Tree) -> set[Path]:
+        """The paths of what trains now in the model, and in a tree that may hold more, such as merged biases."""
+        active = [path for a in attachments_of(self._face.module) if a.active for path in a.leaves]
+        float_leaf = jax.ShapeDtypeStruct((), jnp.float32)
+        leaves = freezing.parameters_of(params) | surgery.flatten(self._structure.params)
+        return self._trained(leaves | dict.fromkeys(active, float_leaf))
 
     def _warn_of_fixed(self, patterns: Sequence[str], verb: str) -> None:
         """Warns if patterns of what trains mean leaves too that cannot be trained."""
