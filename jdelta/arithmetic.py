@@ -18,7 +18,7 @@ import numpy as np
 
 from jdelta import lora_pairs, operands
 from jdelta.combinations import linear, merger, wide
-from jdelta.config import DeltaConfig
+from jdelta.config import DeltaConfig, as_number, require_name
 from jdelta.finetuned import Finetuned
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.operands import Source
@@ -92,6 +92,8 @@ def weighted_sum(
         method does not have, or whose arguments are missing, superfluous or beyond their limits; weights that
         values cannot have; another backbone, with `check_hash=True`.
     """
+    if name is not None:
+        require_name(name)
     found = operands.read_all(deltas)
     first, numbers = found[0], operands.finite(weights, len(found))
     kept, pairs = operands.kept_leaves(found, keep), lora_pairs.pairs_of(first)
@@ -150,6 +152,7 @@ def interpolate(
     Raises:
       FileNotFoundError, ConnectionError, TypeError, ValueError: as `weighted_sum`.
     """
+    t = as_number("t", t)
     found = operands.read_all([a, b])
     first, kept = found[0], operands.kept_leaves(found, keep)
     weights = operands.finite([1 - t, t], 2)

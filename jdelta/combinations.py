@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from jdelta.random_keys import as_key
+
 Sign = Literal["total", "frequency"]
 Merge = Callable[[Sequence[np.ndarray], Sequence[float]], np.ndarray]  # from changes of one shape, and their weights
 
@@ -58,7 +60,7 @@ def merger(how: Combination, density: float | None, majority_sign_method: Sign, 
     """
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(f"majority_sign_method is 'total' or 'frequency', got {majority_sign_method!r}.")
-    key = jax.random.key(rng) if isinstance(rng, int) else rng
+    key = as_key(rng)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     share = density or 1.0
 

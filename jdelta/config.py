@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import numbers
 import os
 import types
@@ -26,8 +27,8 @@ class DeltaConfig:
                 super().__post_init__()  # types
                 …                        # limits
 
-    Every value has to have its field's type; lists become tuples, and `to_dict` makes them lists
-    again; dicts are copied.
+    Every value has to have its field's type, and every number to be finite in float32 or in 64 bits; lists become
+    tuples, and `to_dict` makes them lists again; dicts are copied.
 
     Attributes:
       modified_modules: patterns of the modules to change; without them, the method's default positions.
@@ -41,6 +42,7 @@ class DeltaConfig:
     """
 
     delta_type: ClassVar[str] = "delta"  # that of the method; its `DeltaModel` puts it here
+    pattern_fields: ClassVar[tuple[str, ...]] = ()  # dicts from patterns of the modified modules; each must mean some
 
     modified_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | None = None
@@ -142,10 +144,43 @@ def require_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name} is at least 1, got {value}.")
 
 
+def require_positive(name: str, value: float) -> None:
+    """Raises `ValueError` unless `value` is above 0."""
+    if not value > 0:
+        raise ValueError(f"{name} is above 0, got {value!r}.")
+
+
 def require_probability(name: str, value: float) -> None:
     """Raises `ValueError` unless `0 <= value < 1`."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} is at least 0 and below 1, got {value!r}.")
+
+
+def as_number(name: str, value: Any) -> float:
+    """A finite number as a `float`; bools and strings are none.
+
+    Raises:
+      TypeError: it is no number.
+      ValueError: it is NaN, or infinite in float32.
+    """
+    return _checked(name, value, float)
+
+
+def as_int(name: str, value: Any) -> int:
+    """A whole number as an `int`; bools, strings and floats are none.
+
+    Raises:
+      TypeError: it is no whole number.
+      ValueError: it has more than 64 bits.
+    """
+    return _checked(name, value, int)
+
+
+def require_name(name: Any) -> None:
+    """Raises `ValueError` unless a delta can have this name."""
+    word = isinstance(name, str) and name.strip() and name.isprintable() and "." not in name
+    if not word or name in ("params", "deltas"):
+        raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {_shown(name)}.")
 
 
 # --- values and the types of their fields
@@ -153,14 +188,24 @@ def require_probability(name: str, value: float) -> None:
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
+_LARGEST = 3.4028235e38  # in float32, in which deltas are computed
+
+
 def _checked(name: str, value: Any, expected: Any) -> Any:
     try:
         return _as(expected, value)
     except TypeError:
         hint = f" Write [{value!r}]." if isinstance(value, str) and "a list" in _words(expected) else ""
-        raise TypeError(f"{name} is {_words(expected)}, got {value!r}.{hint}") from None
+        raise TypeError(f"{name} is {_words(expected)}, got {_shown(value)}.{hint}") from None
     except ValueError as error:
-        raise ValueError(f"{name}={value!r} is unknown. There are: {error}.") from None
+        raise ValueError(f"{name}={_shown(value)} {error}.") from None
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of more than some thousand digits
+        return "a number of thousands of digits"
 
 
 def _as(expected: Any, value: Any) -> Any:
@@ -168,7 +213,8 @@ def _as(expected: Any, value: Any) -> Any:
 
     Raises:
       TypeError: it is of another type.
-      ValueError: it is none of a `Literal`'s; with a list of these.
+      ValueError: it is none of a `Literal`'s, or no number that can be computed with. The message goes on after the
+        value.
     """
     origin, parts = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
@@ -182,7 +228,7 @@ def _as(expected: Any, value: Any) -> Any:
         if type(value) not in {type(part) for part in parts}:
             raise TypeError
         if value not in parts:
-            raise ValueError(", ".join(map(str, parts)))
+            raise ValueError(f"is unknown. There are: {', '.join(map(str, parts))}")
         return value
     if origin is tuple and parts[1:] == (...,):
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -193,9 +239,17 @@ def _as(expected: Any, value: Any) -> Any:
             raise TypeError
         return {_as(parts[0], key): _as(parts[1], item) for key, item in value.items()}
     if expected is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if int(value).bit_length() > 63:
+            raise ValueError("is no number of 64 bits")
         return int(value)
     if expected is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not abs(number) <= _LARGEST:
+            raise ValueError("is no finite number in float32")
+        return number
     kind = origin or expected
     if isinstance(kind, type) and kind is not Any and (kind in (int, float) or not isinstance(value, kind)):
         raise TypeError

@@ -17,6 +17,7 @@ from jdelta.config import CONFIGS, DeltaConfig
 from jdelta.interception import Edit, attachments_of, with_made
 from jdelta.kept import Kept
 from jdelta.movement import Movement, measured, tabulated
+from jdelta.random_keys import as_key
 from jdelta.surgery import Path, Tree
 from jdelta.visualization import Visualization
 
@@ -49,7 +50,7 @@ class DeltaModel(Kept):
       interactive_modify: choose the modules in a web page, whose link is printed: `True`, or the page's port. Ctrl-C
         stops, and leaves the model as it was. See `jdelta.select_modules`.
       name: the delta's name in the tree; by default its `delta_type`, numbered if that is taken.
-      rng: seed or key of the delta's initial values.
+      rng: seed or key of the delta's initial values: a whole number, `jax.random.key(0)`, or an old-style key.
       **arguments: the method's own, see its configuration.
 
     Raises:
@@ -222,13 +223,13 @@ class DeltaModel(Kept):
         It can be jitted, with `out_shardings` too; the compiled program holds nothing of the backbone's.
 
         Args:
-          rng: seed or key.
+          rng: seed or key, as in the constructor.
           params: the backbone's tree, for a method that starts from its values; by default `model.params`.
 
         Raises:
           ValueError: the method starts from the backbone's values, and there are none.
         """
-        own = self._only_own(self._init_model(jax.random.key(rng) if isinstance(rng, int) else rng))
+        own = self._only_own(self._init_model(as_key(rng)))
         return self._started(own, self._face.params if params is None else params)
 
     # --- how it is split over a mesh

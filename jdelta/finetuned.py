@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from jdelta import fingerprint, folder
-from jdelta.config import DeltaConfig, config_from_dict, did_you_mean
+from jdelta.config import DeltaConfig, config_from_dict, did_you_mean, require_name
 from jdelta.version import __version__
 
 FORMAT = 1
@@ -60,6 +60,7 @@ class Finetuned:
     own: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
+        require_name(self.name)
         if self.own == {leaf for leaf in self.values if self._place(leaf) is not None}:
             object.__setattr__(self, "own", None)
 
@@ -111,6 +112,7 @@ class Finetuned:
         if own is not None and not (isinstance(own, list) and {*map(str, own)} <= values.keys()):
             raise TypeError(f"{where}: 'own' is a list of names of leaves, got {own!r}.")
         try:
+            require_name(description["name"])
             config = config_from_dict({"delta_type": description["delta_type"], **description["arguments"]})
             _check_arguments(config, description)
             backbone = None if description["backbone"] is None else BackboneInfo(**description["backbone"])
@@ -133,7 +135,8 @@ class Finetuned:
         return self._place(name) is not None if self.own is None else name in self.own
 
     def renamed(self, name: str) -> Self:
-        """The same under another name in the tree."""
+        """The same under another name in the tree. Raises `ValueError` if a delta cannot have it."""
+        require_name(name)
         new = {leaf: self._renamed(leaf, name) if self.is_own(leaf) else leaf for leaf in self.values}
         values = {new[leaf]: value for leaf, value in self.values.items()}
         own = frozenset(new[leaf] for leaf in self.values if self.is_own(leaf))

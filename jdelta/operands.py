@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from jdelta import dtypes, fingerprint, hub, surgery
 from jdelta.addressing import checked, matches_at_or_above, nothing_matches
 from jdelta.combinations import COMBINATIONS, Combination, wide
-from jdelta.config import DeltaConfig, did_you_mean
+from jdelta.config import DeltaConfig, as_int, as_number, did_you_mean, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.finetuned import Finetuned, listing
 from jdelta.lora_pairs import SCALED, leaves_of, same_up_to_rank
@@ -47,11 +46,9 @@ def _read(source: Source) -> Finetuned:
 
 def finite(weights: Sequence[float], count: int) -> list[float]:
     """The weights, if there are so many, and they are finite."""
-    numbers = [float(weight) for weight in weights]
+    numbers = [as_number(f"weight {i}", weight) for i, weight in enumerate(weights, 1)]
     if len(numbers) != count:
         raise ValueError(f"there are {count} deltas and {len(numbers)} weights. Give one weight for each delta.")
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"weights are finite numbers, got {numbers}.")
     return numbers
 
 
@@ -71,10 +68,12 @@ def combination_of(
         )
     if rank is not None and how.lora != "product":
         raise ValueError(f"combination {combination!r} takes no rank.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is at least 1, got {rank}.")
+    if rank is not None:
+        require_positive_int("rank", as_int("rank", rank))
     if how.keep == "all" and density is not None:
         raise ValueError(f"combination {combination!r} leaves nothing out, and takes no density.")
+    if density is not None:
+        density = as_number("density", density)
     if how.keep != "all" and (density is None or not 0 < density <= 1):
         raise ValueError(f"combination {combination!r} needs a density above 0 and at most 1, got {density}.")
     return how

@@ -17,8 +17,9 @@ from flax import linen as nn
 from flax.core import meta
 
 from jdelta import addressing, backbone, common_names, dtypes, freezing, surgery
-from jdelta.config import DeltaConfig
+from jdelta.config import DeltaConfig, require_name
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
+from jdelta.random_keys import as_key
 from jdelta.structure import ModuleInfo, Structure, require_open
 from jdelta.surgery import Path, Tree
 
@@ -222,7 +223,7 @@ class Placed:
         self.backbone_model = backbone_model
         self._face = backbone.face_of(backbone_model)
         self._structure = backbone.trace(self._face)
-        self._rng = jax.random.key(rng) if isinstance(rng, int) else rng
+        self._rng = as_key(rng)
         self.name = self._free_name(name)
         self._is_named = name is not None  # by the user
         self._exclude: tuple[str, ...] | None = None  # None: own leaves and self._unfrozen
@@ -240,7 +241,29 @@ class Placed:
             raise ValueError(
                 f"{type(self).__name__}: none of the modules that {list(patterns)} mean gets a change from it."
             )
+        for field in self.config.pattern_fields if edits else ():
+            self._check_patterns(field, edits)
         return edits
+
+    def _check_patterns(self, field: str, edits: Sequence[Edit]) -> None:
+        """Raises `ValueError` if a pattern of modified modules counts for none of them."""
+        left = list(dict.fromkeys(surgery.name_of(edit.host) for edit in edits if not edit.helps))
+        names = left
+        for pattern in getattr(self.config, field) or ():
+            if not any(addressing.matches(name, pattern) for name in names):
+                near = addressing.closest(names, pattern)
+                hint = f" Closest: {', '.join(near)}." if near else ""
+                raise ValueError(
+                    f"{type(self).__name__}: {field} has {pattern!r}, which means none of the {len(names)} modules "
+                    f"that the delta changes.{hint}"
+                )
+            rest = [name for name in left if not addressing.matches(name, pattern)]
+            if rest == left:
+                raise ValueError(
+                    f"{type(self).__name__}: {field} has {pattern!r}, and for all that it means an earlier pattern "
+                    "counts. Put it before that one."
+                )
+            left = rest
 
     def _free_name(self, name: str | None, but: str = "") -> str:
         """The name, if the delta can have it; without one, the method's, numbered if it is taken or is `but`."""
@@ -248,8 +271,7 @@ class Placed:
             numbers = (f"{self.delta_type}_{i}" for i in itertools.count(2))
             names = itertools.chain([self.delta_type], numbers)
             return next(n for n in names if n != but and taken(n, self.backbone_model, self._structure) is None)
-        if not isinstance(name, str) or not name or "." in name or name in ("params", freezing.DELTAS):
-            raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {name!r}.")
+        require_name(name)
         if (what := taken(name, self.backbone_model, self._structure)) is not None:
             raise ValueError(what)
         return name

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.axes import Axes
-from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.config import DeltaConfig, require_positive, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit
 from jdelta.methods import products
@@ -71,6 +71,7 @@ class CompacterConfig(DeltaConfig):
         super().__post_init__()
         for name in ("reduction_factor", "hypercomplex_division", "phm_rank"):
             require_positive_int(name, getattr(self, name))
+        require_positive("phm_init_range", self.phm_init_range)
         require_non_linearity(self.non_linearity)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ class LoraConfig(DeltaConfig):
       alpha_pattern: likewise, in place of `lora_alpha`.
       use_rslora: scale by `lora_alpha / sqrt(lora_r)` (Kalajdzievski 2023, arXiv 2312.03732).
     """
+
+    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     lora_r: int = 8
     lora_alpha: float = 16
