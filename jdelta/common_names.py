@@ -122,12 +122,12 @@ def _paths(block: ModuleInfo, entry: Names, wanted: str) -> Iterator[str]:
 def _unknown_model(structure: Structure, names: Sequence[str]) -> str:
     guesses = common_names_guess.guess(structure)
     asked = [path for entry in guesses.values() for name in names for path in as_tuple(entry.get(name, ()))]
-    example = list(dict.fromkeys(asked)) or [info.name for info in structure if info.name and info.params]
+    example = list(dict.fromkeys(asked)) or common_names_guess.linears(structure)
     lines = [f"jdelta.register_common_names({block!r}, {entry})".replace("'", '"') for block, entry in guesses.items()]
     message = (
         f"{structure[''].type.__name__} has no block of a known family, so neither default positions nor common names "
         f"(here {', '.join(names)}) mean anything in it. It is this model:\n\n{_indented(outline.lines(structure))}\n\n"
-        f"Name the modules, for example modified_modules={example[:2]}"
+        f"Name the modules{f', for example modified_modules={example[:2]}' if example else ', in modified_modules'}"
     )
     if not lines:
         return message + "."

@@ -133,6 +133,19 @@ class Calls:
         finally:
             self._stack.pop()
 
+    @property
+    def newest(self) -> Path | None:
+        """The path of the newest call; `None` if there is none, or one of no part of the model's tree."""
+        return self._stack[-1].path if self._stack and not self._stack[-1].nested else None
+
+    def around(self) -> list[Frame]:
+        """The calls around the newest one, innermost first."""
+        return self._stack[-2::-1]
+
+    def runs(self, path: Path) -> bool:
+        """Whether a call of the module at this path is in progress, or one of no part of the model's tree."""
+        return any(frame.nested or frame.path == path for frame in self._stack)
+
     def inside(self, body: Scope | None) -> bool:
         """Whether calls in this `Frame.body` are in progress."""
         return any(frame.body is body for frame in self._stack)
@@ -205,6 +218,14 @@ def main_input(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, A
     raise TypeError(f"{module_type.__name__} was called without an array argument.")
 
 
+def input_if_any(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The value of `main_input`; `None` if the call has none."""
+    try:
+        return main_input(module_type, args, kwargs)[1]
+    except TypeError:
+        return None
+
+
 def with_main_input(args: tuple, kwargs: dict, key: int | str, value: Any) -> tuple[tuple, dict]:
     """The same arguments with another array at the place of `main_input`."""
     if isinstance(key, int):
@@ -212,33 +233,77 @@ def with_main_input(args: tuple, kwargs: dict, key: int | str, value: Any) -> tu
     return args, {**kwargs, key: value}
 
 
-def main_output(output: Any) -> Any:
-    """The array a module returns: itself, or the first element of a tuple, list or model output.
+def main_output(output: Any, x: Any = None) -> Any:
+    """The array a module returns: itself, or one of the elements of a tuple, list, dict or model output.
+
+    That is the first one if it is an array, as in `(y, weights)`; otherwise, as in `(cache, y)`, the only array, or the
+    only one that has the shape of the module's input.
+
+    Args:
+      output: what the module returned.
+      x: its main input, if it has one.
 
     Raises:
-      TypeError: there is no array at that place.
+      TypeError: there is no such array, or several.
     """
-    first = output
-    if not is_array(output):
-        if dataclasses.is_dataclass(output):
-            first = getattr(output, dataclasses.fields(output)[0].name)
-        elif isinstance(output, (tuple, list)) and output:
-            first = output[0]
-    if not is_array(first):
-        raise TypeError(f"expected an array, or a tuple or model output that begins with one, got {type(output)}.")
-    return first
+    key = _main_key(output, x)
+    return output if key is None else _elements(output)[key]
 
 
-def with_main_output(output: Any, value: Any) -> Any:
+def with_main_output(output: Any, value: Any, x: Any = None) -> Any:
     """The same return value with another array at the place of `main_output`."""
-    if is_array(output):
+    key = _main_key(output, x)
+    if key is None:
         return value
     if dataclasses.is_dataclass(output):
-        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: value})  # type: ignore[type-var]
-    rest = output[1:]
-    if hasattr(output, "_fields"):
-        return type(output)(value, *rest)
-    return type(output)((value, *rest))
+        return dataclasses.replace(output, **{key: value})  # type: ignore[type-var]
+    elements = {**_elements(output), key: value}
+    if isinstance(output, Mapping):
+        return type(output)(elements)  # type: ignore[call-arg]
+    return type(output)(*elements.values()) if hasattr(output, "_fields") else type(output)(elements.values())
+
+
+def _main_key(output: Any, x: Any) -> Any:
+    """Where the main output is; `None` if it is the output itself."""
+    if is_array(output):
+        return None
+    elements = _elements(output)
+    arrays = {key: value for key, value in elements.items() if is_array(value)}
+    ordered = dataclasses.is_dataclass(output) or isinstance(output, (tuple, list))  # a dict's order says nothing
+    if ordered and arrays and next(iter(elements)) in arrays:
+        return next(iter(elements))
+    shape = None if x is None else jnp.shape(x)
+    fitting = [key for key, value in arrays.items() if value.shape == shape]
+    if len(fitting) != 1 and len(jax.tree.leaves(output)) == len(arrays) == 1:
+        fitting = list(arrays)
+    if len(fitting) == 1:
+        return fitting[0]
+    parts = ", ".join(f"{key}: {_brief(value)}" for key, value in elements.items())
+    shown = f"{type(output).__name__}({parts})" if elements else f"an object of type {type(output).__name__}"
+    if not arrays:
+        raise TypeError(f"expected an array, or a tuple, dict or model output that holds one, got {shown}.")
+    wanted = f"the input's shape {tuple(shape)}" if shape is not None else "the shape of an input"
+    raise TypeError(
+        f"it returns {shown}, and which element is its output is not clear: the first one if that is an array, "
+        f"otherwise the only array, or the only one of {wanted}, which {len(fitting)} have. Name a module inside it or "
+        "around it that returns one array, or choose the element in a layer of your own, by a jdelta.Edit that goes "
+        "'around' it."
+    )
+
+
+def _elements(output: Any) -> dict[Any, Any]:
+    """The elements of a return value by key; of anything else, none."""
+    if isinstance(output, type):
+        return {}
+    if dataclasses.is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    if isinstance(output, Mapping):
+        return dict(output)
+    return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
+
+
+def _brief(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if is_array(value) else type(value).__name__
 
 
 def arguments(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
@@ -383,8 +448,9 @@ def _run(
         return call(*args, **kwargs)
     if edit.where == "after":
         output = call(*args, **kwargs)
-        y = main_output(output)
-        return with_main_output(output, _same_dtype(_layer(edit, frame)(y), y))
+        given = input_if_any(type(frame.module), args, kwargs)
+        y = main_output(output, given)
+        return with_main_output(output, _same_dtype(_layer(edit, frame)(y), y), given)
     # parallel
     if edit.start is None or edit.start == edit.host:
         x = main_input(type(frame.module), args, kwargs)[1]
@@ -406,8 +472,8 @@ def _run(
         joined = getattr(layer, "joined", None)
         if joined is not None and (y := joined(frame.module, x, **mode)) is not None:
             return y
-    output = call(*args, **kwargs)
-    y = main_output(output)
+    output, given = call(*args, **kwargs), input_if_any(type(frame.module), args, kwargs)
+    y = main_output(output, given)
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = _same_dtype(x, y)  # T5's norms give float32 to a Dense that computes in bfloat16
     change = _layer(edit, frame)(x)
@@ -416,7 +482,7 @@ def _run(
             f"the parallel layer {type(edit.layer).__name__} at {describe(frame.module)} returned shape "
             f"{jnp.shape(change)}, but the module's output has shape {y.shape}."
         )
-    return with_main_output(output, y + _same_dtype(change, y))
+    return with_main_output(output, y + _same_dtype(change, y), given)
 
 
 def _layer(edit: Edit, frame: Frame) -> Callable:

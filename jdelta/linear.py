@@ -325,10 +325,10 @@ def _candidates(host: ModuleInfo) -> list[LinearMap]:
     if problem is not None:
         raise problem
     if "kernel" not in host.params:
-        raise TypeError("this one has no kernel of its own. Name a Dense inside it.")
+        raise TypeError("this one has no kernel of its own.")
     _require_floats(host)
     shape = host.params["kernel"].shape
-    raise TypeError(f"how this one uses its kernel of shape {shape} is unknown. Name a Dense inside it.")
+    raise TypeError(f"how this one uses its kernel of shape {shape} is unknown. An adapter goes after any module.")
 
 
 def _by_shape(host: ModuleInfo) -> list[LinearMap]:

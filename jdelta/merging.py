@@ -73,7 +73,7 @@ def _fold(
     if earlier is not None:
         raise ValueError(f"delta {earlier!r}, which was attached before, stands between it and the weights.")
     if host.name in structure.tied:
-        raise ValueError("its weights are those of a tied head too, which the delta does not change.")
+        raise ValueError("its weights are those of a tied head or another method too, which the delta does not change.")
     new = fold(edit, host, leaves)
     require_steps(host, new, leaves)
     lacking = sorted(new.keys() - host.params.keys())

@@ -15,13 +15,15 @@ from flax import linen as nn
 from flax.core import meta
 
 from jdelta import addressing, jit_cache, surgery
-from jdelta.interception import Calls, Frame, is_array, main_input, main_output
+from jdelta.interception import Calls, Frame, input_if_any, is_array, main_input, main_output
 from jdelta.surgery import Path, Tree
 
 _NOT_CALLED = (
     "no call of it was seen. It only holds parameters or other modules, or it is run by other methods than __call__."
 )
 
+
+ModuleType = type[nn.Module]
 
 _NNX = (
     "it is an nnx module in flax.nnx.bridge.ToLinen, which takes all that lies below its path for the nnx module's "
@@ -42,6 +44,9 @@ class ModuleInfo:
       params: shapes of its own parameters as the module itself sees them: inside `nn.scan` without the layer axis.
       calls: how often it is called in one run of the model; inside `nn.scan`, once for each layer.
       caller: path of the module in whose call its first call was; `None` for the outermost.
+      sharing: names and classes of the modules inside it that use its scope (`nn.share_scope`): what they hold are
+        among its own parameters.
+      closed: why nothing of a delta may be put into the module; `""` if it may.
     """
 
     path: Path
@@ -53,6 +58,8 @@ class ModuleInfo:
     params: Mapping[str, jax.ShapeDtypeStruct]
     calls: int = 1
     caller: Path | None = None
+    sharing: Mapping[str, ModuleType] = dataclasses.field(default_factory=dict)
+    closed: str = ""
 
     @property
     def name(self) -> str:
@@ -66,13 +73,8 @@ class ModuleInfo:
 
     @property
     def y(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the array that is returned, alone or first. Raises `TypeError` if there is none."""
-        return main_output(self.output)
-
-    @property
-    def closed(self) -> str:
-        """Why nothing of a delta may be put into the module; `""` if it may."""
-        return _NNX if _is_nnx(self.type) else ""
+        """Shape and dtype of the array that is returned, see `main_output`. Raises `TypeError` if there is none."""
+        return main_output(self.output, input_if_any(self.type, self.args, self.kwargs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Structure:
       modules: name to module. The root module has the name `""`.
       uncalled: name to the reason why that part of the model cannot carry a layer.
       params: the tree of parameter shapes, without other collections.
-      tied: names of the embeddings whose rows a head computes with as well.
+      tied: names of the modules with whose weights something computes besides their calls, such as a tied head.
     """
 
     modules: Mapping[str, ModuleInfo]
@@ -159,7 +161,7 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
     with nn.intercept_methods(recorder), jit_cache.marked(lambda _: jit_cache.unique()):
         params = surgery.parameters(jax.eval_shape(run))
     modules = {info.name: info for info in recorder.modules(params)}
-    uncalled = {name: reason for name, reason in recorder.nested.items() if name not in modules}
+    uncalled = {name: reason for name, reason in recorder.reasons(modules).items() if name not in modules}
     for path in surgery.flatten(params):
         for above in (path[:i] for i in range(1, len(path))):
             name = surgery.name_of(above)
@@ -174,25 +176,50 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Methods:
+    """A module that was run by methods of other names than `__call__`."""
+
+    type: ModuleType
+    caller: Path | None
+    names: dict[str, None] = dataclasses.field(default_factory=dict)  # in order
+
+    def reason(self, path: Path, modules: Mapping[str, ModuleInfo]) -> str:
+        """Why it cannot be a target, and what to do."""
+        name = surgery.name_of(path)
+        inside = [info.name for info in modules.values() if info.path[: len(path)] == path]
+        ways = [f"Its parameters can train, with unfrozen_modules=[{name!r}]."]
+        if inside:
+            ways.append(f"Inside it, {inside[0]!r} can be named.")
+        if self.caller:
+            ways.append(f"So can {surgery.name_of(self.caller)!r}, which runs it.")
+        return (
+            f"{self.type.__name__} is run by its methods {', '.join(self.names)}, and what a delta adds is run around "
+            f"calls, by __call__, alone. {' '.join(ways)}"
+        )
+
+
 class _Recorder:
     """An interceptor that notes every call."""
 
     def __init__(self, root_type: type[nn.Module]):
         self.nested: dict[str, str] = {}
         self._handed: set[tuple[int, ...]] = set()  # shapes of the weights that nested applies were handed
-        self._attended: set[Path] = set()
+        self._methods: dict[Path, _Methods] = {}  # what was run by other methods than __call__
+        self._open: list[Path] = []  # where such methods are in progress
+        self._sharing: dict[Path, dict[str, type[nn.Module]]] = {}  # modules that run in the scope of another
         self._seen: dict[Path, ModuleInfo | None] = {}
         self._bodies: dict[Path, list[Frame | None]] = {}  # lifted module -> the call around each run of its body
         self._calls = Calls(root_type)
 
     def __call__(self, next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         if context.method_name != "__call__":
-            if context.method_name == "attend":
-                self._attended.add(context.module.scope.path)
-            return next_call(*args, **kwargs)
+            return self._by_method(next_call, args, kwargs, context)
         with self._calls.enter(context.module, args, kwargs) as frame:
             if frame.nested:
                 self._note_nested(frame)
+            if frame.again:
+                self._note_shared(frame)
             if frame.nested or frame.again:
                 return next_call(*args, **kwargs)
             self._seen.setdefault(frame.path, None)  # the order is that of entering
@@ -201,6 +228,32 @@ class _Recorder:
             output = next_call(*args, **kwargs)
             self._note(frame, args, kwargs, output)
             return output
+
+    def _by_method(self, next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module, method = context.module, context.method_name
+        path = module.scope.path if module.scope is not None else ()
+        if method == "setup" or not path or path in self._open or self._calls.runs(path):
+            return next_call(*args, **kwargs)
+        self._methods.setdefault(path, _Methods(type(module), self._calls.newest)).names[method] = None
+        self._open.append(path)
+        try:
+            return next_call(*args, **kwargs)
+        finally:
+            self._open.pop()
+
+    def reasons(self, modules: Mapping[str, ModuleInfo]) -> dict[str, str]:
+        """Name to the reason why it is none of the modules, of what was seen to run in another way."""
+        found = dict(self.nested)
+        for path, methods in self._methods.items():
+            found[surgery.name_of(path)] = methods.reason(path, modules)
+        for info in modules.values():
+            for name, cls in info.sharing.items():
+                found[surgery.name_of((*info.path, name))] = (
+                    f"{cls.__name__} is in the scope of {info.name or 'the root'!r} (nn.share_scope), so that its "
+                    f"parameters are among that one's: {', '.join(info.params)}. Name {info.name or 'the root'!r}, or "
+                    "train these parameters, with unfrozen_modules."
+                )
+        return found
 
     def modules(self, params: Tree) -> Iterator[ModuleInfo]:
         """What was seen. A scan traces its body twice and runs it once a layer: calls are counted accordingly."""
@@ -223,12 +276,14 @@ class _Recorder:
             for body, (_, ratio) in factor.items():
                 if info.path[: len(body)] == body:
                     calls *= ratio
-            yield dataclasses.replace(info, calls=round(calls))
+            sharing = {name: cls for name, cls in self._sharing.get(info.path, {}).items() if cls is not info.type}
+            closed = _NNX if any(map(_is_nnx, (info.type, *sharing.values()))) else ""
+            yield dataclasses.replace(info, calls=round(calls), sharing=sharing, closed=closed)
 
     def is_tied(self, info: ModuleInfo) -> bool:
-        """Whether a head computes with this embedding's rows as well."""
+        """Whether something computes with this module's weights besides its calls: a head, or another method."""
         shape = info.params["embedding"].shape if "embedding" in info.params else ()
-        return info.path in self._attended or bool({shape, shape[::-1]} & self._handed)
+        return bool(info.params and info.path in self._methods) or bool({shape, shape[::-1]} & self._handed)
 
     def _note(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> None:
         module, known, outer = frame.module, self._seen[frame.path], self._calls.outer
@@ -248,6 +303,12 @@ class _Recorder:
             calls=known.calls + 1 if known is not None else 1,
             caller=known.caller if known is not None else outer.path if outer is not None else None,
         )
+
+    def _note_shared(self, frame: Frame) -> None:
+        around = next(f for f in self._calls.around() if f.path == frame.path and not f.nested)
+        one, other = type(frame.module), type(around.module)
+        if not issubclass(one, other) and not issubclass(other, one):  # otherwise it may be a call of super()
+            self._sharing.setdefault(frame.path, {})[frame.module.name or one.__name__] = one
 
     def _note_nested(self, frame: Frame) -> None:
         outer, handed = self._calls.outer, frame.module.scope.variables().get("params", {})

@@ -535,3 +535,61 @@ def test_a_wrong_registration(block, names, error, message):
     with pytest.raises(error, match=message):
         register_common_names(block, names)
     assert before == TABLE
+
+
+class Mixer(nn.Module):
+    """Layers without names that say what they are."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = x + nn.Dense(HIDDEN, name=f"mix_{i}")(nn.Dense(WIDE, name=f"wide_{i}")(x))
+        return x
+
+
+class GemmaLike(nn.Module):
+    """Its feed-forward has two matrices in one module."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q, kv = (nn.DenseGeneral((2, 8), name=name)(x) for name in ("q_einsum", "kv_einsum"))
+            x = x + nn.DenseGeneral(HIDDEN, axis=(-2, -1), name="attn_vec_einsum")(nn.dot_product_attention(q, kv, kv))
+            return x + GemmaLike.FeedForward(name="mlp")(x)
+
+    class FeedForward(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            gating, linear = (
+                self.param(n, nn.initializers.normal(), s) for n, s in (("gating", (16, 8)), ("lin", (8, 16)))
+            )
+            return jnp.tanh(x @ gating) @ linear
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = GemmaLike.Block(name=f"layer_{i}")(x)
+        return x
+
+
+class OneLeaf(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("scale", nn.initializers.ones, ())
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [
+        (Mixer(), {}),
+        (OneLeaf(), {}),
+        (GemmaLike(), {"Block": {"attn.q": "q_einsum", "attn.k": "kv_einsum", "attn.v": "kv_einsum"}}),
+    ],
+)
+def test_what_names_and_shapes_do_not_say_is_not_guessed(module, wanted):
+    backbone_model = jdelta.Backbone(module, dummy_inputs=(jnp.ones((1, 4, HIDDEN)),))
+    assert common_names_guess.guess(backbone.trace(backbone_model)) == wanted
+    with pytest.raises(ValueError, match="has no block of a known family") as caught:
+        jdelta.AdapterModel(backbone_model)
+    assert "modified_modules=[]" not in str(caught.value)
+    assert ("register_common_names" in str(caught.value)) == bool(wanted)

@@ -232,7 +232,7 @@ def test_a_delta_method_of_the_users_own_is_a_short_class():
 
     backbone, delta, before = attach(nn.Dense(4), X, ScaleModel)
     assert (backbone(X) == before).all()
-    assert delta.shapes()["host"]["scale"]["scale"].shape == (4,)
+    assert delta.shapes()["host"][delta.name]["scale"].shape == (4,)
 
 
 def test_the_initial_values_depend_on_the_seed_and_not_on_other_deltas():

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from jdelta.axes import Axes
 from jdelta.methods import products
+from jdelta.methods.leaf import in_float32
 from jdelta.structure import ModuleInfo
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -60,11 +61,11 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
-        init = nn.initializers.normal(0.01)
-        down = nn.Dense(self.bottleneck_dim, dtype=x.dtype, kernel_init=init, dot_general=products.down, name="down")
-        up = nn.Dense(
-            self.features or x.shape[-1], dtype=x.dtype, kernel_init=self.up_init, dot_general=products.up, name="up"
-        )
+        zeros = in_float32(nn.initializers.zeros)
+        dense = functools.partial(nn.Dense, dtype=x.dtype, bias_init=zeros)
+        init, up_init = in_float32(nn.initializers.normal(0.01)), in_float32(self.up_init)
+        down = dense(self.bottleneck_dim, kernel_init=init, dot_general=products.down, name="down")
+        up = dense(self.features or x.shape[-1], kernel_init=up_init, dot_general=products.up, name="up")
         y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(*products.rows(x.shape[:-1]), x.shape[-1]))))
         return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], y.shape[-1])
 

@@ -22,11 +22,16 @@ def leaf(module: nn.Module, name: str, init: nn.initializers.Initializer, shape:
       flax.errors.ScopeParamShapeError: the tree holds another shape.
     """
     if not module.has_variable("params", name):
-        return module.param(name, init, shape, jnp.float32)
+        return module.param(name, in_float32(init), shape, jnp.float32)
     value: Any = meta.unbox(module.get_variable("params", name))
     if value.shape != shape:
         raise ScopeParamShapeError(name, module.scope.path_text, value.shape, shape)
     return value
+
+
+def in_float32(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
+    """The initialiser, in float32 whatever it is asked for: Google's gemma asks for its own dtype in every module."""
+    return lambda key, shape, dtype=None: init(key, shape, jnp.float32)
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

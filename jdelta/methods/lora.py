@@ -319,7 +319,11 @@ class LoraModel(DeltaModel):
     default_modified_modules = ("attn.q", "attn.v", "conv")  # conv: of ResNet and its like
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
-        yield Edit(host.path, "parallel", self._layer(host), leaf=(self.name,))
+        try:
+            layer = self._layer(host)
+        except TypeError as error:
+            raise TypeError(f"{error}{_instead(host, structure)}") from error
+        yield Edit(host.path, "parallel", layer, leaf=(self.name,))
 
     def _layer(self, host: ModuleInfo) -> Lora:
         config: LoraConfig = self.config
@@ -345,6 +349,25 @@ class LoraModel(DeltaModel):
         d_in, features = (shape[1:], shape[:1]) if linear.transposed else (shape[:n], shape[n:])
         _check_rank(rank, math.prod(d_in), math.prod(features))
         return Lora(**common, features=features, runs_alone=runs_alone(host))
+
+
+def _instead(host: ModuleInfo, structure: Structure) -> str:
+    """What can be done where a module has no kernel of its own."""
+    if "kernel" in host.params:
+        return ""
+    weighted = (
+        info for info in structure.below(host.path) if any(len(leaf.shape) > 1 for leaf in info.params.values())
+    )
+    inside = [info.name for info in weighted if info is not host and not info.sharing]
+    if inside:
+        return f" Name a linear module inside it, such as {inside[0]!r}."
+    ways = f" An adapter goes after any module; its parameters can train, with unfrozen_modules=[{host.name!r}]."
+    if host.sharing:
+        classes = ", ".join(cls.__name__ for cls in host.sharing.values())
+        return (
+            f" It holds the weights of modules in its scope (nn.share_scope: {classes}), which cannot be named.{ways}"
+        )
+    return ways if host.params else ""
 
 
 def _own_leaves(module: nn.Module) -> dict[str, jax.Array]:

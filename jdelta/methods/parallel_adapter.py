@@ -65,15 +65,16 @@ class ParallelAdapterModel(DeltaModel):
             )
         for start, end in zip(patterns[::2], patterns[1::2], strict=True):
             for first, last in _pair(find([start]), find([end]), list(structure)):
-                yield self._span(first, last)
+                try:
+                    yield self._span(first, last)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{type(self).__name__} from {first.name} to {last.name}: {error}") from error
 
     def _span(self, start: ModuleInfo, end: ModuleInfo) -> Edit:
         if not jnp.issubdtype(start.x.dtype, jnp.floating):
-            raise TypeError(f"{start.name} ({start.type.__name__}) takes an array of {start.x.dtype}; needs floats.")
+            raise TypeError(f"the first takes an array of {start.x.dtype}; needs floats.")
         if start.x.shape[:-1] != end.y.shape[:-1]:
-            raise ValueError(
-                f"a span from {start.name} to {end.name} does not fit: input {start.x.shape}, output {end.y.shape}."
-            )
+            raise ValueError(f"such a span does not fit: input {start.x.shape}, output {end.y.shape}.")
         config: ParallelAdapterConfig = self.config
         layer = Bottleneck(
             config.bottleneck_dim,
