@@ -5,6 +5,7 @@ Nothing of the user's is touched: parameters and inputs are drawn here, in the s
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -20,12 +21,14 @@ from jdelta.structure import ModuleInfo
 
 Shape = tuple[int, ...]
 
+_SMALL = 32  # sizes above are large
 _ROWS = 256  # modules may compute in another way from some number of rows on
-_LARGEST = 2**28  # leaves of more numbers are not tried
+_LARGE = 2**16  # of leaves of more numbers, a module like it with smaller ones is tried, if there can be one
+_LARGEST = 2**27  # leaves of more numbers are not tried
 _MAGNITUDES = ((1.0, 1.0), (0.01, 1.0), (100.0, 1.0), (1.0, 30.0))  # of the input, and of the weights
 _MODES = ("deterministic", "train", "training", "is_training")
 
-Values = tuple[jax.Array, jax.Array, jax.Array]
+Values = tuple[Any, Any, Any]
 
 
 class Map(Protocol):
@@ -47,14 +50,17 @@ def problem(host: ModuleInfo, linear: Map) -> str | None:
 
     In float32, where its fields allow it, for several numbers of rows, with other leaves at random, with inputs and
     weights of several magnitudes, in training and not, it has to be that `f(x, W + D) − f(x, W) = x · D`. Of weights
-    that are no floats nothing can be added to: there `f` has to be linear in `x`, up to a constant.
+    that are no floats nothing can be added to: there `f` has to be linear in `x`, up to a constant. A large module is
+    tried in a smaller copy, if its fields are the only thing that says how large it is.
 
     Args:
       host: the module.
       linear: the leaf, and the product.
     """
     weights = host.params[linear.weights]
-    if math.prod(weights.shape) > _LARGEST:
+    if math.prod(weights.shape) > _LARGE:
+        host = _smaller(host) or host
+    if math.prod(host.params[linear.weights].shape) > _LARGEST:
         return f"it is too large to try that: {linear.weights} has shape {weights.shape}"
     try:
         rest = _variables_of(host, linear.weights)
@@ -93,9 +99,9 @@ def _problem(host: ModuleInfo, linear: Map, rest: Any) -> str | None:
         for shape in dict.fromkeys((given.shape, *_other_rows(given.shape, linear))):
             for of_x, of_weights in _MAGNITUDES if is_float or takes_floats else ():
                 x = _random(draw, jax.ShapeDtypeStruct(shape, given.dtype), of_x) if takes_floats else None
-                ids = jnp.asarray(draw.integers(0, stored.shape[0], shape)).astype(given.dtype)
+                ids = draw.integers(0, stored.shape[0], shape).astype(given.dtype)
                 try:
-                    values = run(ids if x is None else x, w, change, of_weights, rest)
+                    values = run(ids if x is None else x, w, change, np.float32(of_weights), rest)
                 except Exception:
                     if shape == given.shape:
                         raise
@@ -124,13 +130,15 @@ def _runner(
         rngs = {"dropout": jax.random.key(0)}
         return main_output(module.apply(variables, *call.args[1:], **call.kwargs, rngs=rngs))
 
-    # One after the other, so that of large weights few copies are alive.
-    def of_weights(x: jax.Array, w: jax.Array, change: jax.Array, scale: float, rest: Any) -> Values:
-        return jax.jit(linear.product)(x, scale * change), f(x, scale * w, rest), f(x, scale * (w + change), rest)
+    product = jax.jit(linear.product)
 
-    def of_input(x: jax.Array, w: jax.Array, change: jax.Array, scale: float, rest: Any) -> Values:
-        more = jnp.flip(x, -1) / 2
-        return f(more, w, rest) - f(jnp.zeros_like(x), w, rest), f(x, w, rest), f(x + more, w, rest)
+    # One after the other, so that of large weights few copies are alive; and in NumPy, which compiles nothing.
+    def of_weights(x: np.ndarray, w: np.ndarray, change: np.ndarray, scale: np.float32, rest: Any) -> Values:
+        return product(x, scale * change), f(x, scale * w, rest), f(x, scale * (w + change), rest)
+
+    def of_input(x: np.ndarray, w: np.ndarray, change: np.ndarray, scale: np.float32, rest: Any) -> Values:
+        more = np.flip(x, -1) / 2
+        return np.asarray(f(more, w, rest)) - f(np.zeros_like(x), w, rest), f(x, w, rest), f(x + more, w, rest)
 
     return of_weights if is_float else of_input
 
@@ -157,6 +165,42 @@ def _difference(
 
 
 # --- what it is tried on
+
+
+def _smaller(host: ModuleInfo) -> ModuleInfo | None:
+    """The same module with smaller sizes in place of large ones, wherever these stand; `None` if it is none then."""
+    shapes = jax.tree.map(
+        lambda a: a.shape if is_array(a) else (), [host.args, host.kwargs, host.output, *host.params.values()]
+    )
+    large = sorted({n for n in jax.tree.leaves(shapes) if isinstance(n, int) and n > _SMALL})
+    sizes = {n: _SMALL + 8 * i for i, n in enumerate(large)}
+
+    def mapped(value: Any) -> Any:
+        if is_array(value):
+            return jax.ShapeDtypeStruct(mapped(value.shape), value.dtype)
+        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+            return type(value)(map(mapped, value))
+        if isinstance(value, dict):
+            return {key: mapped(item) for key, item in value.items()}
+        return sizes.get(value, value) if type(value) is int else value
+
+    parts = ("fields", "args", "kwargs", "output", "params")
+    small = dataclasses.replace(host, **{part: mapped(_plain(getattr(host, part))) for part in parts})
+    try:
+        module = small.type(**small.fields, parent=None)
+        key = jax.random.key(0)
+        output, variables = _shapes_of(
+            small, lambda key, *a, **k: module.init_with_output({"params": key, "dropout": key}, *a, **k), key
+        )
+    except Exception:  # it takes no such sizes
+        return None
+    own = {key: meta.unbox(leaf).shape for key, leaf in variables.get("params", {}).items() if key in small.params}
+    fits = own == {key: leaf.shape for key, leaf in small.params.items()} and main_output(output).shape == small.y.shape
+    return small if fits else None
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _variables_of(host: ModuleInfo, weights: str) -> dict[str, Any]:
@@ -193,21 +237,22 @@ def _modes(host: ModuleInfo) -> list[tuple[dict[str, bool], dict[str, bool]]]:
 
 
 def _other_rows(shape: Shape, linear: Map) -> list[Shape]:
-    """The shape with one row, and with many."""
+    """The shape with many rows; and with one, unless it has few."""
     free = linear.free(shape)
     if not free:
         return []
     one = tuple(1 if i in free else size for i, size in enumerate(shape))
+    few = math.prod(shape[i] for i in free) < _SMALL
     many = tuple(_ROWS if i == free[-1] else size for i, size in enumerate(one))
-    return [one, many]
+    return [many] if few else [one, many]
 
 
-def _random(draw: np.random.Generator, leaf: Any, size: float = 1.0) -> jax.Array:
+def _random(draw: np.random.Generator, leaf: Any, size: float = 1.0) -> np.ndarray:
     """Numbers in the shape of an array: floats in float32, others as they are. Large arrays repeat themselves."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.asarray(draw.integers(0, 2, leaf.shape)).astype(leaf.dtype)
+        return draw.integers(0, 2, leaf.shape).astype(leaf.dtype)
     some = draw.standard_normal(min(math.prod(leaf.shape), 65_537 + 2 * int(draw.integers(500))), np.float32)
-    return jnp.asarray(np.float32(size) * np.resize(some, leaf.shape))
+    return np.float32(size) * np.resize(some, leaf.shape)
 
 
 def _in_float32(fields: Mapping[str, Any]) -> dict[str, Any]:

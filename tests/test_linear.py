@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fresh, noisy, train_deltas
+from conftest import build, noisy, train_deltas
 from flax import linen as nn
 from flax.linen import fp8_ops
 
@@ -356,7 +356,7 @@ def test_modules_that_are_alike_are_tried_once_and_those_of_flax_never(monkeypat
         backbone = jdelta.Backbone(module, dummy_inputs=(x_of(3),))
         jdelta.LoraModel(backbone, [f"layers_{i}" for i in range(5)], lora_r=2)
     assert len(tried) == 1
-    model = fresh("gpt2", "FlaxGPT2LMHeadModel")
+    model = build("gpt2", "FlaxGPT2LMHeadModel", _do_init=False)
     jdelta.LoraModel(model, ["c_attn", "mlp.c_proj"])
     assert len(tried) == 1
 
@@ -453,3 +453,44 @@ def test_arithmetic_knows_the_axes_of_weights_of_any_name():
         return scale * np.tensordot(delta.values["pairs.lora.a"], delta.values["pairs.lora.b"], 1)
 
     np.testing.assert_allclose(update(total, 1), update(found, 8), rtol=1e-4, atol=1e-5)
+
+
+class HardCoded(nn.Module):
+    """Says nowhere but in its code how large it is."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", KERNEL, (300, 300))
+
+
+@pytest.mark.parametrize(
+    ("module", "largest"),
+    [(Own(jnp.matmul, (2**17, 2**15)), 50_000), (Renamed(2**15), 50_000), (HardCoded(), 300 * 300)],
+)
+def test_a_large_module_is_tried_in_a_smaller_copy_where_there_can_be_one(module, largest, monkeypatch):
+    sizes = []
+    draw = probing._random
+    monkeypatch.setattr(probing, "_random", lambda *a: [out := draw(*a), sizes.append(out.size)][0])
+    linear._tried.clear()
+    width = 300 if isinstance(module, HardCoded) else 2**17
+    x = jax.ShapeDtypeStruct((1, 3, width), jnp.float32)
+    backbone = jdelta.Backbone(nn.Sequential([module]), dummy_inputs=(x,))
+    delta = jdelta.LoraModel(backbone, ["layers_0"], lora_r=2)
+    assert delta.shapes()["layers_0"]["lora"]["a"].shape == (width, 2)
+    assert max(sizes) <= largest
+
+
+def test_a_large_module_that_is_not_linear_is_refused_too():
+    x = jax.ShapeDtypeStruct((1, 3, 2**17), jnp.float32)
+    root = nn.Sequential([Own(lambda x, k: nn.relu(x @ k), (2**17, 2**15))])
+    with pytest.raises(TypeError, match=OTHER):
+        jdelta.LoraModel(jdelta.Backbone(root, dummy_inputs=(x,)), ["layers_0"], lora_r=2)
+
+
+def test_a_module_that_is_too_large_and_has_no_smaller_copy_is_to_be_registered(monkeypatch):
+    monkeypatch.setattr(probing, "_LARGEST", 1000)
+    linear._tried.clear()
+    x = jax.ShapeDtypeStruct((1, 3, 300), jnp.float32)
+    with pytest.raises(TypeError, match=r"too large to try that: kernel has shape \(300, 300\).*register_linear"):
+        jdelta.LoraModel(jdelta.Backbone(nn.Sequential([HardCoded()]), dummy_inputs=(x,)), ["layers_0"], lora_r=2)
+    linear._tried.clear()
