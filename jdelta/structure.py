@@ -208,6 +208,7 @@ class _Recorder:
         self._methods: dict[Path, _Methods] = {}  # what was run by other methods than __call__
         self._open: list[Path] = []  # where such methods are in progress
         self._sharing: dict[Path, dict[str, type[nn.Module]]] = {}  # modules that run in the scope of another
+        self._rivals: dict[Path, str] = {}  # classes of modules that share a scope and run one after the other
         self._seen: dict[Path, ModuleInfo | None] = {}
         self._bodies: dict[Path, list[Frame | None]] = {}  # lifted module -> the call around each run of its body
         self._calls = Calls(root_type)
@@ -278,6 +279,8 @@ class _Recorder:
                     calls *= ratio
             sharing = {name: cls for name, cls in self._sharing.get(info.path, {}).items() if cls is not info.type}
             closed = _NNX if any(map(_is_nnx, (info.type, *sharing.values()))) else ""
+            if info.path in self._rivals:
+                closed = f"two modules of other classes run in its scope (nn.share_scope), {self._rivals[info.path]}"
             yield dataclasses.replace(info, calls=round(calls), sharing=sharing, closed=closed)
 
     def is_tied(self, info: ModuleInfo) -> bool:
@@ -287,6 +290,8 @@ class _Recorder:
 
     def _note(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> None:
         module, known, outer = frame.module, self._seen[frame.path], self._calls.outer
+        if known is not None and not _related(known.type, type(module)):
+            self._rivals[frame.path] = f"{known.type.__name__} and {type(module).__name__}"
         own = meta.unbox(module.scope.variables().get("params", {})) if module.scope is not None else {}
         self._seen[frame.path] = ModuleInfo(
             path=frame.path,
@@ -307,7 +312,7 @@ class _Recorder:
     def _note_shared(self, frame: Frame) -> None:
         around = next(f for f in self._calls.around() if f.path == frame.path and not f.nested)
         one, other = type(frame.module), type(around.module)
-        if not issubclass(one, other) and not issubclass(other, one):  # otherwise it may be a call of super()
+        if not _related(one, other):  # otherwise it may be a call of super()
             self._sharing.setdefault(frame.path, {})[frame.module.name or one.__name__] = one
 
     def _note_nested(self, frame: Frame) -> None:
@@ -318,6 +323,10 @@ class _Recorder:
                 f"{type(frame.module).__name__} runs in a nested apply with weights handed to it (a tied head), "
                 "so it has no parameters of its own in the tree. Name the module that feeds it, or untie the weights."
             )
+
+
+def _related(one: type, other: type) -> bool:
+    return issubclass(one, other) or issubclass(other, one)
 
 
 def _is_nnx(module_type: type[nn.Module]) -> bool:

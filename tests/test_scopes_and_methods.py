@@ -204,6 +204,24 @@ def test_what_stands_around_a_shared_scope_takes_a_layer_and_its_parameters_trai
     chex.assert_trees_all_equal(model(IDS), base)
 
 
+class Twice(nn.Module):
+    """Calls a module, and then another in its scope."""
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(4, name="dense")
+        norm = nn.LayerNorm(use_bias=False, name="norm")
+        nn.share_scope(norm, dense)
+        return norm(dense(x))
+
+
+def test_a_scope_in_which_two_modules_run_in_turn_is_closed():
+    backbone = backbone_of(Twice(), jnp.ones((2, 4)))
+    (name,) = backbone.params
+    with pytest.raises(ValueError, match=r"cannot be a target: two modules .*Dense and LayerNorm.*exclude_modules"):
+        jdelta.AdapterModel(backbone, modified_modules=[name])
+
+
 class SharesWithNnx(nn.Module):
     @nn.compact
     def __call__(self, x):
