@@ -147,8 +147,8 @@ class DeltaModel(Kept):
     ) -> None:
         """Puts a layer after a module, `y -> layer(y)`, or before it, `x -> layer(x)`.
 
-        `x` is the module's first array argument; `y` the array it returns, alone or as an element: the first, if that is
-        an array, otherwise the only array, or the only one of the shape of `x`, as in `(cache, y)`.
+        `x` is the module's first array argument; `y` the array it returns, alone or as an element: the first, if that
+        is an array, otherwise the only array, or the only one of the shape of `x`, as in `(cache, y)`.
 
         Args:
           name: the name of the module, or patterns that mean one or several.
