@@ -32,7 +32,8 @@ class DeltaConfig:
 
     Attributes:
       modified_modules: patterns of the modules to change; without them, the method's default positions.
-      exclude_modules: patterns of modules to leave alone, with everything below them.
+      exclude_modules: patterns of modules to leave alone, with everything below them, also where a method walks below
+        the modules that it was pointed at.
       unfrozen_modules: patterns of what trains besides the delta.
       common_structure: whether `modified_modules` are common names.
 

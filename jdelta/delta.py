@@ -44,7 +44,8 @@ class DeltaModel(Kept):
     Args:
       backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
       modified_modules: patterns of the modules to change; without them, the method's default positions.
-      exclude_modules: patterns of modules to leave alone, with everything below them.
+      exclude_modules: patterns of modules to leave alone, with everything below them, also where a method walks below
+        the modules that it was pointed at.
       unfrozen_modules: patterns of what trains besides the delta, a classifier head for example.
       common_structure: whether `modified_modules` are common names (`"attn.q"`) in place of the model's own.
       interactive_modify: choose the modules in a web page, whose link is printed: `True`, or the page's port. Ctrl-C
@@ -55,8 +56,8 @@ class DeltaModel(Kept):
 
     Raises:
       TypeError: the backbone is none, or an argument has a wrong type or an unknown name.
-      ValueError: a pattern matches nothing, a module cannot take the delta, or the name is taken. The model is then
-        as it was.
+      ValueError: a pattern matches nothing, a module cannot take the delta or gets nothing from it, or the name is
+        taken. The model is then as it was.
     """
 
     def __init__(

@@ -234,16 +234,48 @@ class Placed:
         self._kept: dict[Path, Any] = {}  # values to put back: on detach the backbone's, on attach the delta's
 
     def _edits_at(self, patterns: Sequence[str], common: bool = False) -> list[Edit]:
-        """What the method does at the modules that the patterns mean."""
+        """What the method does at the modules that the patterns mean, but for what `exclude_modules` takes out."""
+        asked: list[ModuleInfo] = []
         find = self._finder(common, self.config.exclude_modules or ())
-        edits = list(self.place(self._structure, find, patterns))
-        if patterns and not edits:
-            raise ValueError(
-                f"{type(self).__name__}: none of the modules that {list(patterns)} mean gets a change from it."
-            )
+
+        def noted(patterns: Sequence[str]) -> list[ModuleInfo]:
+            found = find(patterns)
+            asked.extend(found)
+            return found
+
+        wanted = list(self.place(self._structure, noted, patterns))
+        edits = self._without_excluded(wanted)
+        means = f"{type(self).__name__}: none of the modules that {list(patterns)} mean gets a change from it"
+        if patterns and not wanted:
+            raise ValueError(f"{means}.")
+        if patterns and not any(not edit.helps for edit in edits):
+            raise ValueError(f"{means}: exclude_modules={list(self.config.exclude_modules or ())} leaves nothing.")
+        if not common:
+            self._require_each_changed(asked, wanted)
         for field in self.config.pattern_fields if edits else ():
             self._check_patterns(field, edits)
         return edits
+
+    def _without_excluded(self, edits: Iterable[Edit]) -> list[Edit]:
+        """Those whose module is neither excluded nor below one that is. What only helps others stays."""
+        self._structure.find((), self.config.exclude_modules or ())  # raises if a pattern means nothing
+        return [edit for edit in edits if edit.helps or not self._is_excluded(_changed_name(edit))]
+
+    def _is_excluded(self, name: str) -> bool:
+        """Whether a module is excluded, or below one that is."""
+        return any(addressing.matches_at_or_above(name, p) for p in self.config.exclude_modules or ())
+
+    def _require_each_changed(self, asked: Sequence[ModuleInfo], edits: Sequence[Edit]) -> None:
+        """Raises `ValueError` if the method does nothing at or below a module that was named."""
+        changed = {path for edit in edits if not edit.helps for path in (edit.host, edit.start) if path is not None}
+        around = {path[:i] for path in changed for i in range(len(path) + 1)}
+        if odd := list({info.path: info for info in asked if info.path not in around}.values()):
+            names = ", ".join(f"{info.name} ({info.type.__name__})" for info in odd[:3])
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            raise ValueError(
+                f"{type(self).__name__} has nothing to change at {names}{more}. Leave them out of modified_modules, or "
+                "name them in exclude_modules."
+            )
 
     def _check_patterns(self, field: str, edits: Sequence[Edit]) -> None:
         """Raises `ValueError` if a pattern of modified modules counts for none of them."""
@@ -589,6 +621,11 @@ class Placed:
         written = surgery.unflatten(rest | {(*start, *path): leaf for path, leaf in leaves.items()}, like=tree)
         kept = tuple(path for path in own.leaves if path[0] != self.name)
         return written, dataclasses.replace(own, leaves=(*kept, *own.made), source=None, made=())
+
+
+def _changed_name(edit: Edit) -> str:
+    """The name of the module that an edit changes: where its leaf trains, or its host."""
+    return surgery.name_of((*edit.host, *edit.leaf)[:-1] if edit.where == "train" else edit.host)
 
 
 def _select(tree: Tree, paths: Iterable[Path]) -> Tree:

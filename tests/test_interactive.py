@@ -54,7 +54,7 @@ def costs_of(method, model, **arguments):
 SHARED = {"reduction_factor": 2, "shared_phm_rule": True, "shared_W_phm": True}
 METHODS = [
     pytest.param(jdelta.LoraModel, {"lora_r": 2}, marks=pytest.mark.slow),
-    (jdelta.LoraModel, {"lora_r": 2, "rank_pattern": {"query": 3}, "unfrozen_modules": ["classifier"]}),
+    (jdelta.LoraModel, {"lora_r": 2, "rank_pattern": {"[r].*": 3}, "unfrozen_modules": ["classifier"]}),
     pytest.param(jdelta.AdapterModel, {}, marks=pytest.mark.slow),
     (jdelta.BitFitModel, {"unfrozen_modules": ["classifier", "1.attention"]}),
     pytest.param(jdelta.LowRankAdapterModel, {"reduction_factor": 4}, marks=pytest.mark.slow),

@@ -81,9 +81,11 @@ def costs(method: DeltaModel, exclude: Sequence[str] = ()) -> Costs:
             reasons[info.name] = "It is left out by exclude_modules."
         else:
             try:
-                edits = list({(e.host, e.where, e.leaf): e for e in method.edits(info, structure)}.values())
-                if not edits:
+                wanted = {(e.host, e.where, e.leaf): e for e in method.edits(info, structure)}
+                if not wanted:
                     raise TypeError(f"It holds nothing that {type(method).__name__} changes.")
+                if not (edits := method._without_excluded(wanted.values())):
+                    raise TypeError("All that would change in it is left out by exclude_modules.")
                 method._check(edits, others)
                 leaves[info.name] = measure(info, edits)
                 borrowed[info.name] = [(*edit.host, *edit.leaf) for edit in edits if edit.where == "train"]
