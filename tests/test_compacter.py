@@ -204,7 +204,7 @@ def test_what_is_shared_comes_off_and_back():
     assert (backbone(X) == after).all()
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", breadth([False, True], True))
 def test_a_rule_that_is_not_learnt_stays_as_it_was_drawn(shared):
     backbone, delta, _ = attach(learn_phm=False, shared_phm_rule=shared, rng=3)
     again, *_ = attach(learn_phm=False, shared_phm_rule=shared, rng=3)
@@ -223,7 +223,7 @@ def test_a_rule_that_is_not_learnt_stays_as_it_was_drawn(shared):
     assert (rule["phm_rule"] == drawn["phm_rule"]).all()
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", breadth([False, True], True))
 def test_initial_values(shared):
     def leaves(**more):
         config = CompacterConfig(hypercomplex_division=8, phm_rank=4, **more)

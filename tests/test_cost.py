@@ -54,7 +54,7 @@ def test_a_step_costs_what_the_handwritten_step_costs(choice: str) -> None:
     assert mine["flops"] > 0
     assert mine["temp"] > 0
     assert mine["flops"] <= handwritten.SAME_COST * hand["flops"]
-    assert mine["temp"] <= handwritten.SAME_COST * hand["temp"]
+    assert mine["temp"] <= handwritten.SAME_MEMORY * hand["temp"]
 
 
 @each_choice

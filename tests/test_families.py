@@ -128,6 +128,7 @@ def test_greedy_generation_with_a_cache_agrees_with_the_uncached_forward(family)
     assert (np.asarray(found) == text).all()
 
 
+@pytest.mark.slow
 def test_beams_and_samples_with_a_delta_are_those_of_the_merged_weights():
     model, merged = (fresh("gpt2", "FlaxGPT2LMHeadModel") for _ in range(2))
     jdelta.LoraModel(model, lora_r=4, lora_alpha=64)
@@ -145,6 +146,7 @@ def test_beams_and_samples_with_a_delta_are_those_of_the_merged_weights():
         assert (one == other).all()
 
 
+@pytest.mark.slow
 def test_encode_decode_and_the_cache_go_through_the_delta():
     model = fresh("bart", "FlaxBartForConditionalGeneration")
     hidden = model.encode(IDS).last_hidden_state
@@ -225,7 +227,8 @@ def test_models_without_parameters_of_their_own():
     model = build("bert", "FlaxBertForSequenceClassification", _do_init=False)
     deltas = [jdelta.LoraModel(m, lora_r=2, rng=7) for m in (held, model)]
     chex.assert_trees_all_equal_shapes_and_dtypes(deltas[1].shapes(), deltas[1].init(7))
-    chex.assert_trees_all_equal(jax.jit(deltas[1].init)(jax.random.key(7)), deltas[0].init(7))
+    compiled = jax.jit(deltas[1].init)(jax.random.key(7))
+    chex.assert_trees_all_close(compiled, deltas[0].init(7), rtol=1e-6)  # step by step, so but for rounding
     params = jdelta.graft(jdelta.prune(held.params, "lora"), deltas[1].init(7))
     chex.assert_trees_all_equal(params, held.params)
     assert (model(IDS, params=params).logits == held(IDS).logits).all()

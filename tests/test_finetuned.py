@@ -586,7 +586,7 @@ print(seen)
 """
 
 
-@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("old", breadth([True, False], True))
 def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, old):
     found = []
     for step in range(1, 40):

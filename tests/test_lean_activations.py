@@ -56,9 +56,12 @@ def test_the_input_alone_is_kept(models):
 
 
 def test_of_a_frozen_backbone_memory_is_saved_in_the_compiled_step():
-    """Two of the three arrays of an activation's size that XLA:CPU keeps."""
+    """Two of the three arrays of an activation's size that the trace keeps.
+
+    XLA finds some of them by itself, others in each release: a whole one a layer or more is what it does not.
+    """
     sizes = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 512, "num_attention_heads": 2}
-    temporaries = []
+    temporaries, traced = [], []
     for alter in (lambda model: None, jdelta.lean_activations):
         model = zoo.build(BERT, sizes, _do_init=False)
         alter(model)
@@ -69,16 +72,22 @@ def test_of_a_frozen_backbone_memory_is_saved_in_the_compiled_step():
         def loss(trainable, frozen, ids, model=model):
             return model(ids, params=jdelta.combine(trainable, frozen)).logits.sum()
 
+        pull = jax.eval_shape(lambda t, *rest: jax.vjp(lambda t: loss(t, *rest), t)[1], trainable, frozen, ids)
+        traced.append(sum(leaf.shape == (4, 32, 512) for leaf in jax.tree.leaves(pull)))
         step = jax.jit(jax.grad(loss)).lower(trainable, frozen, ids).compile()
         temporaries.append(step.memory_analysis().temp_size_in_bytes)
     wide = 4 * 32 * 512 * 4
-    assert temporaries[0] - temporaries[1] > (2 * 3 - 1) * wide
+    assert traced[0] > traced[1] == 3  # the input alone, in each layer
+    assert temporaries[0] - temporaries[1] > (3 - 0.5) * wide
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu", "swish"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_activation_by_name(name, dtype):
-    """Bit for bit, the derivatives to 1e-6; but the exact GELU in float32 is within 1e-6 of float64."""
+    """The same formula in another program, so to eight roundings, for as many steps it has: 1e-6 in float32.
+
+    The exact GELU in float32 is computed by another formula, and compared with float64.
+    """
     from transformers.modeling_flax_utils import ACT2FN
 
     class Plain(nn.Module):
@@ -99,18 +108,19 @@ def test_every_activation_by_name(name, dtype):
 
         exact = np.asarray(x, "f8")
         half, density = 0.5 * (1 + erf(exact / 2**0.5)), np.exp(-(exact**2) / 2) / (2 * np.pi) ** 0.5
-        np.testing.assert_allclose(found[0], exact * half, atol=1e-6, rtol=0)
-        np.testing.assert_allclose(found[1], half + exact * density, atol=1e-6, rtol=0)
-    else:
-        chex.assert_trees_all_equal(found[0], expected[0])
-        chex.assert_trees_all_close(found[1], expected[1], atol=1e-6, rtol=0)
+        expected = exact * half, half + exact * density
+    tolerance = 8 * float(jnp.finfo(dtype).eps)  # of a number up to one, and relative for larger ones
+    for value, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(value, "f8"), np.asarray(want, "f8"), atol=tolerance, rtol=tolerance)
 
 
 def test_elsewhere_than_on_a_cpu_the_exact_gelu_is_the_models_own_too(models, monkeypatch):
     plain, lean, params = models
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     run = [jax.jit(lambda p, model=model: model(IDS, params=p).logits)(params) for model in (plain, lean)]
-    chex.assert_trees_all_equal(*run)
+    chex.assert_trees_all_close(*run, rtol=1e-6, atol=1e-6)  # other programs, so but for rounding
+    texts = [str(jax.make_jaxpr(lambda p, m=m: m(IDS, params=p).logits)(params)) for m in (plain, lean)]
+    assert ["erfc" in text for text in texts] == [True, True]
 
 
 @pytest.mark.parametrize("family", breadth(zoo.REPRESENTATIVE, "bert", "gpt2", "llama", "vit", "resnet"))
@@ -125,12 +135,13 @@ def test_every_family_is_served(family):
 
 
 def test_with_deltas_attention_and_remat_in_any_order_and_undone_bit_for_bit():
-    model = fresh("bert", BERT)
+    model, plain = fresh("bert", BERT), fresh("bert", BERT)
+    plain.enable_gradient_checkpointing()
 
-    def logits():
+    def logits(model):
         return jax.jit(lambda p: model(IDS, params=p).logits)(model.params)
 
-    expected = logits()
+    expected = logits(model)
     lean = jdelta.lean_activations(model)
     assert repr(lean) == "2 modules: bert.encoder.layer.[0-1].intermediate"
     delta = jdelta.AdapterModel(model, modified_modules=["intermediate", "output.dense"], zero_up=True)
@@ -138,11 +149,11 @@ def test_with_deltas_attention_and_remat_in_any_order_and_undone_bit_for_bit():
     with pytest.raises(RuntimeError, match=r"lean already. Call undo\(\) first"):
         jdelta.lean_activations(model)
     model.enable_gradient_checkpointing()
-    chex.assert_trees_all_close(logits(), expected, atol=1e-6)
+    chex.assert_trees_all_close(logits(model), expected, atol=1e-6)
     fused.undo()
     lean.undo()
     delta.detach()
-    chex.assert_trees_all_equal(logits(), expected)
+    chex.assert_trees_all_equal(logits(model), logits(plain))
     with pytest.raises(RuntimeError, match="undone already"):
         lean.undo()
 

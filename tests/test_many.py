@@ -16,6 +16,7 @@ import pytest
 from conftest import fresh
 from flax import linen as nn
 from matrix import METHODS
+from tiers import breadth
 from transformers import BertConfig, FlaxBertForSequenceClassification
 
 import jdelta
@@ -68,7 +69,7 @@ def same(one, other):
 # --- every method
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=breadth(METHODS, "lora", "bitfit", "prefix"))
 def wide(request):
     """A method on one layer of BERT base: the model, and the shapes of what trains and of what is frozen."""
     model = FlaxBertForSequenceClassification(BertConfig(num_hidden_layers=1, vocab_size=200), _do_init=False)
@@ -122,7 +123,9 @@ def test_64_deltas_in_64_rows_cost_the_products_of_one(wide):
 # --- calls
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beam", "sampled"])
+@pytest.mark.parametrize(
+    "options", breadth([{}, {"num_beams": 2}, {"do_sample": True}], {}), ids=["greedy", "beam", "sampled"]
+)
 def test_generate_gives_each_row_what_its_delta_gives_alone(options):
     model = fresh("gpt2", "FlaxGPT2LMHeadModel", n_layer=1)
     trainable, frozen = jdelta.LoraModel(model, lora_r=2).partition()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import build, fresh, noisy, train_deltas
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 
@@ -128,7 +129,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", breadth(LAYERS, "Dense", "Conv", "Einsum", "inside a scan"))
 def test_every_linear_layer_of_flax(kind):
     module, x = LAYERS[kind]
     model = of(nn.Sequential([module]), x)
@@ -283,6 +284,7 @@ def test_added_biases_become_leaves_that_the_module_with_biases_has():
     np.testing.assert_array_equal(backbone(FLAT, params=pure), attached)  # what was merged apart
 
 
+@pytest.mark.slow
 def test_added_biases_are_merged_in_a_model_with_norms_of_its_own_and_generate_the_same():
     model = fresh("t5", "FlaxT5ForConditionalGeneration")
     base, before = model.params, model.generate(IDS, max_new_tokens=4, do_sample=False).sequences

@@ -96,7 +96,7 @@ def test_on_some_layers_only_the_others_are_the_backbones():
         jax.jit(lambda p, m=m: m(IDS, params=p, output_hidden_states=True).hidden_states)(tree)
         for m, tree in ((bare, jdelta.prune(params, "prefix")), (model, params))
     )
-    chex.assert_trees_all_equal(after[:2], before[:2])
+    chex.assert_trees_all_close(after[:2], before[:2], rtol=1e-6, atol=1e-6)  # two programs: but for rounding
     assert np.abs(after[2] - before[2]).max() > 1e-4
 
 

@@ -179,6 +179,7 @@ def test_an_encoder_pools_at_the_callers_first_token():
     close(out.logits, dense(p["classifier"], pooled), 1e-5)  # sums in another order
 
 
+@pytest.mark.slow
 def test_clip_pools_at_the_callers_last_token():
     model, _ = attached("FlaxCLIPModel")
     inputs = zoo.inputs(model, length=LENGTH)
@@ -258,6 +259,7 @@ def test_greedy_generation_of_an_encoder_decoder_is_that_of_the_uncached_forward
     assert (logits.argmax(-1)[:, :-1] == sequences[:, 1:]).all()
 
 
+@pytest.mark.slow
 def test_generation_without_the_delta_is_the_backbones():
     model, delta = attached("FlaxGPT2LMHeadModel")
     lone = {"max_new_tokens": 5, **OPEN_END}
