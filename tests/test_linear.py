@@ -494,3 +494,20 @@ def test_a_module_that_is_too_large_and_has_no_smaller_copy_is_to_be_registered(
     with pytest.raises(TypeError, match=r"too large to try that: kernel has shape \(300, 300\).*register_linear"):
         jdelta.LoraModel(jdelta.Backbone(nn.Sequential([HardCoded()]), dummy_inputs=(x,)), ["layers_0"], lora_r=2)
     linear._tried.clear()
+
+
+def test_gradients_past_a_module_with_a_non_linearity_beside_its_product(monkeypatch):
+    backbone, delta = attached(Own(lambda x, k: x @ k + nn.relu(x), (D_IN, D_IN)), lora_r=2)
+    train_deltas(delta)
+    x = x_of(200)
+    folds = []
+    folded = jdelta.methods.lora.folded
+    monkeypatch.setattr("jdelta.methods.lora.folded", lambda *a: folds.append(1) or folded(*a))
+
+    def gradients():
+        return jax.grad(lambda p, x: jnp.sum(jnp.sin(backbone(x, params=p))), (0, 1))(backbone.params, x)
+
+    found = gradients()
+    assert bool(folds) == jdelta.methods.products.on_cpu()
+    monkeypatch.setattr("jdelta.methods.lora.folding_is_cheaper", lambda *_: False)
+    chex.assert_trees_all_close(found, gradients(), rtol=1e-4, atol=1e-3)
