@@ -87,11 +87,19 @@ class Scanned(nn.Module):
         return body(Block(name="block"), x, None)[0]
 
 
+class Dense(nn.Module):
+    layer: type = nn.jit(nn.Dense)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(3, name="last")(jnp.tanh(self.layer(6, name="first")(x)))
+
+
 KINDS = {
     "a method of the root": (RootMethod(), ["d0", "d1"], 1),
     "the root's class": (nn.jit(Plain, static_argnames=("twice",))(), ["d0", "d1"], 1),
     "blocks that are alike": (Blocks(), ["dense"], 3),
-    "blocks of a class": (Blocks(nn.jit(nn.Dense)), [], 0),
+    "layers of a jitted class": (Dense(), ["first", "last"], 0),
     "a helper called twice": (ByMethod(), ["dense"], 2),
     "a body of nn.scan": (Scanned(), ["block.dense"], None),
     "within nn.remat": (Blocks(nn.remat(Block)), ["dense"], 3),
@@ -109,7 +117,7 @@ def unjitted(backbone):
         return backbone.module.apply({"params": backbone.params}, X)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][1]])
+@pytest.mark.parametrize("kind", KINDS)
 def test_such_a_model_attaches_runs_detaches_and_merges_like_any_other(kind):
     module, targets, _ = KINDS[kind]
     backbone = backbone_of(module)
@@ -211,6 +219,12 @@ def test_dropout_inside_follows_the_call_around():
     for _ in range(2):
         chex.assert_trees_all_equal(run(True, 1), run(True, 2))
         assert jnp.abs(run(False, 1) - run(False, 2)).max() > 1e-4
+
+
+def test_default_positions_in_a_jitted_model_say_what_any_unknown_model_does():
+    with pytest.raises(ValueError, match=r"RootMethod has no block of a known family") as caught:
+        jdelta.LoraModel(backbone_of(RootMethod()))
+    assert "d0-1 (2 layers) Dense 2×4 → 2×4" in str(caught.value)
 
 
 def test_the_structure_counts_calls_that_flax_would_have_taken_from_its_cache():
