@@ -72,6 +72,12 @@ class EinsumMap:
     weights: str = "kernel"
     equation: str = "...i,io->...o"
 
+    @property
+    def shared(self) -> str:
+        """The axes that weights, input and output share."""
+        x_axes, w_axes, y_axes = operands(self.equation)
+        return "".join(axis for axis in w_axes if axis in x_axes and axis in y_axes)
+
     def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
         """`x · D`."""
         return jnp.einsum(self.equation, x, change)

@@ -511,3 +511,12 @@ def test_gradients_past_a_module_with_a_non_linearity_beside_its_product(monkeyp
     assert bool(folds) == jdelta.methods.products.on_cpu()
     monkeypatch.setattr("jdelta.methods.lora.folding_is_cheaper", lambda *_: False)
     chex.assert_trees_all_close(found, gradients(), rtol=1e-4, atol=1e-3)
+
+
+def test_an_einsum_with_weights_for_each_row_does_not_go_to_peft(tmp_path):
+    x = jax.random.normal(jax.random.key(0), (2, 3, D_IN))
+    delta = attached(nn.Einsum((2, D_IN, 5), "bed,bdf->bef", use_bias=False), x, lora_r=2)[1]  # 2 rows, and rank 2
+    train_deltas(delta)
+    with pytest.raises(ValueError, match=r"layers_0: PEFT has no module with weights for each row, as 'bed,bdf->bef'"):
+        delta.to_peft(tmp_path)
+    assert not list(tmp_path.iterdir())

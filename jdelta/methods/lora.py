@@ -296,9 +296,9 @@ class LoraEinsum(Lora):
     def _factors(self) -> tuple[str, str]:
         """The axes of `a` and of `b`."""
         x_axes, w_axes, y_axes = operands(self.linear.equation)
-        shared = "".join(axis for axis in w_axes if axis in x_axes and axis in y_axes)
         summed = "".join(axis for axis in w_axes if axis not in y_axes)
         new = "".join(axis for axis in w_axes if axis not in x_axes)
+        shared = self.linear.shared
         return shared + summed + _RANK, shared + _RANK + new
 
 

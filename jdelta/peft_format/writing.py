@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from jdelta import common_names, folder
 from jdelta.finetuned import BackboneInfo, Finetuned, listing
-from jdelta.linear import ConvMap, LookupMap, MatrixMap, linear_map
+from jdelta.linear import ConvMap, EinsumMap, LookupMap, MatrixMap, linear_map
 from jdelta.methods.lora import LoraConfig
 from jdelta.peft_format.limits import require_no_cross_attention, require_same_lora
 from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, modules_of, shapes_of, to_torch, torch_leaf, torch_name
@@ -108,6 +108,8 @@ def _factors(host: ModuleInfo, a: np.ndarray, b: np.ndarray) -> dict[str, np.nda
     if isinstance(linear, ConvMap):
         ones = (1,) * (a.ndim - 2)
         return {f"{name}.lora_A.weight": to_torch(a), f"{name}.lora_B.weight": b.T.reshape(*b.shape[::-1], *ones)}
+    if isinstance(linear, EinsumMap) and linear.shared:
+        raise ValueError(f"LoRA at {name}: PEFT has no module with weights for each row, as {linear.equation!r} has.")
     r = len(b)
     return {f"{name}.lora_A.weight": a.reshape(-1, r).T, f"{name}.lora_B.weight": b.reshape(r, -1).T}
 
