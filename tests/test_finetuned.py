@@ -92,7 +92,7 @@ def test_a_prefix_is_saved_as_what_its_network_made_and_the_live_one_stays(tmp_p
     again = bert()
     loaded = jdelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=again)
     assert not loaded.config.reparameterize
-    np.testing.assert_allclose(again(IDS).logits, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(again(IDS).logits, expected, rtol=1e-5, atol=1e-6)  # two programs: but for rounding
 
 
 AXIS = {nn.PARTITION_NAME: "layers"}
@@ -285,7 +285,7 @@ delta = jdelta.AutoDeltaModel.from_finetuned(sys.argv[2], backbone_model=sharded
 sharded.params = place(sharded.params)
 compiled = jax.jit(lambda params: sharded(ids, params=params).logits)
 got = compiled(sharded.params)
-np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 again = delta.finetuned()
 assert again.backbone == wanted.backbone
 for name, value in wanted.values.items():
@@ -299,7 +299,7 @@ delta.merge()
 assert jdelta.prune(shardings, "lora") == jax.tree.map(lambda a: a.sharding, sharded.params)
 np.testing.assert_allclose(sharded(ids).logits, want, rtol=1e-5, atol=1e-6)
 delta.unmerge()
-np.testing.assert_allclose(sharded(ids).logits, want, rtol=1e-6, atol=1e-7)
+np.testing.assert_allclose(sharded(ids).logits, want, rtol=1e-5, atol=1e-6)
 
 for method, (cls, arguments) in METHODS.items():
     one, two = (fresh("bert", "FlaxBertForSequenceClassification", num_hidden_layers=1) for _ in range(2))
@@ -337,7 +337,7 @@ def test_loading_onto_an_attached_delta_compiles_nothing(saved, tmp_path):
     run(model.params)
     for path, want in ((saved[0], saved[1]), (tmp_path, other(IDS).logits), (saved[0], saved[1])):
         delta.load_finetuned(path)
-        np.testing.assert_allclose(run(model.params), want, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(run(model.params), want, rtol=1e-5, atol=1e-6)
     assert run._cache_size() == 1
 
 

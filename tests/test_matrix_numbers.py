@@ -69,7 +69,8 @@ def test_every_method_on_a_class_of_each_family_with_numbers(family):
             key = jax.random.key(0, impl="rbg")  # quick to compile
             own = initialised(lambda key: new_leaves(model.init_weights(key, model.input_shape), base), key)
             at_first = run(lambda p: model(**x, params=p), jdelta.graft(base, own))
-            chex.assert_trees_all_close(at_first, before, rtol=1e-6, atol=1e-6)
+            # Two programs of some hundred steps each, so but for rounding.
+            chex.assert_trees_all_close(at_first, before, rtol=1e-5, atol=1e-5)
     deltas[-1].freeze_module()
     trainable = random_weights(deltas[-1].partition()[0], seed=1)
     frozen = new_leaves(base, trainable)
