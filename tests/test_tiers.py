@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,29 @@ def test_only_the_named_cases_are_quick():
     assert [mark.name for mark in first.marks] == ["slow"]
     with pytest.raises(ValueError, match=r"\['c'\] are none of the cases \['a', 'b'\]"):
         tiers.breadth(["a", "b"], "c")
+
+
+def test_ci_takes_the_first_python_that_runs(tmp_path):
+    """A shim that does not run counts as absent, and pyenv's own folders are looked at too."""
+    bash, ci = shutil.which("bash"), HERE.parent / ".ci" / "run"
+    own = tmp_path / "versions" / "3.12.1" / "bin" / "python3"
+
+    def second(version: str) -> str:
+        env = {"PATH": str(tmp_path), "PYENV_ROOT": str(tmp_path), "HOME": str(tmp_path)}
+        command = [bash, "-c", f"source {shlex.quote(str(ci))}; second_python {version}"]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
+
+    def program(path: Path, status: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!{bash}\nexit {status}\n")
+        path.chmod(0o755)
+
+    assert second("3.11") == second("3.13") == ""
+    program(tmp_path / "python3.13", 127)
+    program(own, 0)
+    assert second("3.11") == f"3.12 {own}"
+    program(tmp_path / "python3.13", 0)
+    assert second("3.11") == f"3.13 {tmp_path / 'python3.13'}"
+    assert second("3.12") == ""
+    program(tmp_path / "python3.11", 0)
+    assert second("3.12") == second("3.13") == f"3.11 {tmp_path / 'python3.11'}"
