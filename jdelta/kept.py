@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+import warnings
 from typing import Any, Literal
 
 import jax
@@ -31,10 +32,33 @@ class Kept(Placed):
           Its own leaves and whatever else trains (but no leaves of other deltas), with the configuration and the
           backbone's fingerprint. A prefix comes without the network that makes it, as `fold` leaves it.
 
+        A delta of which nothing has moved since it was initialised is a `UserWarning`.
+
         Raises:
           RuntimeError: it is detached, or the tree was donated.
           ValueError: leaves are missing, or are shapes.
         """
+        self._active("saved")
+        if self._is_untrained(self._values(params)):
+            warnings.warn(self._untrained("finetuned", params), stacklevel=2)
+        return self._finetuned(params)
+
+    def _untrained(self, verb: str, params: Tree | None) -> str:
+        """The message for a delta that has not moved."""
+        holder = "model.params" if params is None else "the tree that was passed"
+        return (
+            f"{verb}: nothing of delta {self.name!r} has moved since it was initialised: {holder} holds the values "
+            "from before training. Pass the tree that training returned: pass params=…."
+        )
+
+    def _trained_or_allowed(self, verb: str, params: Tree | None, allow_untrained: bool) -> Finetuned:
+        """What is written. Raises `ValueError` if nothing has moved, unless that is allowed."""
+        self._active("saved")
+        if not allow_untrained and self._is_untrained(self._values(params)):
+            raise ValueError(f"{self._untrained(verb, params)} To write it as it is: allow_untrained=True.")
+        return self._finetuned(params)
+
+    def _finetuned(self, params: Tree | None) -> Finetuned:
         own, tree, config = self._active("saved"), self._values(params), self.config
         trains = surgery.flatten(surgery.parameters(self._mask_of(tree)))
         deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}
@@ -58,7 +82,9 @@ class Kept(Placed):
             own=frozenset(map(surgery.name_of, own.leaves)),
         )
 
-    def save_finetuned(self, path: str | os.PathLike[str], params: Tree | None = None) -> None:
+    def save_finetuned(
+        self, path: str | os.PathLike[str], params: Tree | None = None, *, allow_untrained: bool = False
+    ) -> None:
         """Writes what was trained to a folder: `delta_config.json`, `delta.safetensors` and a model card.
 
         `AutoDeltaModel.from_finetuned(path, backbone_model=…)` restores it bit for bit, in the dtype that it has now.
@@ -68,21 +94,26 @@ class Kept(Placed):
         Args:
           path: the folder; it is made if need be, and other files in it stay.
           params: the tree to take the values from; by default `model.params`.
+          allow_untrained: whether to write a delta of which nothing has moved since it was initialised, as
+            `model.params` holds it while a tree of your own is trained.
 
         Raises:
           OSError: no permission, no space, or the path is a file. What was there before is there still.
+          ValueError: nothing has moved. Nothing is written then.
           RuntimeError, ValueError: as `finetuned`.
         """
-        found = self.finetuned(params)
+        found = self._trained_or_allowed("save_finetuned", params, allow_untrained)
         if jax.process_index() == 0:
             found.save(path)
 
-    def push_to_hub(self, repo_id: str, params: Tree | None = None, **options: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, params: Tree | None = None, *, allow_untrained: bool = False, **options: Any
+    ) -> str:
         """Saves what was trained and uploads it to the Hub.
 
         Args:
           repo_id: `"user/name"`; the repository is made if need be.
-          params: as in `save_finetuned`.
+          params, allow_untrained: as in `save_finetuned`.
           **options: `token`, `private`, `revision`, `commit_message`, `create_pr`, as huggingface_hub has them.
 
         Returns:
@@ -96,14 +127,16 @@ class Kept(Placed):
           ValueError: the Hub refuses the name; or `private` of a repository that is public already.
           RuntimeError, ValueError: as `finetuned`.
         """
-        found = self.finetuned(params)
+        found = self._trained_or_allowed("push_to_hub", params, allow_untrained)
         if jax.process_index() != 0:
             return ""
         with tempfile.TemporaryDirectory() as folder:
             found.save(folder)
             return hub.push(folder, repo_id, **options)
 
-    def to_peft(self, path: str | os.PathLike[str], params: Tree | None = None) -> None:
+    def to_peft(
+        self, path: str | os.PathLike[str], params: Tree | None = None, *, allow_untrained: bool = False
+    ) -> None:
         """Writes what was trained in the format of PyTorch PEFT, which `PeftModel.from_pretrained` loads.
 
         Of LoRA, prefix tuning and prompt tuning. The folder gets `adapter_config.json` and `adapter_model.safetensors`,
@@ -112,7 +145,7 @@ class Kept(Placed):
 
         Args:
           path: the folder; it is made if need be.
-          params: as in `save_finetuned`.
+          params, allow_untrained: as in `save_finetuned`.
 
         Raises:
           OSError: no permission, no space, or the path is a file. What was there before is there still.
@@ -121,7 +154,7 @@ class Kept(Placed):
         """
         from jdelta import peft_format  # here, since it knows the methods, which are made of this class
 
-        found = self.finetuned(params)
+        found = self._trained_or_allowed("to_peft", params, allow_untrained)
         if jax.process_index() == 0:
             peft_format.to_peft(found, self._structure, path)
 
@@ -184,6 +217,7 @@ class Kept(Placed):
                 if path in leaves and path not in deltas and name not in found.values
             }
             require_same({} if not rest else fingerprint.fingerprint(rest), found, check_hash)
+        self._initial = None
         start = surgery.root(tree)
         loaded = surgery.replaced(tree, {(*start, *paths[name]): value for name, value in found.values.items()})
         if params is None and self._face.params is not None:
@@ -196,7 +230,7 @@ class Kept(Placed):
         LoRA folds into every module that it takes; trained biases of BitFit are in their place already. A bias that
         BitFit gave to a module without one becomes the module's own leaf `bias`, as a module with biases would have it,
         and still costs its addition. The weights keep their dtype; the sums are computed in float32. `unmerge` puts the
-        original bits back.
+        original bits back. A delta of which nothing has moved since it was initialised is a `UserWarning`.
 
         Args:
           params: a tree to fold, whose leaves are only read; by default `model.params`.
@@ -216,6 +250,8 @@ class Kept(Placed):
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError("merge: the values are elsewhere. Pass the tree that holds them: delta.merge(params).")
         made = with_made({"params": surgery.parameters(tree)}, [own])["params"]
+        if self._is_untrained(tree):
+            warnings.warn(self._untrained("merge", params), stacklevel=2)
         folded = merging.folded(made, self.name, attachments, self._structure)
         new = {(*start, *path): value for path, value in folded.items()}
         self._was_merged = True

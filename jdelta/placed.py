@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, dtypes, freezing, surgery
+from jdelta import addressing, backbone, common_names, dtypes, fingerprint, freezing, surgery
 from jdelta.config import DeltaConfig, require_name
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
 from jdelta.random_keys import as_key
@@ -231,6 +232,7 @@ class Placed:
         self._inserted: list[str] = []  # modules where a layer was put in by hand
         self._was_merged = False
         self._unmerged: dict[Path, tuple[Any, Any]] = {}  # while it is merged: the weights before and after
+        self._initial: dict[Path, str] | None = {}  # digests of own leaves at initialisation; None: values were loaded
         self._kept: dict[Path, Any] = {}  # values to put back: on detach the backbone's, on attach the delta's
 
     def _edits_at(self, patterns: Sequence[str], common: bool = False) -> list[Edit]:
@@ -388,6 +390,8 @@ class Placed:
                 self._face.params = params
             raise
         self._shapes = surgery.unflatten({(*start, *path): shape for path, shape in own.items()})
+        if params is not None and self._initial is not None:
+            self._initial |= _digests(surgery.parameters(after), fresh)
 
     def _tried(self, edits: Sequence[Edit]) -> tuple[list[Attachment], int, Tree]:
         """What the model would carry with these edits, which of it they are, and its leaves' shapes.
@@ -564,6 +568,26 @@ class Placed:
                 stacklevel=4,
             )
 
+    def _is_untrained(self, params: Tree) -> bool:
+        """Whether all of the delta that trains has the bits that it was initialised with.
+
+        Not while a function is traced, of shapes, of values that were loaded, or where nothing of the delta trains. In
+        a program of several processes all have to call this, and find the same.
+        """
+        if self._initial is None:
+            return False
+        leaves = freezing.parameters_of(params)
+        trains = self._trained(leaves)
+        own = [path for path in self._attachment.leaves if path in trains]
+        borrowed = [path for path in self._attachment.borrowed if path in trains]
+        before = {path: _kept_value(self._kept, path) for path in borrowed}
+        values = [meta.unbox(leaves[path]) for path in (*own, *borrowed)]
+        if not values or not all(map(_has_value, [*values, *before.values()])):
+            return False
+        return all(fingerprint.digest(meta.unbox(leaves[path])) == self._initial.get(path) for path in own) and all(
+            fingerprint.digest(meta.unbox(leaves[path])) == fingerprint.digest(before[path]) for path in borrowed
+        )
+
     def _borrowed(self, params: Tree) -> dict[Path, Any]:
         """The backbone's own leaves that train with this delta."""
         flat, start = surgery.flatten(params), surgery.root(params)
@@ -602,7 +626,10 @@ class Placed:
         own = self._attachment
         if own.source is None or not own.active:
             raise ValueError(f"delta {self.name!r} {'is detached' if own.source else 'has nothing to fold'}.")
-        folded, written = self._written(self._tree(params))
+        tree = self._tree(params)
+        untrained = self._is_untrained(tree)
+        folded, written = self._written(tree)
+        self._initial = _digests(surgery.parameters(folded), written.leaves) if untrained else None
         others = attachments_of(self._face.module)
         written = dataclasses.replace(written, config=config)
         self._face.module = instrument(self._face.module, [written if a.name == own.name else a for a in others])
@@ -632,6 +659,22 @@ def _select(tree: Tree, paths: Iterable[Path]) -> Tree:
     """The sub-tree of some leaves of the parameters."""
     flat, start = surgery.flatten(tree), surgery.root(tree)
     return surgery.unflatten({(*start, *path): flat[(*start, *path)] for path in paths})
+
+
+def _digests(params: Tree, paths: Iterable[Path]) -> dict[Path, str]:
+    """Path to digest of those leaves that hold values."""
+    leaves = surgery.flatten(params)
+    values = {path: meta.unbox(leaves[path]) for path in paths}
+    return {path: fingerprint.digest(value) for path, value in values.items() if _has_value(value)}
+
+
+def _has_value(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _kept_value(kept: Mapping[Path, Any], path: Path) -> Any:
+    """The value that was kept of a leaf of the parameters, which may be in a tree of collections."""
+    return meta.unbox(kept.get(path, kept.get(("params", *path))))
 
 
 def _copy(leaf: Any) -> Any:

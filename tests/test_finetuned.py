@@ -247,7 +247,7 @@ def test_a_backbone_given_as_shapes(saved):
 def test_a_tree_of_shapes_gets_the_saved_values(tmp_path):
     module, x = Scanned(), jnp.ones((2, 4))
     model = scanned()
-    jdelta.LoraModel(model, modified_modules=["dense"], lora_r=2).save_finetuned(tmp_path)
+    jdelta.LoraModel(model, modified_modules=["dense"], lora_r=2).save_finetuned(tmp_path, allow_untrained=True)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
     backbone = jdelta.Backbone(module, shapes, dummy_inputs=(x,))
     delta = jdelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=backbone)
@@ -380,7 +380,7 @@ def test_another_backbone_warns_or_is_refused(saved):
 
 def test_a_head_that_was_left_random_is_told(tmp_path):
     model = bert()
-    jdelta.LoraModel(model).save_finetuned(tmp_path)
+    jdelta.LoraModel(model).save_finetuned(tmp_path, allow_untrained=True)
     again = bert()
     again.params["classifier"]["kernel"] = again.params["classifier"]["kernel"] + 1
     with pytest.warns(UserWarning, match=r"1 of \d+ leaves have other values: classifier\.kernel"):

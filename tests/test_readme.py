@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from jdelta import common_names, interactive
@@ -38,6 +39,10 @@ def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch
     with mock.patch.dict(common_names.TABLE):  # one block registers a family
         for number, block in enumerate(found):
             exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
+            if number == 0:  # the loop around the step is the reader's
+                batch = {name: np.ones((2, 4), "i4") for name in ("input_ids", "attention_mask")}
+                step, state, labels = names["step"], names["state"], np.array([0, 1])
+                names["params"], _ = step(names["params"], state, batch, labels)
     printed = capsys.readouterr().out
     assert "trainable" in printed
     assert "6 attention modules: bert.encoder.layer.[0-5].attention.self" in printed
@@ -46,7 +51,6 @@ def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch
     # The training step of the first block does what its comment says.
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     delta, model = names["delta"], names["model"]
     names["extra"].detach()
