@@ -145,7 +145,7 @@ def test_the_codes_stay_bit_for_bit_in_a_training_step_of_the_whole_tree():
 def test_floats_are_not_loaded_in_the_place_of_codes_nor_codes_for_floats(tmp_path):
     plain = of(nn.Dense(5))
     trained = jdelta.LoraModel(plain, ["layers_0"], lora_r=2, unfrozen_modules=["layers_0.kernel"])
-    trained.save_finetuned(tmp_path / "floats")
+    trained.save_finetuned(tmp_path / "floats", allow_untrained=True)
     backbone = of(nn.Dense(5))
     dense = backbone.params["layers_0"]
     backbone.params = {"layers_0": {**dense, "kernel": dense["kernel"].astype(jnp.int8)}}
