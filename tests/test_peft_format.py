@@ -75,7 +75,9 @@ def prefix(family: str, task: str, **more: Any) -> Case:
 
 
 def prompt(family: str, task: str, extra: int = TOKENS) -> Case:
-    config = functools.partial(peft.PromptTuningConfig, task_type=task, num_virtual_tokens=TOKENS)
+    def config(**more):  # peft is not imported until it is called
+        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=TOKENS, **more)
+
     return Case(family, config, extra=extra)
 
 

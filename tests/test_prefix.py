@@ -30,7 +30,7 @@ from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 import jdelta
 from jdelta import surgery
 
-TOLERANCE = 1e-6
+TOLERANCE = 4e-6  # of the largest entry: some thirty roundings of float32, on any processor
 BATCH, LENGTH, HEADS, WIDTH = 2, 6, 2, 8
 DIM = HEADS * WIDTH
 MASK = np.ones((BATCH, LENGTH), np.int32)

@@ -124,6 +124,7 @@ def test_a_checkpoint_holds_what_trains_and_nothing_of_the_backbone(folder):
     assert sum(file.stat().st_size for file in checkpoint.rglob("*")) < 4 * 5000 * 32 / 3  # of the word embedding alone
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(folder, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import resume
