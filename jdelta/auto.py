@@ -93,7 +93,8 @@ class AutoDeltaModel:
 
             delta = jdelta.AutoDeltaModel.from_finetuned("out/", backbone_model=model)
 
-        The values have the bits and the dtype that were saved. Where `model.params` holds shapes, they stand among
+        The values have the bits and the dtype that were saved, the backbone's own too, whatever the model has; where
+        that is narrower, a warning says so, as by `load_finetuned`. Where `model.params` holds shapes, they stand among
         these; with a model made with `_do_init=False`, call `delta.load_finetuned(source, params)` on your own tree.
 
         Args:

@@ -9,6 +9,7 @@ import warnings
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax.core import meta
 
 from jdelta import dtypes, fingerprint, hub, merging, surgery
@@ -178,8 +179,9 @@ class Kept(Placed):
           revision: of the repository.
 
         Returns:
-          The tree with the saved values, in their dtype, and in the sharding of those they replace. Without
-          `params`, it is also put into `model.params`.
+          The tree with the saved values, in the dtype that was saved, and in the sharding of those they replace. A
+          dtype that is narrower than the one it replaces is a warning, and with any other one compiled functions are
+          compiled again. Without `params`, the tree is also put into `model.params`.
 
         Raises:
           FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
@@ -217,6 +219,18 @@ class Kept(Placed):
                 if path in leaves and path not in deltas and name not in found.values
             }
             require_same({} if not rest else fingerprint.fingerprint(rest), found, check_hash)
+        narrower = [
+            f"{name} ({value.dtype} in place of {here})"
+            for name, value in found.values.items()
+            if jnp.promote_types(value.dtype, here := meta.unbox(shapes[paths[name]]).dtype) != value.dtype
+        ]
+        if narrower:
+            warnings.warn(
+                f"delta {self.name!r} was saved in a narrower dtype, and its leaves have that now: "
+                f"{listing(narrower)}. In less than float32 training rounds small steps away, or overflows: before "
+                "training on, cast what trains (trainable_mask says what) to float32.",
+                stacklevel=3,
+            )
         self._initial = None
         start = surgery.root(tree)
         loaded = surgery.replaced(tree, {(*start, *paths[name]): value for name, value in found.values.items()})

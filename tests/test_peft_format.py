@@ -314,13 +314,32 @@ def test_older_files_name_the_modules_to_save_in_the_middle(adapter: Path) -> No
     assert_same_leaves(jdelta.from_peft(adapter, copy.copy(models("bert")[1])).finetuned().values, expected)
 
 
-def test_bfloat16_stays_bfloat16(adapter: Path, tmp_path: Path) -> None:
+def test_bfloat16_becomes_what_peft_makes_of_it(adapter: Path, tmp_path: Path) -> None:
     base = copy.deepcopy(models("bert")[0])
     wrapped = peft.PeftModel.from_pretrained(base, adapter).to(torch.bfloat16)
     wrapped.save_pretrained(tmp_path / "half")
-    delta = jdelta.from_peft(tmp_path / "half", copy.copy(models("bert")[1]))
-    assert {value.dtype for value in delta.finetuned().values.values()} == {np.dtype(jnp.bfloat16)}
-    delta.to_peft(tmp_path / "back")
+    values = jdelta.from_peft(tmp_path / "half", copy.copy(models("bert")[1])).finetuned().values
+    own = peft.PeftModel.from_pretrained(copy.deepcopy(models("bert")[0]).float(), tmp_path / "half").state_dict()
+    assert {value.dtype for value in values.values()} == {np.dtype(np.float32)}
+    for name, value in values.items():
+        host, _, letter = name.rpartition(".lora.")
+        key = (
+            f"{host}.lora_{letter.upper()}.default.weight"
+            if host
+            else f"classifier.modules_to_save.default.{name[11:]}"
+        )
+        expected = own[f"base_model.model.{key.replace('kernel', 'weight')}"]
+        assert expected.dtype == torch.float32
+        assert np.array_equal(value, expected.numpy().T), name
+
+
+def test_bfloat16_that_is_kept_goes_back_bit_for_bit(adapter: Path, tmp_path: Path) -> None:
+    base = copy.deepcopy(models("bert")[0])
+    wrapped = peft.PeftModel.from_pretrained(base, adapter).to(torch.bfloat16)
+    wrapped.save_pretrained(tmp_path / "half")
+    model = copy.copy(models("bert")[1])
+    model.params = model.to_bf16(model.params)
+    jdelta.from_peft(tmp_path / "half", model, keep_dtype=True).to_peft(tmp_path / "back")
     assert_same_leaves(*(bits(tmp_path / name / "adapter_model.safetensors") for name in ("half", "back")))
 
 
@@ -580,7 +599,9 @@ def test_a_shared_embedding_that_peft_does_not_run_is_refused(tmp_path: Path) ->
     saved(lora("bart", "shared", "q_proj"), tmp_path)
     refuses(tmp_path, ValueError, "changes nothing in PEFT", "bart")
     with pytest.raises(ValueError, match="changes nothing in PEFT"):
-        jdelta.LoraModel(copy.copy(models("bart")[1]), modified_modules=["shared"]).to_peft(tmp_path / "out")
+        jdelta.LoraModel(copy.copy(models("bart")[1]), modified_modules=["shared"]).to_peft(
+            tmp_path / "out", allow_untrained=True
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -607,7 +628,7 @@ def test_what_peft_cannot_hold_is_refused(
     make: Callable[[Any], jdelta.DeltaModel], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make(copy.copy(models("bert")[1])).to_peft(tmp_path / "out")
+        make(copy.copy(models("bert")[1])).to_peft(tmp_path / "out", allow_untrained=True)
     assert not (tmp_path / "out").exists()
 
 

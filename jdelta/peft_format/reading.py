@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, folder, freezing, hub, surgery
+from jdelta import addressing, backbone, common_names, dtypes, folder, freezing, hub, surgery
 from jdelta.auto import AutoDeltaModel
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
@@ -33,7 +35,11 @@ Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's,
 
 
 def from_peft(
-    source: str | os.PathLike[str], backbone_model: Any, name: str | None = None, revision: str | None = None
+    source: str | os.PathLike[str],
+    backbone_model: Any,
+    name: str | None = None,
+    revision: str | None = None,
+    keep_dtype: bool = False,
 ) -> DeltaModel:
     """Attaches an adapter that PyTorch PEFT saved, with its values and with what else was trained with it.
 
@@ -50,6 +56,9 @@ def from_peft(
       backbone_model: the Flax model of the same class; a backbone without its head, or with one, will do as well.
       name: the delta's name in the tree; by default that of its method.
       revision: branch, tag or commit of the repository.
+      keep_dtype: whether the delta's own leaves have the dtype of the file. By default they become float32, as PEFT
+        loads them: in less, most steps of an optimizer are rounded away. The backbone's own leaves always keep the
+        dtype that they have in the model, as in PEFT; if that rounds what is in the file, a warning says so.
 
     Raises:
       FileNotFoundError: no such folder or repository, or one of the two files is not in it.
@@ -68,7 +77,7 @@ def from_peft(
         require_known_fields(fields)
         adapter = _READERS[fields["peft_type"]](fields, tensors, names)
         with backbone.unchanged_on_error(face):
-            return _attached(adapter, backbone_model, name)
+            return _attached(adapter, backbone_model, name, keep_dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -107,14 +116,22 @@ class _Adapter:
     modules_to_save: Sequence[str]
 
 
-def _attached(adapter: _Adapter, backbone_model: Any, name: str | None) -> DeltaModel:
+def _attached(adapter: _Adapter, backbone_model: Any, name: str | None, keep_dtype: bool) -> DeltaModel:
+    for (host, leaf), value in adapter.leaves.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{leaf!r} of the adapter at {host or 'the model'!r} is {value.dtype}, and no float.")
     delta = AutoDeltaModel.from_config(adapter.config, backbone_model, name=name)
     shapes, values = shapes_of(delta.shapes()), {}
     for (host, leaf), value in adapter.leaves.items():
         key = f"{host or delta.targets[0]}.{delta.name}.{leaf}"
         values[key] = fitted(value, shapes.get(key, value.shape))
+    wide = {key: value.astype(np.float32) for key, value in values.items()}
     saved = _news(adapter, delta.backbone_model.params, shapes_of(delta.structure.params))
-    delta.load_finetuned(Finetuned(delta.name, adapter.config, values | saved, delta.targets), check_hash=False)
+    delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)
+    if keep_dtype:
+        params = delta.backbone_model.params
+        paths = {surgery.name_of(path): (*surgery.root(params), *path) for path in delta.paths}
+        delta.backbone_model.params = surgery.replaced(params, {paths[key]: value for key, value in values.items()})
     if saved:
         delta.freeze_module(
             [freezing.DELTAS, *_patterns(saved, adapter.modules_to_save, shapes_of(delta.structure.params))]
@@ -123,16 +140,28 @@ def _attached(adapter: _Adapter, backbone_model: Any, name: str | None) -> Delta
 
 
 def _news(adapter: _Adapter, params: Tree, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The backbone's leaves that train, or that the file has other values of; PEFT saves some that are as they were."""
+    """The backbone's leaves that train, or that the file has other values of; PEFT saves some that are as they were.
+
+    In the dtype that they have in the model.
+    """
     leaves = surgery.flatten(surgery.parameters(params))
     have = {surgery.name_of(path): meta.unbox(leaf) for path, leaf in leaves.items() if path}
-    news = {}
+    news, rounded = {}, []
     for name, tensor in adapter.saved.items():
-        value = fitted(to_flax(tensor) if name.endswith(".kernel") else tensor, shapes[name])
-        old = have.get(name)
+        value, old = fitted(to_flax(tensor) if name.endswith(".kernel") else tensor, shapes[name]), have[name]
+        if dtypes.takes_steps(value.dtype) and not dtypes.is_fixed(old):
+            value, given = value.astype(old.dtype), value
+            if not np.array_equal(value.astype(given.dtype), given):
+                rounded.append(f"{name} ({given.dtype} to {value.dtype})")
         known = not isinstance(old, jax.ShapeDtypeStruct) and np.array_equal(value, np.asarray(old))
         if name in adapter.trains or not known:
             news[name] = value
+    if rounded:
+        warnings.warn(
+            f"from_peft: the model's dtype rounds what is saved of {listing(rounded)}, as in PEFT. To keep it, cast "
+            "the model before, for example model.params = model.to_fp32(model.params).",
+            stacklevel=4,
+        )
     return news
 
 
