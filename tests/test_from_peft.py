@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import fresh, train_deltas
+from flax import linen as nn
 from safetensors.numpy import save_file
 
 import jdelta
+from jdelta import backbone
+from jdelta.peft_format.keys import normalized
+from jdelta.peft_format.names import Names
 
 BERT = "FlaxBertForSequenceClassification"
 QUERY = "bert.encoder.layer.{}.attention.self.query"
@@ -33,7 +37,8 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
 def written(folder: Path, values: Mapping[str, np.ndarray], **fields: Any) -> Path:
     """A folder as PEFT saves one."""
     folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(LORA | fields))
+    fields = fields if "peft_type" in fields else LORA | fields
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
     save_file({key: np.ascontiguousarray(value) for key, value in values.items()}, folder / "adapter_model.safetensors")
     return folder
 
@@ -101,3 +106,133 @@ def test_a_saved_delta_of_a_narrower_dtype_is_a_warning_and_keeps_its_bits() -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         delta.load_finetuned(found, check_hash=False)  # wider loses nothing
+
+
+# --- keys
+
+NAMED = {".lora_A.": ".lora_A.default.", ".lora_B.": ".lora_B.default."}
+
+
+def renamed(values: Mapping[str, np.ndarray], changes: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The values by keys with something else in them; a change of `""` goes to the front."""
+
+    def key(old: str) -> str:
+        for before, after in changes.items():
+            old = old.replace(before, after) if before else after + old
+        return old
+
+    return {key(old): value for old, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    {
+        "name": NAMED,
+        "name-of-the-classifier": {**NAMED, ".classifier.": ".classifier.modules_to_save.default."},
+        "named-classifier-alone": {".classifier.": ".classifier.modules_to_save.default."},
+        "older": {".classifier.": ".classifier.modules_to_save."},
+        "compiled": {"": "_orig_mod."},
+        "compiled-inside": {"base_model.model.": "base_model.model._orig_mod."},
+        "compiled-layers": {".attention.": "._orig_mod.attention."},
+        "compiled-hosts": {".query.": ".query._orig_mod."},
+        "data-parallel": {"": "module."},
+        "data-parallel-inside": {"base_model.model.": "base_model.model.module."},
+        "both": {**NAMED, "": "module._orig_mod."},
+        "doubled": {"": "base_model.model."},
+        "base-model-twice": {"": "base_model."},
+        "absent": {"base_model.model.": ""},
+        "wrapped-and-absent": {"base_model.model.": "module."},
+        "everything": {**NAMED, ".attention.": ".module.attention.", "": "_orig_mod.base_model.model.module."},
+        "without-the-head's-prefix": {"base_model.model.bert.": "base_model.model."},
+    }.items(),
+    ids=lambda change: change[0],
+)
+def test_names_and_wrappers_in_the_keys_are_read_past(changes: tuple[str, dict[str, str]]) -> None:
+    model, plain = fresh("bert", BERT), tensors()
+    names = Names.of(backbone.trace(backbone.face_of(model)), model.base_model_prefix)
+    found = normalized(renamed(plain, changes[1]), "base_model.model.", names)
+    found = {key.replace(".modules_to_save.", "."): value for key, value in found.items()}
+    found = {key if key.startswith(("bert.", "classifier.")) else f"bert.{key}": v for key, v in found.items()}
+    assert found.keys() == {key.removeprefix("base_model.model.") for key in plain}
+    for key, value in found.items():
+        assert value is plain[f"base_model.model.{key}"]
+
+
+def test_a_file_with_names_and_wrappers_in_its_keys_becomes_a_delta(tmp_path: Path) -> None:
+    plain, everything = tensors(), {**NAMED, ".classifier.": ".classifier.modules_to_save.default.", "": "module."}
+    found = jdelta.from_peft(written(tmp_path, renamed(plain, everything)), fresh("bert", BERT)).finetuned().values
+    for i in range(2):
+        expected = plain[f"base_model.model.{QUERY.format(i)}.lora_A.weight"].T
+        np.testing.assert_array_equal(found[f"{QUERY.format(i)}.lora.a"], expected)
+    np.testing.assert_array_equal(found["classifier.kernel"], plain["base_model.model.classifier.weight"].T)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda t: renamed(t, NAMED) | renamed(t, {k: v.replace("default", "other") for k, v in NAMED.items()}),
+            r"holds 2 adapters: 'default', 'other'\. Save one alone",
+        ),
+        (lambda t: t | renamed(t, NAMED), "holds 2 adapters: 'default', one without a name"),
+        (
+            lambda t: renamed(t, NAMED | {".classifier.": ".classifier.modules_to_save.other."}),
+            "holds 2 adapters: 'default', 'other'",
+        ),
+        (lambda t: t | renamed(t, {".attention.": "._orig_mod.attention."}), "two keys of the file mean"),
+        (
+            lambda t: renamed(t, {".lora_A.": ".lora_X.", ".lora_B.": ".lora_Y."}),
+            "holds no LoRA: .*It holds",
+        ),
+    ],
+)
+def test_keys_that_may_mean_two_things_are_refused(tmp_path: Path, make: Any, message: str) -> None:
+    model = fresh("bert", BERT)
+    params = model.params
+    with pytest.raises(ValueError, match=message):
+        jdelta.from_peft(written(tmp_path, make(tensors())), model)
+    assert model.params is params
+
+
+class Pair(nn.Module):
+    """A dense layer, one in something that is called `module`, and one in something inside that."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        class Inner(nn.Module):
+            @nn.compact
+            def __call__(self, x: jax.Array) -> jax.Array:
+                return nn.Dense(4, name="dense")(nn.Dense(4, name="module")(x))
+
+        return Inner(name="module")(nn.Dense(4, name="dense")(x))
+
+
+@pytest.mark.parametrize("lead", ["base_model.model.", "module.base_model.model.", "", "module.", "module._orig_mod."])
+def test_modules_whose_own_name_is_that_of_a_wrapper_keep_it(tmp_path: Path, lead: str) -> None:
+    x = jnp.ones((1, 4))
+    rng = np.random.default_rng(0)
+    hosts = ["dense", "module.dense", "module.module"]
+    values = {f"{lead}{h}.lora_{i}.weight": rng.normal(size=s).astype("f4") for h in hosts for i, s in SQUARE.items()}
+    model = jdelta.Backbone(Pair(), Pair().init(jax.random.key(0), x)["params"], dummy_inputs=(x,))
+    found = jdelta.from_peft(written(tmp_path, values, modules_to_save=None), model).finetuned().values
+    for host in hosts:
+        np.testing.assert_array_equal(found[f"{host}.lora.a"], values[f"{lead}{host}.lora_A.weight"].T)
+
+
+SQUARE = {"A": (2, 4), "B": (4, 2)}
+
+
+def test_a_prompts_key_is_read_past_wrappers(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    head = {key: value for key, value in tensors().items() if "classifier" in key}
+    fields = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "modules_to_save": ["classifier"]}
+    for prompt, lead in (
+        ("prompt_embeddings", "base_model."),
+        ("module.prompt_embeddings", "module.base_model."),
+        ("base_model.prompt_embeddings", "base_model."),
+        ("_orig_mod.prompt_encoder.default.embedding.weight", "_orig_mod.base_model."),
+    ):
+        values = {prompt: rows} | renamed(head, {"base_model.model.": lead})
+        found = jdelta.from_peft(written(tmp_path, values, **fields), fresh("bert", BERT)).finetuned().values
+        np.testing.assert_array_equal(found["bert.embeddings.word_embeddings.soft_prompt.embedding"], rows)
+        np.testing.assert_array_equal(found["classifier.kernel"], head["base_model.model.classifier.weight"].T)

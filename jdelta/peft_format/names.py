@@ -42,11 +42,16 @@ class Names:
         modules = {torch_name(module): module for module in modules_of(structure)}
         return cls(structure, prefix, modules, frozenset(shapes_of(structure.params)))
 
+    def find(self, name: str) -> str | None:
+        """The Flax name of a module; `None` if the model lacks it."""
+        candidates = (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."))
+        return next((self.modules[candidate] for candidate in candidates if candidate in self.modules), None)
+
     def module(self, name: str) -> str:
         """The Flax name of a module. Raises `ValueError` if the model lacks it."""
-        for candidate in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")):
-            if candidate in self.modules:
-                return self.modules[candidate]
+        found = self.find(name)
+        if found is not None:
+            return found
         reason = self.structure.uncalled.get(name)
         near = addressing.closest([*self.modules], name)
         raise ValueError(

@@ -27,6 +27,7 @@ from jdelta.finetuned import Finetuned, listing
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.peft_format.keys import normalized
 from jdelta.peft_format.limits import require_known_fields, require_no_cross_attention, require_same_lora
 from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
 from jdelta.surgery import Tree
@@ -47,7 +48,8 @@ def from_peft(
 
     LoRA (of any rank pattern, on dense layers, convolutions and embeddings), prefix tuning and prompt tuning become a
     `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does. `modules_to_save` and trained
-    biases go into the backbone's leaves, and train further with the delta. Two things PEFT does differently: it counts
+    biases go into the backbone's leaves, and train further with the delta. Keys may hold the adapter's name, and what
+    torch.compile and data parallelism put around the model. Two things PEFT does differently: it counts
     a prefix as positions (pass `position_ids` that begin at `prefix_token_num` for its numbers), and it returns a
     prompt's positions among the outputs.
 
@@ -184,7 +186,7 @@ _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
     factors: dict[str, dict[str, np.ndarray]] = {}
     rest = {}
-    for key, tensor in _without_prefix(tensors, "base_model.model.").items():
+    for key, tensor in normalized(tensors, "base_model.model.", names).items():
         if match := _FACTOR.fullmatch(key):
             factors.setdefault(match[1], {})[match[2].lower()] = to_flax(tensor)
         else:
@@ -195,7 +197,10 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter
             raise ValueError(f"of LoRA at {name!r} there is only lora_{pair.popitem()[0].upper()}.")
         require_same_lora(names.structure.modules.get(hosts[name]), name)
     if not hosts:
-        raise ValueError(f"{TENSORS} holds no LoRA: no key has lora_A or lora_B in it.")
+        raise ValueError(
+            f"{TENSORS} holds no LoRA: no key has lora_A or lora_B in it. It holds "
+            f"{listing(sorted(tensors)) or 'nothing'}."
+        )
     r, alpha = fields["r"], fields["lora_alpha"]
     ranks = {hosts[name]: _by_pattern(fields.get("rank_pattern"), name, r) for name in hosts}
     alphas = {hosts[name]: _by_pattern(fields.get("alpha_pattern"), name, alpha) for name in hosts}
@@ -216,7 +221,7 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter
 def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
     require_no_cross_attention(names.structure)
     layers = [info.name for info in common_names.resolve(names.structure, ["attn"])]
-    rest = dict(_without_prefix(tensors, "base_model."))
+    rest = dict(normalized(tensors, "base_model.", names))
     rows, tokens = _prompt(rest), fields["num_virtual_tokens"]
     heads, wanted = fields["num_attention_heads"], (tokens, 2 * len(layers) * fields["token_dim"])
     if rows.shape != wanted or fields["token_dim"] % heads:
@@ -232,7 +237,7 @@ def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapt
 
 
 def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
-    rest = dict(_without_prefix(tensors, "base_model."))
+    rest = dict(normalized(tensors, "base_model.", names))
     tokens = fields["num_virtual_tokens"]
     rows = _prompt(rest)[:tokens]  # for an encoder-decoder PEFT saves twice as many, and computes with the first
     config = SoftPromptConfig(soft_token_num=tokens, token_init=False)
@@ -289,10 +294,6 @@ def _prompt(rest: dict[str, np.ndarray]) -> np.ndarray:
     if rows.ndim != 2:
         raise ValueError(f"{PROMPT} has shape {rows.shape}, and a table has two axes.")
     return rows
-
-
-def _without_prefix(tensors: Tensors, prefix: str) -> Tensors:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 def _exact(name: str, names: Iterable[str]) -> str:
