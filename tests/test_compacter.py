@@ -118,7 +118,7 @@ def in_float64(backbone, params):
 
 @pytest.mark.parametrize(
     "values",
-    breadth(itertools.product([True, False], repeat=5), (True,) * 5, (False,) * 5, (True, False, True, False, True)),
+    breadth(itertools.product([True, False], repeat=5), (False,) * 5, (True, False, True, False, True)),
     ids=lambda v: "".join("01"[b] for b in v),
 )
 def test_every_combination_is_its_formula_trains_and_counts(values):
@@ -223,7 +223,8 @@ def test_a_rule_that_is_not_learnt_stays_as_it_was_drawn(shared):
     assert (rule["phm_rule"] == drawn["phm_rule"]).all()
 
 
-@pytest.mark.parametrize("shared", breadth([False, True], True))
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.slow
 def test_initial_values(shared):
     def leaves(**more):
         config = CompacterConfig(hypercomplex_division=8, phm_rank=4, **more)

@@ -204,6 +204,7 @@ def test_without_any_one_the_others_compute_bit_for_bit_what_they_do_alone(names
 
 
 @pytest.mark.parametrize("names", [("prompt", "lora_embed"), ("lora_embed", "prompt"), ("prompt", "adapter_embed")])
+@pytest.mark.slow
 def test_gradients_of_what_shares_a_word_embedding_with_a_prompt_are_finite(names):
     model = backbone()
     attach(model, names)

@@ -40,6 +40,7 @@ each_choice = pytest.mark.parametrize("choice", breadth(handwritten.TARGETS, "qu
 
 
 @each_choice
+@pytest.mark.slow
 def test_the_handwritten_model_computes_the_same_loss_and_gradients(choice: str) -> None:
     differences = handwritten.agreement(choice, SMALL)
     assert differences["loss"] <= 1e-5
@@ -71,6 +72,7 @@ def test_no_weight_gradient_of_the_backbone_is_computed(choice: str) -> None:
 
 @counts_products
 @pytest.mark.parametrize("choice", ["every Dense"])
+@pytest.mark.slow
 def test_a_step_takes_at_most_068_of_the_flops_of_full_fine_tuning(choice: str) -> None:
     patterns, _ = handwritten.TARGETS[choice]
     mine = handwritten.cost(handwritten.with_jdelta(WIDE, patterns), WIDE.inputs())

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tiers import breadth
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = [
@@ -58,7 +57,8 @@ def bitfit(sentiment) -> dict:
     return sentiment.main(["--method", "bitfit", "--seed", "1", *SMALL])
 
 
-@pytest.mark.parametrize("method", breadth(["lora", "bitfit"], "lora"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
 def test_sentiment_gives_finite_results_and_leaves_the_backbone_untouched(method, request):
     results = request.getfixturevalue(method)
     assert results["steps"] == len(results["losses"]) == 6

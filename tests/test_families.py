@@ -104,7 +104,7 @@ def test_bitfit_trains_the_biases_that_are_there_and_nothing_else():
     assert trained == every - outside
 
 
-@pytest.mark.parametrize("family", breadth(["gpt2", "llama", "t5", "bart"], "llama", "t5"))
+@pytest.mark.parametrize("family", breadth(["gpt2", "llama", "t5", "bart"], "llama"))
 def test_greedy_generation_with_a_cache_agrees_with_the_uncached_forward(family):
     model = fresh(family, CLASSES[family])
     jdelta.LoraModel(model, lora_r=4, lora_alpha=64)
@@ -194,7 +194,8 @@ def test_albert_shares_one_delta_over_its_layers():
     )
 
 
-@pytest.mark.parametrize("method", breadth(METHODS, "adapter"))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(method):
     plain, checkpointed = (fresh("bert", "FlaxBertForSequenceClassification") for _ in range(2))
     checkpointed.enable_gradient_checkpointing()
@@ -209,6 +210,7 @@ def test_gradient_checkpointing_changes_nothing(method):
     chex.assert_trees_all_close(jax.grad(loss(plain))(params), jax.grad(loss(checkpointed))(params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_models_stay_in_half_precision():
     model = build("bert", "FlaxBertForSequenceClassification", dtype=jnp.bfloat16)
     model.params = model.to_bf16(model.params)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from conftest import fresh
+from conftest import fresh, train_deltas
 from flax import linen as nn
 from flax.linen import dot_product_attention_weights
 from tiers import breadth
@@ -112,6 +112,7 @@ def test_outputs_and_gradients_are_the_models_own(class_name):
         close(f, e)
 
 
+@pytest.mark.slow
 def test_they_are_so_with_the_attention_of_jax_nn(monkeypatch):
     """What runs elsewhere than on a CPU, without cuDNN: here with biases and local blocks."""
     monkeypatch.setattr(own, "_backend", lambda: "tpu")
@@ -306,8 +307,9 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize(
     ("class_name", "compiled"),
-    [(BERT, True), (BART, False), *(pytest.param(name, True, marks=pytest.mark.slow) for name in (LLAMA, T5))],
+    [(BERT, True), (BART, False), (LLAMA, True), (T5, True)],
 )
+@pytest.mark.slow
 def test_attentions_are_given_when_asked_for(class_name, compiled):
     model, params = small(class_name)
     batch = padded(model)
@@ -341,6 +343,7 @@ def test_a_mask_of_heads_keeps_them_fused(uses):
 
 
 @pytest.mark.parametrize(("class_name", "field"), [(BERT, "attention_probs_dropout_prob"), (T5, "dropout_rate")])
+@pytest.mark.slow
 def test_dropout_of_attention_runs_the_models_own_and_says_so_once(class_name, field):
     model, params = small(class_name, {field: 0.3})
     batch = padded(model)
@@ -390,6 +393,7 @@ def test_other_dropout_leaves_it_fused(uses):
         ),
     ],
 )
+@pytest.mark.slow
 def test_with_a_prefix_it_is_what_the_prefix_is_without(class_name, first, uses):
     def prefixed(model):
         modules = (
@@ -414,6 +418,7 @@ def test_with_a_prefix_it_is_what_the_prefix_is_without(class_name, first, uses)
         close(f, e)
 
 
+@pytest.mark.slow
 def test_with_a_prefix_and_attentions_or_dropout_too(uses):
     model, params = small(BERT, {"attention_probs_dropout_prob": 0.3})
     delta = jdelta.PrefixModel(model, prefix_token_num=3, reparameterize=False)
@@ -431,6 +436,7 @@ def test_with_a_prefix_and_attentions_or_dropout_too(uses):
     assert (found[1] == expected[1]).all()
 
 
+@pytest.mark.slow
 def test_deltas_come_and_go_in_any_order():
     model, plain = (fresh("bert", BERT) for _ in range(2))
 
@@ -471,6 +477,8 @@ def test_a_delta_trains_shards_logs_and_saves_as_without_it(tmp_path, capsys):
     assert texts[0] == texts[1] != ""
     specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), model.params)
     assert delta.partition_specs(specs) == other.partition_specs(specs)
+    for d in (delta, other):
+        train_deltas(d)
     delta.save_finetuned(tmp_path)
     copy = fresh("bert", BERT)
     jdelta.fused_attention(copy)

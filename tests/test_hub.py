@@ -527,6 +527,7 @@ def test_the_cache_that_pushing_leaves_alone_serves_offline(fake, monkeypatch):
     assert_same(stored(), delta)
 
 
+@pytest.mark.slow
 def test_the_environment_of_a_new_process_decides(fake, tmp_path):
     """As users have it: HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, with nothing replaced in huggingface_hub."""
     publish(fake)

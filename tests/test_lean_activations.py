@@ -134,6 +134,7 @@ def test_every_family_is_served(family):
     assert lean.targets
 
 
+@pytest.mark.slow
 def test_with_deltas_attention_and_remat_in_any_order_and_undone_bit_for_bit():
     model, plain = fresh("bert", BERT), fresh("bert", BERT)
     plain.enable_gradient_checkpointing()

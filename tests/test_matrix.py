@@ -24,8 +24,6 @@ QUICK = (
     "FlaxBertForSequenceClassification",
     "FlaxGPT2LMHeadModel",
     "FlaxT5ForConditionalGeneration",
-    "FlaxVisionTextDualEncoderModel",
-    "FlaxWhisperForConditionalGeneration",
     "FlaxResNetForImageClassification",
 )
 

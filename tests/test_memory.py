@@ -87,6 +87,7 @@ def gradient(loss, delta):
     return run(*delta.partition()), run.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_remat_with_every_policy_gives_the_same_gradients_in_less_memory():
     grads, temporary = {}, {}
     for policy in (None, *POLICIES):
@@ -100,6 +101,7 @@ def test_remat_with_every_policy_gives_the_same_gradients_in_less_memory():
     assert temporary["everything"] > 0.95 * temporary[None]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_around_the_whole_loss_keeps_what_its_policy_says():
     backbone, delta = deep()
 
@@ -116,6 +118,7 @@ def test_a_checkpoint_around_the_whole_loss_keeps_what_its_policy_says():
     chex.assert_trees_all_close(*grads, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_of_transformers_works_before_and_after_attaching():
     plain, before, after = (fresh("bert", "FlaxBertForSequenceClassification") for _ in range(3))
     before.enable_gradient_checkpointing()

@@ -7,6 +7,7 @@ import pytest
 from conftest import noisy, train_deltas
 from flax import linen as nn
 from flax import nnx
+from tiers import breadth
 
 import jdelta
 from jdelta import backbone as backbones
@@ -77,7 +78,7 @@ def test_what_walks_into_one_is_refused_with_the_way_out():
         jdelta.BitFitModel(backbone_of(), modified_modules=["b0"])
 
 
-@pytest.mark.parametrize("lift", [lambda block: block, nn.remat, nn.jit])
+@pytest.mark.parametrize("lift", breadth([lambda block: block, nn.remat, nn.jit], nn.jit))
 def test_deltas_beside_and_around_them_work(lift, tmp_path):
     backbone = backbone_of(Model(lift))
     base = backbone(X)

@@ -153,7 +153,8 @@ def test_a_delta_brings_no_float32_into_the_step_of_a_bfloat16_backbone(method):
     check_no_more_float32("bert", model, cls(model, **arguments), OWN[method])
 
 
-@pytest.mark.parametrize("family", breadth(OWN_OF_ALL, "llama"))
+@pytest.mark.parametrize("family", OWN_OF_ALL)
+@pytest.mark.slow
 def test_all_deltas_together_bring_no_float32_into_other_families(family):
     model = half(family)
     check_no_more_float32(family, model, attach_all(model), OWN_OF_ALL[family])

@@ -482,6 +482,7 @@ def local_bias(own: Any, mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("prefixes", [(3,), (1, 2)])
+@pytest.mark.slow
 def test_the_block_sparse_attention_of_big_bird_is_the_formula(prefixes):
     """Which keys a query sees is read from the model's own function: with the identity as values, it returns weights.
 

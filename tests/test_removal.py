@@ -206,6 +206,7 @@ def test_cycles_of_attaching_and_detaching_leave_nothing(net):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.slow
 def test_the_ids_of_prompts_do_not_count_up():
     model = fresh("gpt2", "FlaxGPT2LMHeadModel")
     ranges = []

@@ -16,7 +16,6 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -370,7 +369,8 @@ def test_shardings_need_one_mesh(bert):
 # --- on 8 virtual devices
 
 
-@pytest.mark.parametrize("family", breadth(["bert", "gpt2", "t5", "llama"], "bert"))
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
+@pytest.mark.slow
 def test_on_meshes_losses_agree_bytes_are_as_promised_and_nothing_of_the_backbone_is_sent_more(family):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = env.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
