@@ -405,6 +405,7 @@ def trained(bert):
     return delta
 
 
+@pytest.mark.slow
 def test_the_sum_of_a_delta_and_its_negative_does_nothing(trained, ids):
     plain = fresh("bert", "FlaxBertForSequenceClassification")
     model = trained.backbone_model

@@ -9,6 +9,7 @@ import jax
 import pytest
 from conftest import build, fresh
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 import jdelta.methods.compacter
@@ -69,7 +70,7 @@ def test_every_field_of_every_method_refuses_a_wrong_type_by_name(delta_type):
                 config_class(**{field.name: 1})
 
 
-@pytest.mark.parametrize("delta_type", OWN)
+@pytest.mark.parametrize("delta_type", breadth(OWN, "lora", "bitfit"))
 def test_the_delta_of_a_configuration_is_that_of_its_arguments(delta_type):
     config = AutoDeltaConfig.from_dict({"delta_type": delta_type, **ARGUMENTS[delta_type]})
     one, two, three = (build("bert", "FlaxBertForSequenceClassification", _do_init=False) for _ in range(3))

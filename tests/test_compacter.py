@@ -142,7 +142,7 @@ def test_every_combination_is_its_formula_trains_and_counts(values):
         assert np.abs(gradient).max() > 1e-5, path
 
 
-@pytest.mark.parametrize(("up", "down"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("up", "down"), breadth(itertools.product([True, False], repeat=2), (False, True)))
 def test_either_bias_can_be_left_out(up, down):
     backbone, delta, _ = attach(use_bias_up_sampler=up, use_bias_down_sampler=down)
     assert ("bias" in backbone.params["host_0"]["compacter"]["up"]) == up
@@ -163,6 +163,7 @@ class Scanned(nn.Module):
         return scan(nn.Dense(D, name="host"), x, None)[0]
 
 
+@pytest.mark.slow
 def test_hosts_in_a_scan_share_one_rule_and_one_w():
     backbone, delta, _ = attach(
         Scanned(), modified_modules=["host"], shared_phm_rule=True, shared_W_phm=True, factorized_phm=False
@@ -205,6 +206,7 @@ def test_what_is_shared_comes_off_and_back():
 
 
 @pytest.mark.parametrize("shared", breadth([False, True], True))
+@pytest.mark.slow
 def test_a_rule_that_is_not_learnt_stays_as_it_was_drawn(shared):
     backbone, delta, _ = attach(learn_phm=False, shared_phm_rule=shared, rng=3)
     again, *_ = attach(learn_phm=False, shared_phm_rule=shared, rng=3)

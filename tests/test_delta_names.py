@@ -100,7 +100,10 @@ def test_a_tree_of_collections_keeps_the_others():
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "b", "bias", "kernel", "query", "classifier", "dense", "layer", "0", "embeddings"]
+    "name",
+    breadth(
+        ["a", "b", "bias", "kernel", "query", "classifier", "dense", "layer", "0", "embeddings"], "a", "bias", "layer"
+    ),
 )
 def test_a_name_that_parts_of_the_backbone_or_of_deltas_have_prunes_nothing(bert, name):
     bare = bert.params
@@ -226,6 +229,7 @@ def test_own_leaves_that_the_name_does_not_tell_are_saved_as_such(tmp_path):
     assert own(Finetuned.read(tmp_path)) == {"out.mine.a"}
 
 
+@pytest.mark.slow
 def test_shared_leaves_at_the_root_are_own_and_are_renamed(bert):
     shared = METHODS["compacter, shared"]
     delta = jdelta.CompacterModel(bert, **shared)

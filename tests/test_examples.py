@@ -190,6 +190,7 @@ def test_without_its_marked_lines_the_sharded_loop_knows_nothing_of_deltas():
     assert not [line for line in loop if "delta" in line and line not in marked]
 
 
+@pytest.mark.slow
 def test_asking_for_more_devices_than_there_are_is_a_clear_error():
     done = run("pjit_training.py", "--devices", "8", XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert done.returncode != 0

@@ -105,6 +105,7 @@ def test_bitfit_trains_the_biases_that_are_there_and_nothing_else():
 
 
 @pytest.mark.parametrize("family", breadth(["gpt2", "llama", "t5", "bart"], "llama"))
+@pytest.mark.slow
 def test_greedy_generation_with_a_cache_agrees_with_the_uncached_forward(family):
     model = fresh(family, CLASSES[family])
     jdelta.LoraModel(model, lora_r=4, lora_alpha=64)
@@ -224,6 +225,7 @@ def test_half_precision_models_stay_in_half_precision():
     assert model(IDS).logits.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_models_without_parameters_of_their_own():
     held = fresh("bert", "FlaxBertForSequenceClassification")
     model = build("bert", "FlaxBertForSequenceClassification", _do_init=False)
@@ -247,6 +249,7 @@ def test_initialising_a_delta_compiles_nothing_of_the_backbone():
     assert "dot" not in lowered.as_text()
 
 
+@pytest.mark.slow
 def test_a_model_with_batch_statistics():
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")

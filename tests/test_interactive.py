@@ -69,6 +69,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("method", "arguments"), METHODS, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.slow
 def test_the_cost_of_a_selection_is_what_the_attached_delta_has(method, arguments):
     found = costs_of(method, abstract(), **arguments)
     assert found.exact
@@ -603,6 +604,7 @@ def test_in_a_terminal_nothing_is_shown(bert, monkeypatch):
     assert shown == []
 
 
+@pytest.mark.slow
 def test_ipython_is_not_imported():
     code = "import sys, jdelta.interactive as i; i.notebook.kind(); print('IPython' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ import pytest
 from conftest import noisy, train_deltas
 from flax import linen as nn
 from flax.linen import transforms
+from tiers import breadth
 from transformers import BertConfig
 from transformers.models.bert.modeling_flax_bert import FlaxBertAttention, FlaxBertSelfAttention, FlaxBertSelfOutput
 
@@ -117,7 +118,7 @@ def unjitted(backbone):
         return backbone.module.apply({"params": backbone.params}, X)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", breadth(KINDS, "a method of the root", "within nn.remat"))
 def test_such_a_model_attaches_runs_detaches_and_merges_like_any_other(kind):
     module, targets, _ = KINDS[kind]
     backbone = backbone_of(module)
@@ -148,7 +149,7 @@ def test_such_a_model_attaches_runs_detaches_and_merges_like_any_other(kind):
     chex.assert_trees_all_equal(backbone(X), base)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][2]])
+@pytest.mark.parametrize("kind", breadth([kind for kind in KINDS if KINDS[kind][2]], "a method of the root"))
 def test_a_call_is_traced_once_for_each_set_of_deltas(kind):
     module, targets, number = KINDS[kind]
     backbone = backbone_of(module)
@@ -289,6 +290,7 @@ class Attending(nn.Module):
         return Attention(CONFIG, name="attn")(x, jnp.ones(x.shape[:2]), None)[0]
 
 
+@pytest.mark.slow
 def test_what_a_prefix_adds_within_a_jitted_projection_is_no_constant_of_its_trace():
     module, x = Attending(), jnp.linspace(-1.0, 1.0, 24).reshape(2, 3, 4)
     backbone = jdelta.Backbone(module, noisy(module.init(jax.random.key(0), x)["params"]), dummy_inputs=(x,))

@@ -47,6 +47,7 @@ def test_outputs_and_gradients_are_the_models_own(models):
     chex.assert_trees_all_close(found, expected, atol=1e-6 * scale, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_input_alone_is_kept(models):
     plain, lean, params = models
     config = plain.config

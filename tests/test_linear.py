@@ -10,6 +10,7 @@ import pytest
 from conftest import build, noisy, train_deltas
 from flax import linen as nn
 from flax.linen import fp8_ops
+from tiers import breadth
 
 import jdelta
 from jdelta import linear, probing
@@ -227,7 +228,17 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("what", LINEAR)
+@pytest.mark.parametrize(
+    "what",
+    breadth(
+        LINEAR,
+        "a Dense",
+        "a subclass that computes the same",
+        "one that keeps its kernel transposed",
+        "an einsum with a field",
+        "a convolution",
+    ),
+)
 def test_running_is_merging_for_any_number_of_rows(what):
     module, x = LINEAR[what]
     backbone, delta = attached(module, x, lora_r=2)
@@ -276,7 +287,17 @@ NOT_LINEAR = {
 }
 
 
-@pytest.mark.parametrize("what", NOT_LINEAR)
+@pytest.mark.parametrize(
+    "what",
+    breadth(
+        NOT_LINEAR,
+        "a ReLU after it",
+        "a tanh before it",
+        "a norm of its columns",
+        "another function of many rows",
+        "a product in float8",
+    ),
+)
 def test_what_is_not_linear_is_refused_with_the_reason(what):
     module, x, reason = NOT_LINEAR[what]
     root = nn.Sequential([module])
@@ -369,7 +390,7 @@ def test_a_module_that_keeps_notes_still_does_with_many_rows():
         assert kept["intermediates"]["layers_0"]["y"][0].shape == (1, rows, D_OUT)
 
 
-@pytest.mark.parametrize("lift", ["scan", "vmap"])
+@pytest.mark.parametrize("lift", breadth(["scan", "vmap"], "scan"))
 @pytest.mark.parametrize("f", [jnp.matmul, lambda x, k: nn.relu(x @ k)])
 def test_modules_inside_lifted_transforms_are_tried_as_they_see_themselves(lift, f):
     class Layer(nn.Module):

@@ -43,6 +43,7 @@ def test_the_leaves_and_their_number():
 
 
 @pytest.mark.parametrize(("init", "shape"), [("glorot-uniform", np.sqrt(3)), ("glorot-normal", None)])
+@pytest.mark.slow
 def test_initial_values_are_glorot_with_gain_root_two(init, shape):
     wide = jax.random.normal(jax.random.key(0), (2, 768))
     backbone, *_ = attach(wide, low_rank_w_init=init, reduction_factor=4, low_rank_rank=4)

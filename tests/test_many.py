@@ -180,6 +180,7 @@ def test_rows_can_be_differentiated():
 # --- saved deltas
 
 
+@pytest.mark.slow
 def test_saved_loras_of_other_ranks_and_scales_are_brought_to_the_form_of_the_first(tmp_path):
     deltas = [lora(1, lora_r=3, lora_alpha=6), lora(2, lora_r=2, lora_alpha=7), lora(3, lora_r=1, use_rslora=True)]
     for delta in deltas:

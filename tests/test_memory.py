@@ -131,6 +131,7 @@ def test_gradient_checkpointing_of_transformers_works_before_and_after_attaching
     chex.assert_trees_all_close(*(gradient(losses[i], deltas[0])[0] for i in (0, 2)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_deltas_stay_on_a_model_whose_module_is_made_anew():
     model = bert()
     run = jax.jit(lambda p: model(IDS, params=p).logits)

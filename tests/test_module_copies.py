@@ -55,8 +55,8 @@ def backbone_of(module):
     ("method", "arguments"),
     [
         (jdelta.LoraModel, {"modified_modules": ["one", "two"], "lora_r": 2}),
-        (jdelta.AdapterModel, {"modified_modules": ["one"], "bottleneck_dim": 2}),
-        (jdelta.BitFitModel, {"modified_modules": ["one", "two"]}),
+        pytest.param(jdelta.AdapterModel, {"modified_modules": ["one"], "bottleneck_dim": 2}, marks=pytest.mark.slow),
+        pytest.param(jdelta.BitFitModel, {"modified_modules": ["one", "two"]}, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_constructor_sets_is_there_with_a_delta(method, arguments, tmp_path):

@@ -238,6 +238,7 @@ def test_a_delta_that_is_off_cannot_be_measured():
         delta.plot()
 
 
+@pytest.mark.slow
 def test_the_heat_map_shows_rows_layers_and_the_scale(tmp_path):
     model = fresh("bert", "FlaxBertForSequenceClassification")
     delta = jdelta.LoraModel(model, ["query", "value", "pooler.dense"], lora_r=2)
@@ -263,6 +264,7 @@ def labels_of(figure):
     ]
 
 
+@pytest.mark.slow
 def test_labels_of_many_layers_do_not_overlap():
     from jdelta.plotting import heatmap
 

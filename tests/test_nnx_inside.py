@@ -61,7 +61,7 @@ PUT = {
 }
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "mlp.one"])
+@pytest.mark.parametrize("name", breadth(["linear", "mlp", "mlp.one"], "linear"))
 @pytest.mark.parametrize("put", PUT)
 def test_naming_one_is_refused_with_the_reason(put, name):
     backbone = backbone_of()

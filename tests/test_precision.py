@@ -146,7 +146,7 @@ def check_no_more_float32(family, model, delta, own):
     assert by_operation(found) == own, found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", breadth(METHODS, "lora", "adapter"))
 def test_a_delta_brings_no_float32_into_the_step_of_a_bfloat16_backbone(method):
     model = half("bert")
     cls, arguments = METHODS[method]
@@ -238,6 +238,7 @@ class Scanned(nn.Module):
 
 
 @pytest.mark.parametrize("method", breadth(["lora", "compacter", "bitfit"], "lora"))
+@pytest.mark.slow
 def test_layers_in_a_scan_that_take_float32_from_a_norm_keep_bfloat16(method):
     module, x = Scanned(), jnp.ones((2, 7, 8), jnp.bfloat16)
     base = jdelta.Backbone(module, module.init(jax.random.key(0), x)["params"], dummy_inputs=(x,))

@@ -101,6 +101,7 @@ def test_on_some_layers_only_the_others_are_the_backbones():
     assert np.abs(after[2] - before[2]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_folding_leaves_the_output_and_a_plain_prefix_that_trains_on():
     model = zoo.build(BERT)
     delta = jdelta.PrefixModel(model, **SMALL)

@@ -137,6 +137,7 @@ def test_other_settings_are_refused(folder, monkeypatch):
         resume.restore(checkpoints, None, None, args)
 
 
+@pytest.mark.slow
 def test_batches_go_on_from_their_place_also_at_the_border_of_epochs(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import resume

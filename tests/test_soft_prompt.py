@@ -218,7 +218,9 @@ def test_question_answering_answers_for_the_callers_tokens():
     close(out.start_logits, start, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["FlaxGPT2LMHeadModel", "FlaxBartForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name", breadth(["FlaxGPT2LMHeadModel", "FlaxBartForConditionalGeneration"], "FlaxGPT2LMHeadModel")
+)
 def test_a_tuple_holds_what_the_output_object_holds(name):
     model, _ = attached(name)
     inputs = {**zoo.inputs(model, length=LENGTH), "output_hidden_states": True, "output_attentions": True}

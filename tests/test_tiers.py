@@ -49,13 +49,18 @@ def run(project: Path, *arguments: str) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "ran", "left_out"),
     [
-        (["-n0"], 2, 6),
         (["-n2"], 2, 6),
         (["-n0", "test_a.py"], 1, 3),
         (["-n0", "-k", "one or three"], 2, 4),
-        (["-n2", "test_b.py", "-k", "two or one"], 1, 1),
-        (["-n0", "-k", "one"], 2, 0),
-        (["-n0", "-m", ""], 8, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (["-n0"], 2, 6),
+                (["-n2", "test_b.py", "-k", "two or one"], 1, 1),
+                (["-n0", "-k", "one"], 2, 0),
+                (["-n0", "-m", ""], 8, 0),
+            ]
+        ),
     ],
 )
 def test_the_closing_lines_count_what_was_asked_for_and_left_out(project, arguments, ran, left_out):

@@ -64,6 +64,7 @@ def test_mt5_is_a_t5():
     assert len(jdelta.LoraModel(model, lora_r=2).targets) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", ["jdelta, transformers.models.t5.modeling_flax_t5", "transformers.models.t5.modeling_flax_t5, jdelta"]
 )

@@ -203,6 +203,7 @@ def test_the_png(model, odd, tmp_path):
         assert len(data) > 5000
 
 
+@pytest.mark.slow
 def test_a_picture_of_very_many_lines_is_within_what_matplotlib_draws():
     from jdelta.drawing import Drawing, Line
     from jdelta.plotting import _MOST_PIXELS, save, tree
