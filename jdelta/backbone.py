@@ -62,6 +62,7 @@ class Backbone:
       rngs: keys of the rng streams that the call needs besides `params` and `dropout`.
 
     Raises:
+      RuntimeError: the parameters were donated.
       TypeError: `module` is no linen module, or `params` no tree.
       ValueError: the dummy inputs do not fit the module, or the parameters do not.
     """
@@ -82,6 +83,7 @@ class Backbone:
             raise TypeError(f"Backbone: expected a tree of parameters, got {_kind(params)}.")
         if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list)):
             raise TypeError(f"Backbone: dummy_inputs is a tuple of arguments, got {_kind(dummy_inputs)}: write (x,).")
+        surgery.require_alive(params)
         self.module = module
         self.known: dict[str, tuple[nn.Module, Any]] = {}
         self._rngs = dict(rngs or {})
@@ -103,9 +105,11 @@ class Backbone:
         """`module.apply` with `params`, or with the backbone's own. Other keywords of `apply` pass through.
 
         Raises:
+          RuntimeError: the parameters were donated.
           ValueError: there are only shapes of parameters.
         """
         tree = self.params if params is None else params
+        surgery.require_alive(tree)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError(
                 f"this backbone of {self.kind} holds the shapes of its parameters and no values. Pass the tree that "

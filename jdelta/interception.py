@@ -8,6 +8,7 @@ applied or initialised. The layers' parameters live in the host's own Flax scope
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -331,6 +332,8 @@ def describe(module: nn.Module) -> str:
 
 Watcher = Callable[[Frame, Callable], Callable]
 
+_runs: contextvars.ContextVar[tuple[tuple[Hashable, Calls], ...]] = contextvars.ContextVar("runs", default=())
+
 
 class Host:
     """What an "around" layer is given: calling it runs the host."""
@@ -360,6 +363,8 @@ def running(
 ) -> Iterator[None]:
     """Runs the edits around the calls of one run of a model, while this lasts.
 
+    A run inside another, as of `module.clone().apply(…)` in a method of the module, has calls of its own.
+
     Args:
       edits: in the order of attaching. Each goes around the earlier ones of its host, and those that are `outermost`
         around all.
@@ -377,7 +382,7 @@ def running(
     watchers: list[Watcher] = []  # of the hosts in progress, outermost first
 
     def intercept(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name != "__call__":
+        if context.method_name != "__call__" or _runs.get()[-1][1] is not calls:
             return next_call(*args, **kwargs)
         with calls.enter(context.module, args, kwargs) as frame:
             if frame.nested or frame.again:
@@ -411,8 +416,12 @@ def running(
             return jit_cache.unique()  # arrays from outside would become constants of what is kept
         return name, path, calls.state
 
-    with nn.intercept_methods(intercept), jit_cache.marked(mark):
-        yield
+    token = _runs.set((*_runs.get(), (name, calls)))
+    try:
+        with nn.intercept_methods(intercept), jit_cache.marked(mark):
+            yield
+    finally:
+        _runs.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -528,7 +537,7 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
 
     It is an instance of a subclass with the name, docstring, fields and signatures of the original. Its `apply`
     raises `ValueError` for a tree that lacks leaves of an active attachment or holds leaves of an inactive one, and
-    `RuntimeError` for one that was donated.
+    `RuntimeError` for one that was donated. Bound in any other way it raises `NotImplementedError`.
     `instrument(module, ())` is the original module. In `ran`, the edits that were run are noted.
     """
     module = bare(module)
@@ -553,14 +562,6 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
             output, variables = original.init_with_output(self, rngs, *args, **kwargs)
         return output, _without_made(variables, attachments, rngs)
 
-    @nn.nowrap
-    @functools.wraps(original.bind)
-    def bind(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            f"{original.__name__}.bind: calls on a bound module would run without the attached deltas. "
-            "Use module.apply({'params': params}, …, method=…)."
-        )
-
     def __post_init__(self: nn.Module) -> None:
         original.__post_init__(self)
         if isinstance(self.parent, nn.Module):
@@ -568,12 +569,18 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
                 f"{original.__name__} carries deltas and cannot be a part of {type(self.parent).__name__}: they would "
                 "not run there. Detach them, and attach to a jdelta.Backbone of the outer module."
             )
+        if self.scope is not None and number not in [name for name, _ in _runs.get()]:
+            raise NotImplementedError(
+                f"{original.__name__} carries deltas, which run inside its own apply and init alone; bound in another "
+                "way, as nn.apply(fn, module), nn.init(fn, module) and module.bind do, it would run without them. Use "
+                "module.apply({'params': params}, …, method=fn) or module.init(rng, …, method=fn): fn is any function "
+                "of the module, and returns what is computed with it."
+            )
 
     namespace = {
         "apply": apply,
         "__post_init__": __post_init__,
         "init_with_output": init_with_output,
-        "bind": bind,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,

@@ -284,11 +284,17 @@ class Kept(Placed):
         """Takes the delta out of the weights again, which then have the bits that they had, and attaches it.
 
         Raises:
-          RuntimeError: it is not merged.
+          RuntimeError: it is not merged, or the weights of then or of now were donated.
           ValueError: weights were changed since, by training or by a delta that was merged later.
         """
         if not self.merged:
             raise RuntimeError(f"delta {self.name!r} is not merged.")
+        surgery.require_alive(self._face.params)
+        if any(surgery.is_deleted(original) for original, _ in self._unmerged.values()):
+            raise RuntimeError(
+                "unmerge: the weights from before merging were donated to a jitted function, and so deleted. Load the "
+                "backbone afresh."
+            )
         leaves = surgery.flatten(self._face.params)
         for path, (_, merged) in self._unmerged.items():
             if leaves.get(path) is not merged and not _same_bits(leaves.get(path), merged):
@@ -329,4 +335,6 @@ class Kept(Placed):
 
 
 def _same_bits(one: Any, other: Any) -> bool:
-    return one is not None and one.dtype == other.dtype and fingerprint.digest(one) == fingerprint.digest(other)
+    if one is None or one.dtype != other.dtype or surgery.is_deleted(other):
+        return False
+    return fingerprint.digest(one) == fingerprint.digest(other)

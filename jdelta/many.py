@@ -70,6 +70,7 @@ def stack(deltas: Sequence[Tree] | Sequence[Source], check_hash: bool | Literal[
         trees = [_tree_like(found[0], other, i) for i, other in enumerate(found, 1)]
     if not trees:
         raise ValueError("there are no deltas. Give at least one.")
+    surgery.require_alive(trees)
     for i, tree in enumerate(trees[1:], 2):
         _require_same_leaves(trees[0], tree, i)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -193,6 +194,7 @@ def _is_key(leaf: Any) -> bool:
 
 def _length(stacked: Tree) -> int:
     """How many deltas there are in a stack."""
+    surgery.require_alive(stacked)
     lengths = {name: jnp.shape(leaf)[:1] for name, leaf in _named(stacked).items()}
     if not lengths:
         raise ValueError("the tree has no leaves.")

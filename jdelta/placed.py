@@ -184,7 +184,7 @@ class Placed:
         yourself is yours to change: `jdelta.prune(params, delta)`.
 
         Raises:
-          RuntimeError: it is detached already.
+          RuntimeError: it is detached already, or `model.params` was donated.
           ValueError: `model.params` lacks leaves of this delta.
         """
         self._switch(active=False)
@@ -193,7 +193,7 @@ class Placed:
         """Puts the delta back in its place, with the values it had when it was detached.
 
         Raises:
-          RuntimeError: it is attached already.
+          RuntimeError: it is attached already, or `model.params` was donated.
         """
         self._switch(active=True)
 
@@ -206,7 +206,7 @@ class Placed:
 
         Raises:
           RuntimeError: it was removed already.
-          ValueError: as `detach`.
+          RuntimeError, ValueError: as `detach`.
         """
         if self._attachment.active:
             self._switch(active=False)
@@ -360,6 +360,7 @@ class Placed:
 
     def _put(self, edits: Sequence[Edit]) -> None:
         """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
+        surgery.require_alive(self._face.params)
         draft, index, everything = self._tried(edits)
         edits, others = draft[index].edits, carried(self.backbone_model)
         known = {path for path in surgery.flatten(self._structure.params)}
@@ -491,6 +492,7 @@ class Placed:
         """The delta's own leaves after `start`."""
         if type(self).start is Placed.start:
             return own
+        surgery.require_alive(params)
         leaves = surgery.flatten(surgery.parameters(own))
         values = surgery.flatten(surgery.parameters(params)) if params is not None else {}
         if not values or any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in values.values()):
@@ -604,6 +606,7 @@ class Placed:
         ]
         params = self._face.params
         if params is not None:
+            surgery.require_alive(params)
             flat, start = surgery.flatten(params), surgery.root(params)
             leaves = [(*start, *path) for path in own.leaves]
             keep = dict(self._borrowed(params))
@@ -617,6 +620,7 @@ class Placed:
                 keep.update({path: flat[path] for path in leaves})
                 flat = {path: leaf for path, leaf in flat.items() if path not in set(leaves)}
             flat.update(self._kept)
+            keep = {path: _copy(leaf) for path, leaf in keep.items()}
             self._face.params = surgery.unflatten(flat, like=params)
             self._kept = keep
         self._face.module = instrument(self._face.module, attachments)
@@ -626,7 +630,7 @@ class Placed:
         own = self._attachment
         if own.source is None or not own.active:
             raise ValueError(f"delta {self.name!r} {'is detached' if own.source else 'has nothing to fold'}.")
-        tree = self._tree(params)
+        tree = self._values(params)
         untrained = self._is_untrained(tree)
         folded, written = self._written(tree)
         self._initial = _digests(surgery.parameters(folded), written.leaves) if untrained else None
@@ -679,4 +683,4 @@ def _kept_value(kept: Mapping[Path, Any], path: Path) -> Any:
 
 def _copy(leaf: Any) -> Any:
     """A copy that outlives the donation of the original."""
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
+    return jax.tree.map(lambda a: jnp.array(a, copy=True) if isinstance(a, jax.Array) else a, leaf)

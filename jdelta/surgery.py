@@ -2,7 +2,7 @@
 
 A tree is a nested `dict` or a `FrozenDict`; the functions return the kind they
 were given, never change their input, and run under `jax.jit` (they only move
-leaves).
+leaves). Of arrays that were donated, and so deleted, they raise `RuntimeError`.
 """
 
 from __future__ import annotations
@@ -74,12 +74,17 @@ def name_of(path: Sequence[str]) -> str:
 
 def require_alive(tree: Tree) -> None:
     """Raises `RuntimeError` if arrays of the tree were donated to a jitted function, which deletes them."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
-            raise RuntimeError(
-                "these parameters were donated to a jitted function (donate_argnums), and so deleted. Take the tree "
-                "that it returned: pass it as params=…, or set model.params to it."
-            )
+    if is_deleted(tree):
+        raise RuntimeError(
+            "these parameters were donated to a jitted function (donate_argnums), and so deleted. Take the tree that "
+            "it returned: pass it as params=…, or set model.params to it."
+        )
+
+
+def is_deleted(tree: Tree) -> bool:
+    """Whether an array of the tree is deleted."""
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    return any(leaf.is_deleted() for leaf in arrays if not isinstance(leaf, jax.core.Tracer))
 
 
 def graft(params: Tree, delta_params: Tree) -> Tree:
@@ -120,6 +125,7 @@ def prune(params: Tree, *deltas: HasPaths | Tree | Iterable[Path | str] | str) -
       ValueError: the tree holds no leaf of a delta, or a name may be that of a part of the backbone. Pass the delta
         then.
     """
+    require_alive(params)
     leaves, start = flatten(params), root(params)
     kept = dict(leaves)
     for delta in deltas:
@@ -176,6 +182,7 @@ def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
     Raises:
       ValueError: mask and tree differ in structure.
     """
+    require_alive(params)
     leaves, flags = flatten(params), flatten(mask)
     if leaves.keys() != flags.keys():
         odd = min(leaves.keys() ^ flags.keys())
@@ -236,6 +243,7 @@ def shapes(tree: Tree) -> Tree:
 
 
 def _merge(trees: Sequence[Tree], message: str) -> Tree:
+    require_alive(trees)
     merged: dict[Path, Any] = {}
     for tree in trees:
         for path, leaf in flatten(tree).items():

@@ -156,6 +156,7 @@ class PrefixModel(DeltaModel):
           The new tree. Without `params`, it is also put into `model.params`.
 
         Raises:
+          RuntimeError: the tree was donated.
           ValueError: there is no such network, or the delta is detached.
         """
         return self._write_out(params, self.folded())

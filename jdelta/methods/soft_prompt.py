@@ -87,6 +87,7 @@ class PromptTable(nn.Module):
         """The prompt is split by features, as the word embedding is."""
         return {"embedding": (None, *y[-1:])}
 
+    @nn.nowrap
     def _uniform(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -self.init_range, self.init_range)
 
@@ -116,7 +117,7 @@ class Prompted(nn.Module):
         if generation.prompt_is_in():
             self._check_length(module, 0, length)
             return host(*args, **kwargs)
-        if not self.is_initializing() and module.scope.is_mutable_collection("cache"):
+        if module.scope.is_mutable_collection("cache") and module.scope.variables().get("cache"):
             raise ValueError(
                 f"soft prompt at {describe(module)}: in a call with a cache, the prompt would be put in again and "
                 "again. Use model.generate, which puts it in once, or call the model without a cache."
@@ -139,6 +140,7 @@ class Prompted(nn.Module):
             output = host(*args, **kwargs)
         return _cut(output, ids.shape[1] + n, n) if self.exit == host.frame.path else output
 
+    @nn.nowrap
     def _check_length(self, module: nn.Module, prompt: int, length: int) -> None:
         if self.positions is not None and prompt + length > (limit := len(self.positions)):
             tokens = f"a prompt of {prompt} tokens and an input of {length}" if prompt else "prompt, input and output"
@@ -148,6 +150,7 @@ class Prompted(nn.Module):
                 "soft_token_num."
             )
 
+    @nn.nowrap
     def _prompted(self, module_type: type, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with the prompt's ids before the others."""
         key, ids = main_input(module_type, args, kwargs)
@@ -155,6 +158,7 @@ class Prompted(nn.Module):
         prompt = jnp.broadcast_to(prompt, (*ids.shape[:-1], len(prompt)))
         return with_main_input(args, kwargs, key, jnp.concatenate([prompt, ids], axis=-1))
 
+    @nn.nowrap
     def _grown(self, module_type: type, args: tuple, kwargs: dict, ids: jax.Array) -> tuple[tuple, dict]:
         """The arguments with mask, token types and positions for the prompt too."""
         bound, n = arguments(module_type, args, kwargs), len(self.prompt_ids)
