@@ -104,7 +104,7 @@ def test_bitfit_trains_the_biases_that_are_there_and_nothing_else():
     assert trained == every - outside
 
 
-@pytest.mark.parametrize("family", breadth(["gpt2", "llama", "t5", "bart"], "llama"))
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
 @pytest.mark.slow
 def test_greedy_generation_with_a_cache_agrees_with_the_uncached_forward(family):
     model = fresh(family, CLASSES[family])
