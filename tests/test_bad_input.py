@@ -12,12 +12,18 @@ import jdelta
 IDS = jnp.array([[5, 6, 7], [9, 10, 11]])
 
 
-@pytest.fixture
-def model():
-    """A model with one delta on it; whatever the test does wrong, both have to survive."""
+@pytest.fixture(scope="module")
+def attached():
     model = fresh("bert", "FlaxBertForSequenceClassification")
     first = jdelta.LoraModel(model, lora_r=2, name="first")
-    module, params, before = model.module, model.params, model(IDS).logits
+    return model, first, model(IDS).logits
+
+
+@pytest.fixture
+def model(attached):
+    """A model with one delta on it; whatever the test does wrong, both have to survive."""
+    model, first, before = attached
+    module, params = model.module, model.params
     yield model
     assert model.module is module
     assert model.params is params
