@@ -1,8 +1,8 @@
 """Lets others take part in attention that was written without them: keys and values of a prefix, a faster kernel.
 
 Flax models compute `weights = dot_product_attention_weights(query, key, bias=…)` and contract the weights with the
-values themselves. No interception reaches that place, so in the file of such a model the name is made to mean a
-function that delegates, unless a prefix or a kernel is active.
+values themselves. No interception reaches that place, so while a module runs with a prefix or a kernel, that name means
+another function in the module's file, which in other threads does as the original.
 
 With a prefix, the softmax runs over the prefix and the keys together, the weights of the keys are returned, and what
 the prefix adds to the result waits to be added to the input of the next module, the attention's output projection.
@@ -19,18 +19,19 @@ import contextvars
 import functools
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import attention as flax_attention
 
+from jdelta import patches
 from jdelta.interception import Frame, main_input, main_output, with_main_input, with_main_output
 
 _WEIGHTS = "dot_product_attention_weights"
+_BLOCK_SPARSE = "bigbird_block_sparse_attention"
 _active: contextvars.ContextVar[tuple[Prefix, ...]] = contextvars.ContextVar("prefixes", default=())
 _kernel: contextvars.ContextVar[Kernel | None] = contextvars.ContextVar("kernel", default=None)
 
@@ -60,11 +61,12 @@ class Prefix:
         self.scratch: Any = None
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """While this lasts, the prefix takes part in the attention that is computed."""
+    def active(self, module: nn.Module) -> Iterator[None]:
+        """While this lasts, the prefix takes part in the attention that the module computes."""
         token = _active.set((*_active.get(), self))
         try:
-            yield
+            with _taking_part_in(module):
+                yield
         finally:
             _active.reset(token)
 
@@ -88,7 +90,8 @@ class Prefix:
         self._waiting = result * self._head_mask[:, None] if masked and self._head_mask is not None else result
 
     def join(self, frame: Frame, call: Callable) -> Callable:
-        """A call which adds what is waiting to its input, if the shape says that it takes the attention's result."""
+        """A call in which the prefix takes part, and which adds what is waiting to its input, if the shape says that it
+        takes the attention's result."""
         return functools.partial(self._joined, frame, call)
 
     def _joined(self, frame: Frame, call: Callable, /, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +102,8 @@ class Prefix:
                 if part is not None:
                     self._waiting = None
                     args, kwargs = with_main_input(args, kwargs, key, x + part)
-        return call(*args, **kwargs)
+        with _taking_part_in(frame.module):
+            return call(*args, **kwargs)
 
     def finish(self, output: Any) -> Any:
         """What the attention module returns; where no output projection is inside it, with what is waiting."""
@@ -143,11 +147,12 @@ class Kernel(Protocol):
 
 
 @contextlib.contextmanager
-def active(kernel: Kernel) -> Iterator[None]:
-    """While this lasts, the kernel is offered all attention that is computed."""
+def active(kernel: Kernel, module: nn.Module) -> Iterator[None]:
+    """While this lasts, the kernel is offered all attention that the module computes."""
     token = _kernel.set(kernel)
     try:
-        yield
+        with _taking_part_in(module):
+            yield
     finally:
         _kernel.reset(token)
 
@@ -278,40 +283,58 @@ for _name in ("getitem", "neg", "len", "array", "lt", "gt", "le", "ge"):
 # --- the files of models
 
 
-def prepare(module_type: type[nn.Module]) -> bool:
-    """Lets prefixes and kernels into the file of a module's class; `False` if no attention is computed there."""
-    files = [sys.modules[cls.__module__] for cls in module_type.__mro__ if cls is not nn.Module]
-    return any([_prepare(file) for file in files if file.__name__ != "builtins"])
+def computes_attention(module_type: type[nn.Module]) -> bool:
+    """Whether attention is computed in the file of a module's class in a way that others can take part in."""
+    return any(_WEIGHTS in file or _is_distilbert(file) for file in patches.globals_of(module_type))
 
 
-def _prepare(file: ModuleType) -> bool:
-    if file.__name__.endswith("modeling_flax_distilbert"):
-        if not isinstance(file.nn, _Namespace):
-            file.nn = _Namespace(file.nn, softmax=_distilbert_softmax)  # type: ignore[attr-defined]
-            file.jnp = _Namespace(file.jnp, matmul=_distilbert_matmul)  # type: ignore[attr-defined]
-        return True
-    weights = getattr(file, _WEIGHTS, None)
-    if weights is not None and not hasattr(file, "_jdelta"):
-        file._jdelta = True  # type: ignore[attr-defined]
-        if not hasattr(weights, "_jdelta"):  # or Flax's own file was prepared before this one was imported
-            setattr(file, _WEIGHTS, _taking_part(weights))
-        for name, value in list(vars(file).items()):
-            if value is jnp:
-                setattr(file, name, _Namespace(jnp, einsum=_einsum))
-        if file.__name__.endswith("modeling_flax_big_bird"):
-            _prepare_big_bird(file)
-    return weights is not None
+@contextlib.contextmanager
+def _taking_part_in(module: nn.Module) -> Iterator[None]:
+    """While this lasts, active prefixes and kernels are heard in the file of a module's class, and in flax's own."""
+    files = {id(file): file for file in (*patches.globals_of(type(module)), vars(flax_attention))}
+    with contextlib.ExitStack() as stack:
+        for file in files.values():
+            for name, make in _replacements(file).items():
+                stack.enter_context(patches.patched(file, name, make))
+        for cls in type(module).__mro__:
+            if _BLOCK_SPARSE in vars(cls):
+                stack.enter_context(patches.patched(cls, _BLOCK_SPARSE, _big_bird_attention))
+        yield
+
+
+def _replacements(file: dict[str, Any]) -> dict[str, Callable]:
+    """Name to what makes its replacement, of what means something else in a file."""
+    if _is_distilbert(file):
+        return {
+            "nn": _in_namespace("softmax", _distilbert_softmax),
+            "jnp": _in_namespace("matmul", _distilbert_matmul),
+        }
+    if _WEIGHTS not in file:
+        return {}
+    found: dict[str, Callable] = {_WEIGHTS: _taking_part}
+    for name, value in list(file.items()):
+        if patches.original_of(value) is jnp:
+            found[name] = _in_namespace("einsum", _einsum)
+    if _is_file(file, "big_bird"):
+        found["jax"] = _big_bird_jax
+    return found
+
+
+def _is_file(file: dict[str, Any], family: str) -> bool:
+    return file["__name__"].endswith(f"modeling_flax_{family}")
+
+
+def _is_distilbert(file: dict[str, Any]) -> bool:
+    return _is_file(file, "distilbert")
 
 
 def _taking_part(weights_of: Callable) -> Callable:
-    signature = inspect.signature(weights_of)
-
     @functools.wraps(weights_of)
     def dot_product_attention_weights(*args: Any, **kwargs: Any) -> Any:
         kernel = _kernel.get()
         if kernel is None and not _active.get():
             return weights_of(*args, **kwargs)
-        asked = Asked(weights_of, signature.bind(*args, **kwargs).arguments)
+        asked = Asked(weights_of, inspect.signature(weights_of).bind(*args, **kwargs).arguments)
         if kernel is None or not kernel.accepts(asked):
             return asked.weights()
         dtype = asked.given.get("dtype")
@@ -319,7 +342,6 @@ def _taking_part(weights_of: Callable) -> Callable:
             asked, kernel, jnp.result_type(asked.given["query"], asked.given["key"]) if dtype is None else dtype
         )
 
-    dot_product_attention_weights._jdelta = True  # type: ignore[attr-defined]
     return dot_product_attention_weights
 
 
@@ -362,15 +384,20 @@ def _tell_kernel(reason: str) -> None:
 
 
 class _Namespace:
-    """A module in which some names mean something else."""
+    """A module in which some names mean something else: what is made of what they meant."""
 
     def __init__(self, module: Any, **replaced: Callable):
         self._module = module
-        for name, function in replaced.items():
-            setattr(self, name, functools.partial(function, getattr(module, name)))
+        for name, make in replaced.items():
+            setattr(self, name, make(getattr(module, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def _in_namespace(name: str, function: Callable) -> Callable:
+    """What makes a module in which a function, with the original as its first argument, has this name."""
+    return lambda module: _Namespace(module, **{name: lambda original: functools.partial(function, original)})
 
 
 # --- DistilBERT: softmax(matmul(query, key) - mask), then matmul(weights, value), all (batch, heads, length, …)
@@ -417,10 +444,7 @@ class _BigBirdCall:
         return weights[..., n:]
 
 
-def _prepare_big_bird(file: Any) -> None:
-    cls = file.FlaxBigBirdBlockSparseAttention
-    attend = cls.bigbird_block_sparse_attention
-
+def _big_bird_attention(attend: Callable) -> Callable:
     @functools.wraps(attend)
     def bigbird_block_sparse_attention(
         self: Any,
@@ -442,11 +466,14 @@ def _prepare_big_bird(file: Any) -> None:
         prefix.leave(part.swapaxes(1, 2), masked=False)
         return output
 
-    def softmax(softmax: Callable, scores: jax.Array, axis: int = -1) -> jax.Array:
-        if _active.get() and _active.get()[-1].scratch is not None:
-            return _active.get()[-1].scratch.softmax(softmax, scores, axis)
-        return softmax(scores, axis=axis)
+    return bigbird_block_sparse_attention
 
-    cls.bigbird_block_sparse_attention = bigbird_block_sparse_attention
-    file.jax = _Namespace(file.jax)
-    file.jax.nn = _Namespace(jax.nn, softmax=softmax)
+
+def _big_bird_jax(module: Any) -> Any:
+    return _Namespace(module, nn=_in_namespace("softmax", _big_bird_softmax))
+
+
+def _big_bird_softmax(softmax: Callable, scores: jax.Array, axis: int = -1) -> jax.Array:
+    if _active.get() and _active.get()[-1].scratch is not None:
+        return _active.get()[-1].scratch.softmax(softmax, scores, axis)
+    return softmax(scores, axis=axis)

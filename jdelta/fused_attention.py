@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -88,7 +89,7 @@ class _Fused(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        with attention.active(self.kernel):
+        with attention.active(self.kernel, host.frame.module):
             output = host(*args, **kwargs)
             return output if self.put_off else attention.made(output)
 
@@ -112,7 +113,8 @@ class Kernel:
     """
 
     def __init__(self, info: ModuleInfo, once: set[str], kind: Implementation | None = None, trying: bool = False):
-        self._info = info
+        sources = (vars(info.fields.get("config") or object), info.fields)
+        self._rates = [{name: rate for name, rate in source.items() if "drop" in name} for source in sources]
         self._once = once
         self._kind = kind
         self._trying = trying
@@ -156,7 +158,7 @@ class Kernel:
         self.reason = self.reason or reason
 
     def _warn(self, rate: float) -> None:
-        fields = _dropout_fields(self._info, rate)
+        fields = _dropout_fields(self._rates, rate)
         message = (
             f"fused_attention: dropout of the attention weights is on ({fields}{rate:g}), so the model's own "
             "computation runs. To train with fused attention, make that 0."
@@ -168,18 +170,16 @@ class Kernel:
 
 def _tried(face: backbone.Face, structure: Structure, kind: Implementation | None) -> dict[tuple[str, ...], Kernel]:
     """The kernels of the modules that compute attention, after one abstract run of the model."""
-    for module_type in {info.type for info in structure} | {nn.MultiHeadDotProductAttention}:
-        attention.prepare(module_type)
     kernels = {info.path: Kernel(info, set(), kind, trying=True) for info in structure}
     # Around all modules: the innermost is the one whose own code computes attention.
     tried(face, structure, _NAME, lambda info: _Fused(kernels[info.path]))
     return {path: kernel for path, kernel in kernels.items() if kernel.used or kernel.reason}
 
 
-def _dropout_fields(info: ModuleInfo, rate: float) -> str:
+def _dropout_fields(rates: Sequence[Mapping[str, Any]], rate: float) -> str:
     """The names under which the rate of dropout is in a module's configuration or fields, those of attention first."""
-    for source in (vars(info.fields.get("config") or object), info.fields):
-        names = [name for name, value in source.items() if "drop" in name and value == rate]
+    for source in rates:
+        names = [name for name, value in source.items() if value == rate]
         if names:
             return f"{' or '.join([name for name in names if 'att' in name] or names)} = "
     return ""

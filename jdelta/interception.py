@@ -37,7 +37,8 @@ class Edit:
         of the host; `"around"`, `layer(host, *args, **kwargs)`, where `host` is a
         `Host` and `__call__` is `nn.nowrap`, so that modules which a compact host makes stay its own; `"train"`, no
         computation: the host's own leaf `leaf` trains with the delta.
-      layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument.
+      layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument. If
+        it has a method `during_run`, the whole model runs inside the context that this gives.
       start: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
       leaf: path below the host: of the layer's parameters, or of the leaf that trains.
       helps: whether it only helps another edit, and its host is none of the delta's targets.
@@ -418,7 +419,12 @@ def running(
 
     token = _runs.set((*_runs.get(), (name, calls)))
     try:
-        with nn.intercept_methods(intercept), jit_cache.marked(mark):
+        with contextlib.ExitStack() as stack:
+            for during_run in (getattr(edit.layer, "during_run", None) for edit in edits):
+                if during_run is not None:
+                    stack.enter_context(during_run())
+            stack.enter_context(nn.intercept_methods(intercept))
+            stack.enter_context(jit_cache.marked(mark))
             yield
     finally:
         _runs.reset(token)

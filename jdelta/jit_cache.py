@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import itertools
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from flax import linen as nn
 from flax.linen import transforms
 
+from jdelta import patches
+
 Mark = Callable[[nn.Module], Hashable]
 
 _marks: contextvars.ContextVar[tuple[Mark, ...]] = contextvars.ContextVar("marks", default=())  # in this thread
 _numbers = itertools.count()
-_lock = threading.Lock()
-_lasting = 0  # contexts in all threads
-_original: Any = None
 
 # Private API of flax: the key by which `nn.jit` finds its traces. If its name or its maker changes, `marked` raises
 # AttributeError; if `nn.jit` no longer asks it, the tests of `nn.jit` fail.
@@ -39,29 +38,24 @@ def unique() -> int:
 def marked(mark: Mark) -> Iterator[None]:
     """While this lasts, in this thread, `nn.jit` shares a trace only among bound modules of the same mark.
 
-    Contexts add up. The function of flax that is replaced is flax's own again when the last one ends.
+    Contexts add up.
 
     Args:
       mark: what a trace of a bound module's method depends on; `unique()`, if it is not to be shared at all.
     """
-    global _lasting, _original
-    with _lock:
-        if _lasting == 0:
-            _original = vars(_Key)["from_module"]
-            _Key.from_module = _marked_key
-        _lasting += 1
     token = _marks.set((*_marks.get(), mark))
     try:
-        yield
+        with patches.patched(_Key, "from_module", _marking):
+            yield
     finally:
         _marks.reset(token)
-        with _lock:
-            _lasting -= 1
-            if _lasting == 0:
-                _Key.from_module = _original
 
 
-def _marked_key(module: nn.Module) -> Any:
-    key = _original.__get__(None, _Key)(module)
+def _marking(original: Any) -> Any:
+    return functools.partial(_marked_key, original)
+
+
+def _marked_key(original: Any, module: nn.Module) -> Any:
+    key = original.__get__(None, _Key)(module)
     marks = tuple(mark(module) for mark in _marks.get())
     return _Key(key.module_ref, hash((key.hash_key, marks))) if marks else key

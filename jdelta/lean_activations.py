@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from flax import linen as nn
 from jdelta import backbone
 from jdelta.alteration import Alteration, altered, tried, unaltered
 from jdelta.interception import Edit, Host
+from jdelta.patches import globals_of, patched
 
 _NAME = "lean.activations"  # a delta's name has no dot
 
@@ -54,16 +57,16 @@ def lean_activations(model: Any) -> Alteration:
         model, _NAME, "lean_activations: the activations of this model are lean already. Call undo() first."
     )
     structure = backbone.trace(face)
-    _prepare()
-    uses: dict[tuple[str, ...], _Use] = {}
-    tried(face, structure, _NAME, lambda info: _Lean(uses.setdefault(info.path, _Use())))
+    uses = {info.path: _Use() for info in structure}
+    tried(face, structure, _NAME, lambda info: _Lean(uses[info.path], info.type))
     targets = [info for info in structure if uses[info.path].seen]
     if not targets:
         raise ValueError(
             f"lean_activations: nothing in {face.kind} can be changed; no module takes {', '.join(_LEANER)} by name "
             "from transformers. In a module of your own write jax.checkpoint(nn.gelu)."
         )
-    return altered(face, _NAME, [Edit(info.path, "around", _Lean(_Use())) for info in targets], "modules", targets)
+    edits = [Edit(info.path, "around", _Lean(_Use(), info.type)) for info in targets]
+    return altered(face, _NAME, edits, "modules", targets)
 
 
 class _Use:
@@ -76,9 +79,15 @@ _active: contextvars.ContextVar[_Use | None] = contextvars.ContextVar("use", def
 
 
 class _Lean(nn.Module):
-    """Runs a module with lean activations."""
+    """Runs a module with lean activations.
+
+    Attributes:
+      use: whether there are any.
+      host_type: the module's class.
+    """
 
     use: _Use
+    host_type: type[nn.Module]
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
@@ -88,20 +97,37 @@ class _Lean(nn.Module):
         finally:
             _active.reset(token)
 
+    @nn.nowrap
+    @contextlib.contextmanager
+    def during_run(self) -> Iterator[None]:
+        """While the model runs, transformers' names mean functions that delegate, unless lean ones are asked for.
 
-def _prepare() -> None:
-    """The names of transformers' activations mean functions that delegate, unless lean ones are asked for."""
-    from transformers.modeling_flax_utils import ACT2FN
+        Not only while the module runs: it takes its activation in `setup`, before.
+        """
+        files = [*globals_of(self.host_type), vars(sys.modules.get("transformers.modeling_flax_utils", object))]
+        tables = {id(table): table for file in files if isinstance(table := file.get("ACT2FN"), dict)}
+        with contextlib.ExitStack() as stack:
+            for table in tables.values():
+                for name in _LEANER:
+                    if name in table:
+                        stack.enter_context(patched(table, name, _delegating))
+            yield
 
-    for name, own in ACT2FN.items():
-        if name in _LEANER and not isinstance(own, _Activation):
-            ACT2FN[name] = _Activation(own)
+
+def _delegating(own: Callable[[jax.Array], jax.Array]) -> _Activation:
+    return _Activation(own, _compiled(own))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(own: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Kept, or every call without `jax.jit` would trace it again."""
+    return jax.jit(jax.checkpoint(own))
 
 
 class _Activation:
-    def __init__(self, own: Callable[[jax.Array], jax.Array]):
+    def __init__(self, own: Callable[[jax.Array], jax.Array], again: Callable[[jax.Array], jax.Array]):
         self._own = own
-        self._again = jax.jit(jax.checkpoint(own))  # compiled, or every call without `jax.jit` would trace it
+        self._again = again
         self._exact_gelu = isinstance(own, functools.partial) and own.keywords == {"approximate": False}
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -64,7 +64,7 @@ class PrefixLayer(nn.Module):
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         given = arguments(type(host.frame.module), args, kwargs).arguments
         prefix = attention.Prefix(describe(host.frame.module), self.pair, head_mask=given.get("layer_head_mask"))
-        with prefix.active(), host.watched(prefix.join):
+        with prefix.active(host.frame.module), host.watched(prefix.join):
             output = host(*args, **kwargs)
         return prefix.finish(output)
 
@@ -131,7 +131,7 @@ class PrefixModel(DeltaModel):
     default_modified_modules = ("attn",)
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
-        if not any([attention.prepare(info.type) for info in structure.below(host.path)]):
+        if not any(attention.computes_attention(info.type) for info in structure.below(host.path)):
             raise TypeError("it computes no attention that a prefix could join.")
         keys = [info for info in self._key_projections if info.path[: len(host.path)] == host.path][:1]
         key_width = keys[0].y.shape[-1] if keys else None
