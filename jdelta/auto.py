@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from jdelta import backbone, hub
-from jdelta.config import DeltaConfig, config_from_dict, require_known
+from jdelta import backbone, hub, parsing
+from jdelta.config import DeltaConfig, as_path, config_from_dict, require_known, shown
 from jdelta.delta import METHODS, DeltaModel
 from jdelta.finetuned import Finetuned, listing
 from jdelta.placed import taken
@@ -40,13 +39,27 @@ class AutoDeltaConfig:
 
     @classmethod
     def from_json_string(cls, text: str) -> DeltaConfig:
-        """The inverse of `DeltaConfig.to_json_string`; errors as `from_dict`."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of `DeltaConfig.to_json_string`.
+
+        Raises:
+          TypeError, ValueError: as `from_dict`; also `TypeError` if `text` is no string, `ValueError` if it is no JSON.
+        """
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"from_json_string takes a string, got {shown(text)}.")
+        try:
+            return cls.from_dict(parsing.parsed(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"from_json_string: {shown(text)} is no JSON: {error}.") from error
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> DeltaConfig:
-        """The inverse of `DeltaConfig.to_json_file`; errors as `from_dict`."""
-        return cls.from_json_string(Path(path).read_text("utf-8"))
+        """The inverse of `DeltaConfig.to_json_file`.
+
+        Raises:
+          OSError: there is no such file.
+          TypeError, ValueError: as `from_dict`; also `ValueError` if the file is no JSON object.
+        """
+        return cls.from_dict(parsing.json_object(as_path("from_json_file", path)))
 
 
 class AutoDeltaModel:

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from jdelta import parsing
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaConfig:
@@ -53,7 +55,7 @@ class DeltaConfig:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
+            object.__setattr__(self, field.name, as_type(field.name, getattr(self, field.name), hints[field.name]))
 
     @classmethod
     def from_arguments(cls, owner: str, arguments: Mapping[str, Any]) -> Self:
@@ -68,7 +70,7 @@ class DeltaConfig:
             if key not in names:
                 own = ", ".join(name for name in names if name not in common) or "none"
                 raise TypeError(
-                    f"{owner} has no argument {key!r}.{did_you_mean(key, names)} Its own are: {own}; "
+                    f"{owner} has no argument {shown(key)}.{did_you_mean(str(key)[:200], names)} Its own are: {own}; "
                     f"every method has {', '.join(common)}."
                 )
         return cls(**arguments)
@@ -94,12 +96,17 @@ class DeltaConfig:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
-        """The inverse of `to_json_file`."""
-        return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+        """The inverse of `to_json_file`.
+
+        Raises:
+          OSError: there is no such file.
+          TypeError, ValueError: as `from_dict`; also `ValueError` if the file is no JSON object.
+        """
+        return cls.from_dict(parsing.json_object(as_path("from_json_file", path)))
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json_string` to a file."""
-        Path(path).write_text(self.to_json_string(), "utf-8")
+        as_path("to_json_file", path).write_text(self.to_json_string(), "utf-8")
 
     def to_json_string(self) -> str:
         """`to_dict` as JSON; `AutoDeltaConfig.from_json_string` reads it."""
@@ -129,8 +136,10 @@ def config_from_dict(values: Any) -> DeltaConfig:
 def require_known(delta_type: Any) -> None:
     """Raises `ValueError` unless some method has this `delta_type`."""
     if not isinstance(delta_type, str) or delta_type not in CONFIGS:
-        near = did_you_mean(str(delta_type), CONFIGS)
-        raise ValueError(f"no method has delta_type {delta_type!r}.{near} There are: {', '.join(sorted(CONFIGS))}.")
+        near = did_you_mean(shown(delta_type).strip("'"), CONFIGS)
+        raise ValueError(
+            f"no method has delta_type {shown(delta_type)}.{near} There are: {', '.join(sorted(CONFIGS))}."
+        )
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
@@ -157,6 +166,13 @@ def require_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} is at least 0 and below 1, got {value!r}.")
 
 
+def as_path(verb: str, path: Any) -> Path:
+    """A path. Raises `TypeError` if it is something else; `verb` is who asks."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{verb}: a path is a string or a pathlib.Path, got {shown(path)}.")
+    return Path(path)
+
+
 def as_number(name: str, value: Any) -> float:
     """A finite number as a `float`; bools and strings are none.
 
@@ -164,7 +180,7 @@ def as_number(name: str, value: Any) -> float:
       TypeError: it is no number.
       ValueError: it is NaN, or infinite in float32.
     """
-    return _checked(name, value, float)
+    return as_type(name, value, float)
 
 
 def as_int(name: str, value: Any) -> int:
@@ -174,14 +190,14 @@ def as_int(name: str, value: Any) -> int:
       TypeError: it is no whole number.
       ValueError: it has more than 64 bits.
     """
-    return _checked(name, value, int)
+    return as_type(name, value, int)
 
 
 def require_name(name: Any) -> None:
     """Raises `ValueError` unless a delta can have this name."""
     word = isinstance(name, str) and name.strip() and name.isprintable() and "." not in name
     if not word or name in ("params", "deltas"):
-        raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {_shown(name)}.")
+        raise ValueError(f"a delta's name is a word without dots, and not 'params' or 'deltas'; got {shown(name)}.")
 
 
 # --- values and the types of their fields
@@ -192,21 +208,29 @@ _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: 
 _LARGEST = 3.4028235e38  # in float32, in which deltas are computed
 
 
-def _checked(name: str, value: Any, expected: Any) -> Any:
+def as_type(name: str, value: Any, expected: Any) -> Any:
+    """A value as a field of this type holds it: lists become tuples, whole numbers floats where these are asked for.
+
+    Raises:
+      TypeError: it is of another type.
+      ValueError: it is none of a `Literal`'s, or no number that can be computed with.
+    """
     try:
         return _as(expected, value)
     except TypeError:
-        hint = f" Write [{value!r}]." if isinstance(value, str) and "a list" in _words(expected) else ""
-        raise TypeError(f"{name} is {_words(expected)}, got {_shown(value)}.{hint}") from None
+        hint = f" Write [{shown(value)}]." if isinstance(value, str) and "a list" in _words(expected) else ""
+        raise TypeError(f"{name} is {_words(expected)}, got {shown(value)}.{hint}") from None
     except ValueError as error:
-        raise ValueError(f"{name}={_shown(value)} {error}.") from None
+        raise ValueError(f"{name}={shown(value)} {error}.") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message: its start, if it is long."""
     try:
-        return repr(value)
+        text = repr(value)
     except ValueError:  # Python writes no number of more than some thousand digits
         return "a number of thousands of digits"
+    return text if len(text) < 300 else f"{text[:200]}… ({len(text):,} characters)"
 
 
 def _as(expected: Any, value: Any) -> Any:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from jdelta import fingerprint, folder
-from jdelta.config import DeltaConfig, config_from_dict, did_you_mean, require_name
+from jdelta.config import DeltaConfig, as_type, config_from_dict, did_you_mean, require_name, shown
 from jdelta.version import __version__
 
-FORMAT = 1
+FORMAT = 2  # 1 has no checksum of the description: a change there that makes sense is not noticed
 LIBRARIES = ("jax", "flax", "transformers")
 
 
@@ -61,7 +63,8 @@ class Finetuned:
 
     def __post_init__(self) -> None:
         require_name(self.name)
-        if self.own == {leaf for leaf in self.values if self._place(leaf) is not None}:
+        hosts = self._hosts()
+        if self.own == {leaf for leaf in self.values if self._place(leaf, hosts) is not None}:
             object.__setattr__(self, "own", None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -81,83 +84,88 @@ class Finetuned:
         }
         if self.own is not None:
             description["own"] = sorted(self.own)
+        description["description_sha256"] = _checksum(description)
         folder.write(path, description, self.values, card(self))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
         """The inverse of `save`.
 
+        What jdelta saves now is checked whole. In folders of earlier versions, of format 1, the checksum covers the
+        tensors alone: a changed description is noticed where it makes no sense, or does not fit the tensors.
+
         Raises:
           FileNotFoundError: no folder, or no delta in it.
-          TypeError, ValueError: a file is damaged, was changed, or comes from a newer jdelta.
+          ValueError: a file is damaged, was changed, or comes from a newer jdelta. The message names file and field.
         """
         description, values, intact = folder.read(path)
         where = f"{os.fspath(path)}/{folder.CONFIG}"
-        written = description.get("jdelta_format")
-        if isinstance(written, int) and written > FORMAT:
-            by = _dict(description.get("versions")).get("jdelta", "a later version")
-            raise ValueError(
-                f"{where}: written by jdelta {by} in format {written}; this jdelta, {__version__}, knows formats up to "
-                f"{FORMAT}. Upgrade jdelta."
-            )
-        known = {*_TYPES, "versions", "sha256", "own"}
-        for key in known - description.keys() - {"own"}:
-            raise ValueError(f"{where}: {key!r} is missing. It has {', '.join(sorted(description)) or 'no keys'}.")
-        for key in description.keys() - known:
-            raise ValueError(f"{where}: the key {key!r} is unknown.{did_you_mean(key, known)}")
-        for key, (kinds, word) in _TYPES.items():
-            if not isinstance(description[key], kinds):
-                raise TypeError(f"{where}: {key!r} is {word}, got {description[key]!r}.")
-        own = description.get("own")
-        if own is not None and not (isinstance(own, list) and {*map(str, own)} <= values.keys()):
-            raise TypeError(f"{where}: 'own' is a list of names of leaves, got {own!r}.")
         try:
-            require_name(description["name"])
-            config = config_from_dict({"delta_type": description["delta_type"], **description["arguments"]})
-            _check_arguments(config, description)
-            backbone = None if description["backbone"] is None else BackboneInfo(**description["backbone"])
+            fields = _fields(description)
+            require_name(fields["name"])
+            config = _config(fields)
+            backbone, own = fields["backbone"], fields.get("own")
+            if backbone is not None:
+                backbone = BackboneInfo(**_typed(backbone, _BACKBONE, "backbone."))
+            if own is not None and not {*own} <= values.keys():
+                raise ValueError(f"own is a list of names of leaves, got {shown(own)}.")
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{where}: {error}") from error
-        _check(description["leaves"], values, f"{os.fspath(path)}/{folder.TENSORS}", intact)
+            raise ValueError(f"{where}: {error}") from error
+        _check(fields["leaves"], values, f"{os.fspath(path)}/{folder.TENSORS}", intact)
+        if fields["jdelta_format"] > 1 and fields["description_sha256"] != _checksum(description):
+            raise ValueError(
+                f"{where} was changed after it was saved: its checksum is another. Take the original, or save it again."
+            )
         return cls(
-            description["name"],
+            fields["name"],
             config,
             values,
-            tuple(description["targets"]),
-            description["exclude"],
-            tuple(description["inserted"]),
+            fields["targets"],
+            fields["exclude"],
+            fields["inserted"],
             backbone,
-            None if own is None else frozenset(map(str, own)),
+            None if own is None else frozenset(own),
         )
 
     def is_own(self, name: str) -> bool:
         """Whether a leaf is the delta's, and not one of the backbone's."""
-        return self._place(name) is not None if self.own is None else name in self.own
+        return self._place(name, self._hosts()) is not None if self.own is None else name in self.own
 
     def renamed(self, name: str) -> Self:
         """The same under another name in the tree. Raises `ValueError` if a delta cannot have it."""
         require_name(name)
-        new = {leaf: self._renamed(leaf, name) if self.is_own(leaf) else leaf for leaf in self.values}
-        values = {new[leaf]: value for leaf, value in self.values.items()}
-        own = frozenset(new[leaf] for leaf in self.values if self.is_own(leaf))
+        hosts = self._hosts()
+        places = {leaf: self._place(leaf, hosts) for leaf in self.values if self.own is None or leaf in self.own}
+        new = {leaf: _renamed(leaf, place, name) for leaf, place in places.items() if self.own or place is not None}
+        values = {new.get(leaf, leaf): value for leaf, value in self.values.items()}
+        own = frozenset(new.values())
         return dataclasses.replace(self, name=name, values=values, own=own)
 
-    def _place(self, leaf: str) -> int | None:
+    def _hosts(self) -> set[str]:
+        return {"", *self.targets}
+
+    def _place(self, leaf: str, hosts: Set[str]) -> int | None:
         """Where in a leaf's path the delta's name is: after a host, the longest, or at the root. `None`: nowhere."""
-        parts, hosts = leaf.split("."), {"", *self.targets}
+        parts = leaf.split(".")
         places = [i for i, part in enumerate(parts[:-1]) if part == self.name and ".".join(parts[:i]) in hosts]
         return places[-1] if places else None
 
-    def _renamed(self, leaf: str, name: str) -> str:
-        parts, at = leaf.split("."), self._place(leaf)
-        return leaf if at is None else ".".join([*parts[:at], name, *parts[at + 1 :]])
+
+def _renamed(leaf: str, place: int | None, name: str) -> str:
+    parts = leaf.split(".")
+    return leaf if place is None else ".".join([*parts[:place], name, *parts[place + 1 :]])
 
 
-def _check_arguments(config: DeltaConfig, description: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if an argument is missing. Earlier versions lack those that came since, with the defaults."""
-    missing = {field.name for field in dataclasses.fields(config)} - description["arguments"].keys()
-    if missing and _dict(description["versions"]).get("jdelta") == __version__:
+def _config(fields: Mapping[str, Any]) -> DeltaConfig:
+    """The arguments. Earlier versions lack those that came since, with the defaults."""
+    arguments = fields["arguments"]
+    if "delta_type" in arguments:
+        raise ValueError("the key 'arguments.delta_type' is unknown.")
+    config = config_from_dict({"delta_type": fields["delta_type"], **arguments})
+    missing = {field.name for field in dataclasses.fields(config)} - arguments.keys()
+    if missing and fields["versions"].get("jdelta") == __version__:
         raise ValueError(f"the argument {min(missing)!r} is missing.")
+    return config
 
 
 def _check(listed: Mapping[str, str], values: Mapping[str, np.ndarray], file: str, intact: bool) -> None:
@@ -179,22 +187,61 @@ def _check(listed: Mapping[str, str], values: Mapping[str, np.ndarray], file: st
 
 
 def listing(items: Sequence[str], most: int = 3) -> str:
-    """The first few of many, and how many more there are."""
+    """The first few of many, the start of each, and how many more there are."""
     more = f", and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    return ", ".join(item if len(item) < 500 else f"{item[:400]}…" for item in items[:most]) + more
 
 
-_TYPES: dict[str, tuple[Any, str]] = {
-    "jdelta_format": (int, "a whole number"),
-    "delta_type": (str, "a string"),
-    "name": (str, "a string"),
-    "arguments": (dict, "an object"),
-    "targets": (list, "a list of names"),
-    "leaves": (dict, "an object"),
-    "exclude": ((list, type(None)), "a list of patterns, or null"),
-    "inserted": (list, "a list of names"),
-    "backbone": ((dict, type(None)), "an object, or null"),
+_FIELDS: dict[str, Any] = {
+    "jdelta_format": int,
+    "delta_type": str,
+    "name": str,
+    "arguments": dict[str, Any],
+    "targets": tuple[str, ...],
+    "leaves": dict[str, str],
+    "exclude": tuple[str, ...] | None,
+    "inserted": tuple[str, ...],
+    "backbone": dict[str, Any] | None,
+    "versions": dict[str, str],
+    "sha256": str,
 }
+_BACKBONE: dict[str, Any] = {"kind": str, "name": str, "leaves": dict[str, str]}
+
+
+def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a description, each of its type. Raises `TypeError` or `ValueError`, naming the field."""
+    written = description.get("jdelta_format")
+    if type(written) is int and written > FORMAT:
+        by = _dict(description.get("versions")).get("jdelta", "a later version")
+        raise ValueError(
+            f"written by jdelta {by} in format {written}; this jdelta, {__version__}, knows formats up to {FORMAT}. "
+            "Upgrade jdelta."
+        )
+    if type(written) is int and written < 1:
+        raise ValueError(f"jdelta_format is at least 1, got {written}.")
+    new = {"description_sha256": str} if type(written) is int and written > 1 else {}
+    return _typed(description, {**_FIELDS, **new}, "", {"own": tuple[str, ...] | None})
+
+
+def _typed(
+    found: Mapping[str, Any], types: Mapping[str, Any], at: str, optional: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of an object's keys as their types hold them; `at` is what goes before the keys in messages."""
+    known = {**types, **(optional or {})}
+    for key in types:
+        if key not in found:
+            raise ValueError(f"{at + key!r} is missing. There are {shown(sorted(found))}.")
+    for key in found:
+        if key not in known:
+            raise ValueError(f"the key {shown(at + key)} is unknown.{did_you_mean(key[:200], known)}")
+    return {key: as_type(at + key, value, known[key]) for key, value in found.items()}
+
+
+def _checksum(description: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a description says, but for the two checksums."""
+    said = {key: value for key, value in description.items() if key not in ("sha256", "description_sha256")}
+    said = json.loads(json.dumps(said))  # lists for tuples, and keys as JSON has them
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _dict(value: Any) -> dict:

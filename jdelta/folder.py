@@ -6,33 +6,22 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
+
+from jdelta import parsing
 
 CONFIG = "delta_config.json"
 TENSORS = "delta.safetensors"
 CARD = "README.md"
 MARK = "<!-- Written by jdelta. Remove this line, and it will not be overwritten. -->"
-
-
-# Those of the format; safetensors' own reader for NumPy does not know the last three.
-_DTYPES: dict[str, Any] = {
-    "BOOL": np.bool_,
-    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-}
 
 
 def write(
@@ -80,17 +69,29 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.n
     source = Path(folder)
     if not (source / CONFIG).is_file():
         raise FileNotFoundError(f"{source} holds no saved delta: {CONFIG} is missing; {found_in(source)}.")
-    config = parse_object(source / CONFIG)
-    checksum = str(config.get("sha256"))
-    data = b""
-    for file in (source / TENSORS, source / _staged(checksum)):  # staged: the writer died at the last step
+    config = parsing.json_object(source / CONFIG)
+    checksum, leaves = str(config.get("sha256")), config.get("leaves")
+    limit = parsing.header_limit(leaves if isinstance(leaves, dict) else ())
+    found: list[dict[str, np.ndarray]] = []
+    failed: list[ValueError] = []
+    files = [source / TENSORS]
+    if re.fullmatch(r"[0-9a-f]{64}", checksum):
+        files.append(source / _staged(checksum))  # the writer died at the last step
+    for file in files:
         if file.is_file():
-            data = file.read_bytes()
-            if hashlib.sha256(data).hexdigest() == checksum:
-                return config, parse_tensors(file, data), True
-    if not (source / TENSORS).is_file():
+            try:
+                tensors, have = parsing.tensors(file, limit)
+            except ValueError as error:
+                failed.append(error)
+                continue
+            if have == checksum:
+                return config, tensors, True
+            found.append(tensors)
+    if failed:
+        raise failed[0]
+    if not found:
         raise FileNotFoundError(f"{source} holds no saved delta: {TENSORS} is missing.")
-    return config, parse_tensors(source / TENSORS, (source / TENSORS).read_bytes()), False
+    return config, found[0], False
 
 
 def _staged(checksum: str) -> str:
@@ -139,28 +140,6 @@ def found_in(source: Path) -> str:
     if not source.is_dir():
         return "there is no such folder"
     return f"it holds {', '.join(sorted(path.name for path in source.iterdir())) or 'nothing'}"
-
-
-def parse_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ValueError` if there is none."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON file: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object, but {type(found).__name__}.")
-    return found
-
-
-def parse_tensors(file: Path, data: bytes) -> dict[str, np.ndarray]:
-    """Name to array, by name, from the bytes of the safetensors file `file`. Raises `ValueError` if they are none."""
-    try:
-        return {
-            name: np.frombuffer(found["data"], _DTYPES[found["dtype"]]).reshape(found["shape"])
-            for name, found in sorted(deserialize(data), key=lambda item: item[0])  # it has them in any order
-        }
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no whole safetensors file ({len(data):,} bytes): {error}") from error
 
 
 def write_durably(file: Path, data: bytes) -> None:

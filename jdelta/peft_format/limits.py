@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax import linen as nn
 
 from jdelta import common_names
+from jdelta.config import as_type, require_positive_int, shown
 from jdelta.peft_format.names import CONFIG, PROMPT
 from jdelta.structure import ModuleInfo, Structure
 
@@ -35,38 +36,48 @@ _NEEDED = {
     "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads"),
     "PROMPT_TUNING": ("num_virtual_tokens",),
 }
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("r", "num_virtual_tokens", "token_dim", "num_attention_heads"), (int,)),
-    "lora_alpha": (int, float),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict, type(None))),
-    "modules_to_save": (list, type(None)),
+_TYPES: dict[str, Any] = {
+    "peft_type": str,
+    **dict.fromkeys(("r", "num_virtual_tokens", "token_dim", "num_attention_heads"), int),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
+    "use_rslora": bool,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "modules_to_save": tuple[str, ...] | None,
+    "bias": Literal["none", "all", "lora_only"],
+    "init_lora_weights": bool | str | None,
 }
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the backbone's weights alone
 
 
-def require_known_fields(fields: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a field is missing or odd, or asks for something that jdelta lacks."""
+def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, those that are read each of its type.
+
+    Raises:
+      TypeError, ValueError: a field is missing or odd, or asks for something that jdelta lacks. The message names it.
+    """
+    fields = {key: as_type(key, value, _TYPES[key]) if key in _TYPES else value for key, value in given.items()}
     kind = fields["peft_type"]
-    if not isinstance(kind, str) or kind not in _KNOWN:
-        raise ValueError(f"peft_type={kind!r} is none that jdelta reads. It reads: {', '.join(_KNOWN)}.")
+    if kind not in _KNOWN:
+        raise ValueError(f"peft_type={shown(kind)} is none that jdelta reads. It reads: {', '.join(_KNOWN)}.")
     for field in _NEEDED[kind]:
         if field not in fields:
             raise ValueError(f"{CONFIG} lacks {field!r}, which {kind} needs.")
+        if isinstance(fields[field], int):
+            require_positive_int(field, fields[field])
     for field, value in fields.items():
-        if not isinstance(value, _TYPES.get(field, object)):
-            types = " or ".join(one.__name__ for one in _TYPES[field])
-            raise ValueError(f"{field}={value!r} in {CONFIG} is no {types}.")
         if value and field not in _COMMON and field not in _KNOWN[kind]:
             raise ValueError(
-                f"{field}={value!r} asks for something that jdelta's {kind} has not. If PEFT can merge the adapter "
-                "into the weights, merge it there and load the model."
+                f"{field}={shown(value)} asks for something that jdelta's {kind} has not. If PEFT can merge the "
+                "adapter into the weights, merge it there and load the model."
             )
-    if fields.get("init_lora_weights") not in _INITS:
+    if (init := fields.get("init_lora_weights")) not in _INITS:
         raise ValueError(
-            f"init_lora_weights={fields['init_lora_weights']!r} changed the weights of the backbone before training, "
-            "and jdelta does not repeat that. Save it as a plain LoRA: save_pretrained(…, "
+            f"init_lora_weights={shown(init)} changed the weights of the backbone before training, and jdelta does not "
+            "repeat that. Save it as a plain LoRA: save_pretrained(…, "
             "path_initial_model_for_weight_conversion=…)."
         )
+    return fields
 
 
 def require_same_lora(host: ModuleInfo | None, name: str) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, dtypes, folder, freezing, hub, surgery
+from jdelta import addressing, backbone, common_names, dtypes, folder, freezing, hub, parsing, surgery
 from jdelta.auto import AutoDeltaModel
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
@@ -28,7 +28,7 @@ from jdelta.methods.lora import LoraConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
 from jdelta.peft_format.keys import normalized
-from jdelta.peft_format.limits import require_known_fields, require_no_cross_attention, require_same_lora
+from jdelta.peft_format.limits import known_fields, require_no_cross_attention, require_same_lora
 from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
 from jdelta.surgery import Tree
 
@@ -73,10 +73,10 @@ def from_peft(
     if face.params is None:
         raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
     path = hub.fetch(source, revision, (CONFIG, TENSORS))
-    fields, tensors = _read(path)
     names = Names.of(backbone.trace(face), getattr(backbone_model, "base_model_prefix", ""))
+    fields, tensors = _read(path, names)
     try:
-        require_known_fields(fields)
+        fields = known_fields(fields)
         adapter = _READERS[fields["peft_type"]](fields, tensors, names)
         with backbone.unchanged_on_error(face):
             return _attached(adapter, backbone_model, name, keep_dtype)
@@ -84,8 +84,8 @@ def from_peft(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The configuration and the tensors of a folder."""
+def _read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors of a folder, of which a model of these names has some for each of its parts."""
     for file in (CONFIG, TENSORS):
         if not (path / file).is_file():
             raise FileNotFoundError(
@@ -93,10 +93,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 "pickle, which can run code and is not read: load it with PEFT, and call save_pretrained, which writes "
                 "safetensors.)"
             )
-    fields = folder.parse_object(path / CONFIG)
+    fields = parsing.json_object(path / CONFIG)
     if "peft_type" not in fields:
         raise ValueError(f"{path / CONFIG} is no configuration of PEFT: it has no 'peft_type'.")
-    return fields, folder.parse_tensors(path / TENSORS, (path / TENSORS).read_bytes())
+    return fields, parsing.tensors(path / TENSORS, 8 * parsing.header_limit([*names.modules, *names.leaves]))[0]
 
 
 @dataclasses.dataclass(frozen=True)
