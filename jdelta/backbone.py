@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta import generation, structure, surgery
-from jdelta.interception import attachments_of, bare, instrument
+from jdelta.interception import Attachment, attachments_of, bare, instrument
+from jdelta.pickling import packed, unpacked
 from jdelta.structure import ModuleInfo, Structure
 from jdelta.surgery import Tree
 
@@ -25,8 +27,8 @@ class Face(Protocol):
     params: Tree | None  # None: the user holds them elsewhere
 
     @property
-    def known(self) -> dict[str, tuple[nn.Module, Any]]:
-        """What the newest traces found, and of which module."""
+    def known(self) -> Known:
+        """What the newest traces found."""
         ...
 
     @property
@@ -42,6 +44,13 @@ class Face(Protocol):
     def init(self, module: nn.Module, rng: jax.Array) -> Tree:
         """Initialises `module`, a variant of this backbone's, on the pseudo input; the tree is laid out as `params`."""
         ...
+
+
+class Known(dict[str, tuple[nn.Module, Any]]):
+    """What the newest traces found, by what it is, and of which module. A copy or a pickle is empty."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Known, ()
 
 
 class Backbone:
@@ -85,7 +94,7 @@ class Backbone:
             raise TypeError(f"Backbone: dummy_inputs is a tuple of arguments, got {_kind(dummy_inputs)}: write (x,).")
         surgery.require_alive(params)
         self.module = module
-        self.known: dict[str, tuple[nn.Module, Any]] = {}
+        self.known = Known()
         self._rngs = dict(rngs or {})
         self._kwargs = dict(dummy_kwargs or {})
         self._whole = params is not None and bool(surgery.root(params))
@@ -95,6 +104,17 @@ class Backbone:
         else:
             _check_fit(surgery.parameters(params), surgery.parameters(initial), type(module).__name__)
         self.params: Tree = params
+
+    def __copy__(self) -> Backbone:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "module": packed(self.module)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, module=unpacked(state["module"]))
 
     @property
     def kind(self) -> str:
@@ -166,8 +186,7 @@ class _PretrainedFace:
         self._model.__class__ = generation.generating(type(self._model), bool(generation.prompt_ids(module)))
         vars(self._model).pop("module_class", None)
         if carried := attachments_of(module):  # enable_gradient_checkpointing makes the module anew, from this
-            original = self._model.module_class
-            self._model.module_class = lambda *args, **kwargs: instrument(original(*args, **kwargs), carried)
+            self._model.module_class = functools.partial(_made, self._model.module_class, carried)
 
     @property
     def params(self) -> Tree | None:
@@ -178,8 +197,8 @@ class _PretrainedFace:
         self._model.params = params
 
     @property
-    def known(self) -> dict[str, tuple[nn.Module, Any]]:
-        return vars(self._model).setdefault("_jdelta_known", {})
+    def known(self) -> Known:
+        return vars(self._model).setdefault("_jdelta_known", Known())
 
     @property
     def kind(self) -> str:
@@ -193,6 +212,10 @@ class _PretrainedFace:
         probe = copy.copy(self._model)
         probe._module = module
         return probe.init_weights(rng, probe.input_shape)
+
+
+def _made(module_class: type[nn.Module], attachments: Sequence[Attachment], *args: Any, **kwargs: Any) -> nn.Module:
+    return instrument(module_class(*args, **kwargs), attachments)
 
 
 def face_of(backbone_model: Any) -> Face:

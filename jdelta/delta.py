@@ -473,7 +473,11 @@ def _register(method: type[DeltaModel]) -> None:
         raise ValueError(f"{method.__name__}: delta_type {kind!r} is that of jdelta.{taken.__name__}. Choose another.")
     base = method.config_class
     if vars(base).get("delta_type", kind) != kind:  # inherited from a method of another type
-        namespace = {"__module__": method.__module__, "__doc__": f"Arguments of {method.__name__}."}
+        namespace = {
+            "__module__": method.__module__,
+            "__qualname__": f"{method.__qualname__}.config_class",  # where pickle finds it
+            "__doc__": f"Arguments of {method.__name__}.",
+        }
         method.config_class = type(f"{method.__name__.removesuffix('Model')}Config", (base,), namespace)
     method.config_class.delta_type = kind
     METHODS[kind] = method

@@ -61,11 +61,20 @@ def generating(cls: type, prompted: bool) -> type:
             _prompted.reset(token)
         return output.replace(sequences=output.sequences[:, n:]) if decoder_only else output
 
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return _empty, (original,), vars(self)
+
     namespace = {
         "generate": generate,
+        "__reduce__": __reduce__,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_jdelta_original": original,
     }
     return type(original.__name__, (original,), namespace)
+
+
+def _empty(original: type) -> Any:
+    """An instance of the class with a `generate` that knows prompts, without attributes yet."""
+    return object.__new__(generating(original, True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
 import inspect
@@ -20,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core.scope import Scope, in_filter
-from flax.ids import uuid
 
 from jdelta import jit_cache, surgery
+from jdelta.pickling import OF_EACH, packed, unpacked, with_class
 from jdelta.surgery import Path
 
 
@@ -55,6 +56,12 @@ class Edit:
     outermost: bool = False
     needs: str | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "layer": packed(self.layer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, layer=unpacked(state["layer"]))
+
 
 @dataclasses.dataclass(frozen=True)
 class Attachment:
@@ -80,6 +87,12 @@ class Attachment:
     source: nn.Module | None = None
     made: tuple[Path, ...] = ()
     config: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "source": packed(self.source)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, source=unpacked(state["source"]))
 
     @property
     def borrowed(self) -> tuple[Path, ...]:
@@ -583,9 +596,28 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ed
                 "of the module, and returns what is computed with it."
             )
 
+    @nn.nowrap
+    def __reduce__(self: nn.Module) -> tuple[Any, ...]:
+        return _unpickled, (packed(bare(self)), attachments_of(self))
+
+    @nn.nowrap
+    def __copy__(self: nn.Module) -> nn.Module:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    @nn.nowrap
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        memo[id(self)] = copied = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     namespace = {
         "apply": apply,
         "__post_init__": __post_init__,
+        "__reduce__": __reduce__,
+        "__copy__": __copy__,
+        "__deepcopy__": __deepcopy__,
         "init_with_output": init_with_output,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -602,11 +634,16 @@ def _copied(module: nn.Module, original: type[nn.Module], namespace: dict[str, A
     # `__hash__` in place of those that the original may define, and no `__init_subclass__` hears of it.
     subclass = metaclass(original.__name__, (_NoBase,), namespace)
     subclass.__bases__ = (original,)
-    copied = object.__new__(subclass)
-    vars(copied).update(vars(module if module.scope is None else module.clone()))
-    # What flax gives to each instance anew; a test of flax's own caches and scopes notices if it becomes more.
-    vars(copied).update(_id=uuid(), _state=type(module._state)(), _parent_ref=None)
-    return copied
+    return _unbound(subclass, module)
+
+
+def _unbound(cls: type[nn.Module], module: nn.Module) -> nn.Module:
+    """An unbound instance of a class, with what is set on the module."""
+    return with_class(cls, vars(module if module.scope is None else module.clone()))
+
+
+def _unpickled(module: Any, attachments: Sequence[Attachment]) -> nn.Module:
+    return instrument(unpacked(module), attachments)
 
 
 class _NoBase:
@@ -650,8 +687,15 @@ def _without_made(variables: Any, attachments: Sequence[Attachment], rngs: Any) 
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The original of an instrumented module; any other module as it is."""
-    return vars(type(module)).get("_jdelta", (module,))[0]
+    """The original of an instrumented module; any other module as it is.
+
+    A clone with other fields, or one on which something was set, has an original of its own.
+    """
+    original = vars(type(module)).get("_jdelta", (module,))[0]
+    mine, its = ({k: v for k, v in vars(m).items() if k not in OF_EACH} for m in (module, original))
+    if mine.keys() == its.keys() and all(mine[key] is its[key] for key in mine):
+        return original
+    return _unbound(type(original), module)
 
 
 def attachments_of(module: nn.Module) -> tuple[Attachment, ...]:

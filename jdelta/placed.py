@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import jax
@@ -91,6 +92,13 @@ class Placed:
             _held.add(self)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed when it is asked for, such as the structure, whose modules need not pickle."""
+        computed = {
+            name for cls in type(self).__mro__ for name, v in vars(cls).items() if isinstance(v, cached_property)
+        }
+        return {name: value for name, value in vars(self).items() if name not in computed}
+
     # --- what a method says
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
@@ -148,6 +156,10 @@ class Placed:
     def structure(self) -> Structure:
         """The backbone's modules, in the order of execution."""
         return self._structure
+
+    @cached_property
+    def _structure(self) -> Structure:
+        return backbone.trace(self._face)
 
     @property
     def attached(self) -> bool:

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterable
 
 import jax
-from flax import linen as nn
 
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
@@ -62,6 +61,5 @@ class AdapterModel(DeltaModel):
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         config: AdapterConfig = self.config
-        init = nn.initializers.zeros if config.zero_up else nn.initializers.normal(0.01)
-        layer = Adapter(config.bottleneck_dim, non_linearity=config.non_linearity, up_init=init)
+        layer = Adapter(config.bottleneck_dim, non_linearity=config.non_linearity, zero_up=config.zero_up)
         yield Edit(host.path, "after", layer, leaf=(self.name,))

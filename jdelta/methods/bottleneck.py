@@ -49,21 +49,22 @@ class Bottleneck(nn.Module):
       features: width of the output; `None` for that of the input.
       non_linearity: a key of `NON_LINEARITIES`.
       scale: factor of the output.
-      up_init: initialiser of the kernel of `up`; that of `down` is N(0, 0.01²), the biases are 0.
+      zero_up: whether the kernel of `up` starts at zero, in place of N(0, 0.01²), as that of `down`. The biases are 0.
     """
 
     bottleneck_dim: int
     features: int | None = None
     non_linearity: str = "gelu_new"
     scale: float = 1.0
-    up_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+    zero_up: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
         zeros = in_float32(nn.initializers.zeros)
         dense = functools.partial(nn.Dense, dtype=x.dtype, bias_init=zeros)
-        init, up_init = in_float32(nn.initializers.normal(0.01)), in_float32(self.up_init)
+        init = in_float32(nn.initializers.normal(0.01))
+        up_init = zeros if self.zero_up else init
         down = dense(self.bottleneck_dim, kernel_init=init, dot_general=products.down, name="down")
         up = dense(self.features or x.shape[-1], kernel_init=up_init, dot_general=products.up, name="up")
         y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(*products.rows(x.shape[:-1]), x.shape[-1]))))

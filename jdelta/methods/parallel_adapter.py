@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jdelta.config import DeltaConfig, require_positive_int
 from jdelta.delta import DeltaModel
@@ -81,7 +80,7 @@ class ParallelAdapterModel(DeltaModel):
             features=end.y.shape[-1],
             non_linearity=config.non_linearity,
             scale=config.scaled,
-            up_init=nn.initializers.zeros if config.zero_up else nn.initializers.normal(0.01),
+            zero_up=config.zero_up,
         )
         return Edit(end.path, "parallel", layer, start=start.path, leaf=(self.name,))
 
