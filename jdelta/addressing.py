@@ -18,6 +18,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from jdelta import regexes
+
 REGEX_MARK = "[r]"
 
 
@@ -89,16 +91,8 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         raise ValueError("an empty pattern names no module.")
     if not pattern.startswith(REGEX_MARK):
         return lambda name: name == pattern or name.endswith("." + pattern)
-    try:
-        regex = re.compile(pattern.removeprefix(REGEX_MARK))
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a valid regular expression: {error}.") from error
-
-    def match_to_end(name: str) -> bool:
-        starts = [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
-        return any(regex.fullmatch(name, start) for start in starts)
-
-    return match_to_end
+    regex = regexes.Regex(pattern.removeprefix(REGEX_MARK), written=pattern)
+    return lambda name: regex.fullmatch(name, [0, *(i + 1 for i, char in enumerate(name) if char == ".")])
 
 
 def checked(patterns: Sequence[str]) -> Sequence[str]:

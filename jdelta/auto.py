@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from jdelta import backbone, hub, parsing
+from jdelta import backbone, hub, parsing, regexes
 from jdelta.config import DeltaConfig, as_path, config_from_dict, require_known, shown
 from jdelta.delta import METHODS, DeltaModel
 from jdelta.finetuned import Finetuned, listing
@@ -128,14 +128,25 @@ class AutoDeltaModel:
                 "into this model in the same way, and call load_finetuned on that delta."
             )
         face = backbone.face_of(backbone_model)
+        _require_few_patterns(found, len(backbone.trace(face).modules) + len(found.values))
         if name is None and taken(found.name, backbone_model, backbone.trace(face)) is None:
             named_like_a_leaf = any(
                 leaf.split(".").count(found.name) > 1 for leaf in found.values if found.is_own(leaf)
             )
             name = None if named_like_a_leaf else found.name  # earlier versions allowed it
-        with backbone.unchanged_on_error(face):
-            delta = cls.from_config(found.config, backbone_model, name=name)
+        with backbone.unchanged_on_error(face), regexes.limited():
+            kind = METHODS[found.config.delta_type]
+            delta = kind._of_saved(found, backbone_model, name)
             delta.load_finetuned(found, check_hash=check_hash)
             if found.exclude is not None:
                 delta.freeze_module(found.exclude)
         return delta
+
+
+def _require_few_patterns(found: Finetuned, most: int) -> None:
+    """Raises `ValueError` if somewhere there are more patterns than they can mean names."""
+    fields = ("modified_modules", "exclude_modules", "unfrozen_modules", *found.config.pattern_fields)
+    patterns = {field: getattr(found.config, field) for field in fields} | {"exclude": found.exclude}
+    for field, some in patterns.items():
+        if len(some or ()) > most + 100:
+            raise ValueError(f"{field} of the saved delta has {len(some):,} patterns. This model has {most:,} parts.")

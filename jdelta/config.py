@@ -154,6 +154,13 @@ def require_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name} is at least 1, got {value}.")
 
 
+def require_count(name: str, value: int) -> None:
+    """Raises `ValueError` unless `value` is a number of tokens: at least 1, and below 2**30, as positions have 32 bits."""
+    require_positive_int(name, value)
+    if value >= 2**30:
+        raise ValueError(f"{name} is below 2**30, since positions have 32 bits, got {value}.")
+
+
 def require_positive(name: str, value: float) -> None:
     """Raises `ValueError` unless `value` is above 0."""
     if not value > 0:

@@ -12,8 +12,9 @@ import jax
 import optax
 from flax import linen as nn
 
-from jdelta import addressing, backbone, freezing, sharding, surgery
+from jdelta import addressing, backbone, freezing, regexes, sharding, surgery
 from jdelta.config import CONFIGS, DeltaConfig
+from jdelta.finetuned import Finetuned
 from jdelta.interception import Edit, attachments_of, with_made
 from jdelta.kept import Kept
 from jdelta.movement import Movement, measured, tabulated
@@ -138,8 +139,17 @@ class DeltaModel(Kept):
                 f"{cls.__name__}.from_config takes a {cls.config_class.__name__}, got {config!r}. "
                 "AutoDeltaModel takes the configuration of any method, AutoDeltaConfig makes one from a dict."
             )
-        arguments = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        return cls(backbone_model, name=name, rng=rng, **arguments)
+        with regexes.limited():  # it may come from a file
+            return cls(backbone_model, name=name, rng=rng, **_arguments(config))
+
+    @classmethod
+    def _of_saved(cls, found: Finetuned, backbone_model: Any, name: str | None) -> Self:
+        """Attaches a delta like one that was saved; before leaves are made, they are compared with the saved ones."""
+        delta = cls.__new__(cls)
+        delta._saved = found
+        delta.__init__(backbone_model, name=name, **_arguments(found.config))  # type: ignore[misc]
+        delta._saved = None
+        return delta
 
     # --- the operations
 
@@ -447,6 +457,11 @@ class DeltaModel(Kept):
     def _init_model(self, rng: jax.Array) -> Tree:
         own = dataclasses.replace(self._attachment, active=True)
         return self._run_init([own if a.name == own.name else a for a in attachments_of(self._face.module)], rng)
+
+
+def _arguments(config: DeltaConfig) -> dict[str, Any]:
+    """The fields of a configuration, as arguments of its method."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _changed(name: str, before: set[Path], now: set[Path]) -> str:

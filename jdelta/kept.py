@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jdelta import dtypes, fingerprint, hub, merging, surgery
+from jdelta import fingerprint, hub, merging, surgery
 from jdelta.config import DeltaConfig
-from jdelta.finetuned import BackboneInfo, Finetuned, listing, require_same
+from jdelta.finetuned import BackboneInfo, Finetuned, listing, misfits, require_same
 from jdelta.interception import attachments_of, with_made
 from jdelta.placed import Placed
 from jdelta.surgery import Tree
@@ -199,17 +199,8 @@ class Kept(Placed):
         leaves = surgery.flatten(surgery.parameters(tree))
         shapes = leaves | surgery.flatten(surgery.parameters(self._shapes))
         paths = {surgery.name_of(path): path for path in shapes}
-        odd = [
-            f"{surgery.name_of(path)} is missing" for path in own.leaves if surgery.name_of(path) not in found.values
-        ]
-        for name, value in found.values.items():
-            if name not in paths:
-                odd.append(f"{name} belongs to no part of this model")
-            elif value.shape != (shape := meta.unbox(shapes[paths[name]]).shape):
-                odd.append(f"{name} has shape {value.shape}, here {shape}")
-            elif dtypes.takes_steps(value.dtype) == dtypes.is_fixed(here := shapes[paths[name]]):
-                odd.append(f"{name} holds {value.dtype}, here {meta.unbox(here).dtype}")
-        if odd:
+        own_shapes = surgery.flatten(surgery.parameters(self._shapes))
+        if odd := misfits(found, {path: own_shapes[path] for path in own.leaves}, leaves):
             raise ValueError(f"delta {self.name!r} cannot be loaded: {listing(odd)}.")
         if check_hash:
             deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}

@@ -18,8 +18,9 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, dtypes, fingerprint, freezing, surgery
+from jdelta import addressing, backbone, common_names, dtypes, fingerprint, freezing, memory, surgery
 from jdelta.config import DeltaConfig, require_name
+from jdelta.finetuned import Finetuned, listing, misfits
 from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
 from jdelta.random_keys import as_key
 from jdelta.structure import ModuleInfo, Structure, require_open
@@ -84,6 +85,7 @@ class Placed:
     config: Any  # of config_class
     name: str
     _removed: Attachment | None = None  # what it was on the model, if it was taken off for good
+    _saved: Finetuned | None = None  # while one that was saved is attached: that one
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Also of copies: notes that somebody holds it."""
@@ -380,6 +382,7 @@ class Placed:
         shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
         self._check_names(shapes, others)
         draft[index], own = self._attachment_of(edits, shapes)
+        self._require_room(own)
 
         module, params = self._face.module, self._face.params
         after = params
@@ -459,6 +462,16 @@ class Placed:
                     raise TypeError(
                         f"{host.name} ({host.type.__name__}) {what} an array of {dtype}; a layer needs floats."
                     )
+
+    def _require_room(self, own: Mapping[Path, Any]) -> None:
+        """Raises `ValueError` if the delta's leaves do not fit into memory, or are not those of the saved delta."""
+        if self._saved is not None:
+            found = self._saved.renamed(self.name)
+            if odd := misfits(found, own, surgery.flatten(surgery.parameters(self._tree(None)))):
+                raise ValueError(f"delta {found.name!r} cannot be loaded: {listing(odd)}.")
+        held = jax.tree.leaves(self._face.params)
+        values = bool(held) and not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held)
+        memory.require_room(f"{type(self).__name__}: the leaves of delta {self.name!r}", own.values(), values)
 
     def _check_names(self, leaves: Iterable[Path], others: Sequence[Attachment]) -> None:
         """Raises `ValueError` if parts of the delta's leaves are called like a delta."""

@@ -535,7 +535,7 @@ def refuses(folder: Any, error: type[Exception], message: str, family: str = "be
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights='pissa_niter_4' changed the weights"),
         ("r", "8", "r='8' in adapter_config.json is no int"),
         ("r", 4, r"lora\.a has shape \(16, 2\), here \(16, 4\)"),
-        ("rank_pattern", {"(": 4}, "is no regular expression"),
+        ("rank_pattern", {"(": 4}, "is not a valid regular expression"),
         ("modules_to_save", "classifier", "modules_to_save='classifier' in adapter_config.json is no list"),
     ],
 )

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from jdelta import attention, common_names
 from jdelta.axes import Axes, Axis, of_output
-from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.config import DeltaConfig, require_count, require_positive_int
 from jdelta.delta import DeltaModel
 from jdelta.interception import Edit, Host, arguments, describe
 from jdelta.methods.leaf import kaiming_uniform, leaf
@@ -43,7 +43,8 @@ class PrefixConfig(DeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prefix_token_num", "embed_dim", "mid_dim"):
+        require_count("prefix_token_num", self.prefix_token_num)
+        for name in ("embed_dim", "mid_dim"):
             require_positive_int(name, getattr(self, name))
 
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from jdelta import backbone, common_names, dtypes, generation, surgery
 from jdelta.axes import Axes
-from jdelta.config import DeltaConfig, require_positive, require_positive_int
+from jdelta.config import DeltaConfig, require_count, require_positive
 from jdelta.delta import DeltaModel
 from jdelta.interception import (
     Edit,
@@ -52,7 +52,7 @@ class SoftPromptConfig(DeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_int("soft_token_num", self.soft_token_num)
+        require_count("soft_token_num", self.soft_token_num)
         require_positive("init_range", self.init_range)
 
 

@@ -7,6 +7,7 @@ describe them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import warnings
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, dtypes, folder, freezing, hub, parsing, surgery
+from jdelta import addressing, backbone, common_names, dtypes, folder, freezing, hub, parsing, regexes, surgery
 from jdelta.auto import AutoDeltaModel
 from jdelta.config import DeltaConfig
 from jdelta.delta import DeltaModel
@@ -77,8 +78,13 @@ def from_peft(
     fields, tensors = _read(path, names)
     try:
         fields = known_fields(fields)
-        adapter = _READERS[fields["peft_type"]](fields, tensors, names)
-        with backbone.unchanged_on_error(face):
+        for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+            if len(fields.get(field) or ()) > len(names.modules) + len(tensors) + 100:
+                raise ValueError(
+                    f"{field} has {len(fields[field]):,} patterns, and the file has {len(tensors)} tensors."
+                )
+        with backbone.unchanged_on_error(face), regexes.limited():
+            adapter = _READERS[fields["peft_type"]](fields, tensors, names)
             return _attached(adapter, backbone_model, name, keep_dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -204,6 +210,12 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter
     r, alpha = fields["r"], fields["lora_alpha"]
     ranks = {hosts[name]: _by_pattern(fields.get("rank_pattern"), name, r) for name in hosts}
     alphas = {hosts[name]: _by_pattern(fields.get("alpha_pattern"), name, alpha) for name in hosts}
+    for name, pair in factors.items():
+        if (a := pair["a"].shape[-1:]) != (b := pair["b"].shape[-2:-1]) or a != (ranks[hosts[name]],):
+            raise ValueError(
+                f"LoRA at {name!r} has rank {ranks[hosts[name]]} by r and rank_pattern in {CONFIG}, and its tensors "
+                f"have {a[0] if a else 'none'} in lora_A and {b[0] if b else 'none'} in lora_B."
+            )
     patterns = {host: _exact(host, names.structure.modules) for host in hosts.values()}
     config = LoraConfig(
         modified_modules=tuple(patterns.values()),
@@ -240,6 +252,8 @@ def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _
     rest = dict(normalized(tensors, "base_model.", names))
     tokens = fields["num_virtual_tokens"]
     rows = _prompt(rest)[:tokens]  # for an encoder-decoder PEFT saves twice as many, and computes with the first
+    if len(rows) < tokens:
+        raise ValueError(f"{PROMPT} has {len(rows)} rows, and num_virtual_tokens={tokens}.")
     config = SoftPromptConfig(soft_token_num=tokens, token_init=False)
     return _with_saved(config, {("", "embedding"): rows}, rest, fields, names)
 
@@ -279,11 +293,13 @@ def _is_double(key: str, rest: Tensors) -> bool:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     """What PEFT reads from a pattern for a module: regexes that match up to the end, from the start or after a dot."""
-    try:
-        found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(found, otherwise)
-    except re.error as error:
-        raise ValueError(f"a pattern among {list(patterns or ())} is no regular expression: {error}.") from error
+    found = (value for key, value in (patterns or {}).items() if _regex(key).fullmatch(name))
+    return next(found, otherwise)
+
+
+@functools.lru_cache(maxsize=4096)
+def _regex(key: str) -> regexes.Regex:
+    return regexes.Regex(rf"(.*\.)?({key})$", written=key)
 
 
 def _prompt(rest: dict[str, np.ndarray]) -> np.ndarray:
