@@ -155,7 +155,7 @@ def require_positive_int(name: str, value: int) -> None:
 
 
 def require_count(name: str, value: int) -> None:
-    """Raises `ValueError` unless `value` is a number of tokens: at least 1, and below 2**30, as positions have 32 bits."""
+    """Raises `ValueError` unless `value` is a number of tokens, for which positions of 32 bits do."""
     require_positive_int(name, value)
     if value >= 2**30:
         raise ValueError(f"{name} is below 2**30, since positions have 32 bits, got {value}.")

@@ -154,7 +154,7 @@ class Prompted(nn.Module):
     def _prompted(self, module_type: type, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with the prompt's ids before the others."""
         key, ids = main_input(module_type, args, kwargs)
-        prompt = jnp.array(self.prompt_ids, jnp.int32)
+        prompt = jnp.arange(self.prompt_ids.start, self.prompt_ids.stop, dtype=jnp.int32)
         prompt = jnp.broadcast_to(prompt, (*ids.shape[:-1], len(prompt)))
         return with_main_input(args, kwargs, key, jnp.concatenate([prompt, ids], axis=-1))
 
