@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta import generation, structure, surgery
+from jdelta import pretrained, structure, surgery
 from jdelta.interception import Attachment, attachments_of, bare, instrument
 from jdelta.pickling import packed, unpacked
 from jdelta.structure import ModuleInfo, Structure
@@ -183,7 +183,7 @@ class _PretrainedFace:
     @module.setter
     def module(self, module: nn.Module) -> None:
         self._model._module = module
-        self._model.__class__ = generation.generating(type(self._model), bool(generation.prompt_ids(module)))
+        self._model.__class__ = pretrained.class_for(self._model)
         vars(self._model).pop("module_class", None)
         if carried := attachments_of(module):  # enable_gradient_checkpointing makes the module anew, from this
             self._model.module_class = functools.partial(_made, self._model.module_class, carried)

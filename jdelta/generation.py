@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,11 +31,8 @@ def prompt_ids(module: nn.Module) -> list[int]:
     return [i for edit in edits for i in getattr(edit.layer, "prompt_ids", ())]
 
 
-def generating(cls: type, prompted: bool) -> type:
-    """The class of a model, with a `generate` that knows prompts or without."""
-    original = vars(cls).get("_jdelta_original", cls)
-    if not prompted:
-        return original
+def with_prompts(original: Any) -> Callable[..., Any]:
+    """The method `generate` of a class, for models with prompts."""
 
     @functools.wraps(original.generate)
     def generate(self: Any, input_ids: jax.Array, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -61,20 +59,4 @@ def generating(cls: type, prompted: bool) -> type:
             _prompted.reset(token)
         return output.replace(sequences=output.sequences[:, n:]) if decoder_only else output
 
-    def __reduce__(self: Any) -> tuple[Any, ...]:
-        return _empty, (original,), vars(self)
-
-    namespace = {
-        "generate": generate,
-        "__reduce__": __reduce__,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_jdelta_original": original,
-    }
-    return type(original.__name__, (original,), namespace)
-
-
-def _empty(original: type) -> Any:
-    """An instance of the class with a `generate` that knows prompts, without attributes yet."""
-    return object.__new__(generating(original, True))
+    return generate
