@@ -71,6 +71,13 @@ class Finetuned:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder, as `DeltaModel.save_finetuned`."""
+        folder.write(path, self._description(), self.values, card(self))
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes: name to content."""
+        return folder.files(self._description(), self.values, card(self))
+
+    def _description(self) -> dict[str, Any]:
         arguments = self.config.to_dict()
         description = {
             "jdelta_format": FORMAT,
@@ -87,7 +94,7 @@ class Finetuned:
         if self.own is not None:
             description["own"] = sorted(self.own)
         description["description_sha256"] = _checksum(description)
-        folder.write(path, description, self.values, card(self))
+        return description
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -61,7 +61,7 @@ def fetch(
 
 
 def push(
-    path: str | os.PathLike[str],
+    files: Mapping[str, bytes],
     repo_id: str,
     *,
     token: str | None = None,
@@ -70,7 +70,7 @@ def push(
     commit_message: str = "A delta by jdelta",
     create_pr: bool = False,
 ) -> str:
-    """Uploads a folder with a saved delta, in one commit, and returns its address; as `DeltaModel.push_to_hub`.
+    """Uploads the files of a delta, name to content, in one commit; returns its address, as `DeltaModel.push_to_hub`.
 
     The repository and the branch `revision` are made if need be. A model card without jdelta's mark stays, as in
     `folder.write`.
@@ -91,13 +91,13 @@ def push(
             )
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=Path(path),
+        keep = set() if _may_replace_card(api, repo_id, revision) else {folder.CARD}
+        return api.create_commit(
+            repo_id,
+            [huggingface_hub.CommitOperationAdd(name, data) for name, data in files.items() if name not in keep],
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,
-            ignore_patterns=[] if _may_replace_card(api, repo_id, revision) else [folder.CARD],
         ).commit_url
     except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) is not None:  # of the disk, not of the Hub

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 import warnings
 from typing import Any, Literal
 
@@ -131,9 +130,7 @@ class Kept(Placed):
         found = self._trained_or_allowed("push_to_hub", params, allow_untrained)
         if jax.process_index() != 0:
             return ""
-        with tempfile.TemporaryDirectory() as folder:
-            found.save(folder)
-            return hub.push(folder, repo_id, **options)
+        return hub.push(found.files(), repo_id, **options)
 
     def to_peft(
         self, path: str | os.PathLike[str], params: Tree | None = None, *, allow_untrained: bool = False

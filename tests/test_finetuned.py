@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import warnings
@@ -561,110 +559,6 @@ def test_values_that_are_elsewhere_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"holds no value of .*lora\.a'. Pass one that does: params="):
         delta.save_finetuned(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-# --- folders
-
-
-def write(path, number: float):
-    folder.write(path, {"number": number}, {"x": np.full(1000, number)}, "card")
-
-
-def read(path) -> float:
-    config, values, intact = folder.read(path)
-    assert intact
-    assert (values["x"] == config["number"]).all()
-    return config["number"]
-
-
-CRASH = """
-import os, signal, sys, types
-import numpy as np
-sys.modules["jdelta"] = types.ModuleType("jdelta")  # without what it imports, which takes seconds
-sys.modules["jdelta"].__path__ = [sys.argv[3]]
-from jdelta import folder
-at, seen = int(sys.argv[2]), 0
-def dying(function):
-    def run(*args, **kwargs):
-        global seen
-        seen += 1
-        if seen == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return run
-for name in ("rename", "replace", "fsync", "open", "mkdir", "unlink"):
-    setattr(os, name, dying(getattr(os, name)))
-folder.write(sys.argv[1], {"number": 2}, {"x": np.full(1000, 2.0)}, "card")
-print(seen)
-"""
-
-
-@pytest.mark.parametrize("old", breadth([True, False], True))
-def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, old):
-    found = []
-    for step in range(1, 40):
-        path = tmp_path / str(step)
-        if old:
-            write(path, 1)
-        done = subprocess.run(
-            [sys.executable, "-c", CRASH, path, str(step), Path(folder.__file__).parent], capture_output=True, text=True
-        )
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        found.append(read(path) if path.exists() else 0)
-        write(path, 3)  # and the next save is as any other
-        assert read(path) == 3
-        assert {p.name for p in path.iterdir() if p.is_file()} == {folder.CONFIG, folder.TENSORS, folder.CARD}
-    assert int(done.stdout) >= 5  # the steps were there
-    assert found == sorted(found)
-    assert set(found) == ({1, 2} if old else {0, 2})
-
-
-def test_a_full_disk_loses_nothing(tmp_path):
-    write(tmp_path / "out", 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write(tmp_path / "out", 2)
-        with pytest.raises(OSError, match="File too large"):
-            write(tmp_path / "new", 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    assert read(tmp_path / "out") == 1
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
-        ["out", folder.CONFIG, folder.TENSORS, folder.CARD]
-    )
-
-
-def test_a_file_in_the_way_and_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        write(tmp_path / "file", 1)
-    assert (tmp_path / "file").read_text() == "mine"
-
-    def refuse(path, *args):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    write(tmp_path / "out", 1)
-    monkeypatch.setattr(os, "mkdir", refuse)  # root may write everywhere
-    with pytest.raises(PermissionError, match="Permission denied"):
-        write(tmp_path / "out", 2)
-    assert read(tmp_path / "out") == 1
-
-
-def test_other_files_and_an_edited_card_stay(tmp_path):
-    write(tmp_path, 1)
-    (tmp_path / "notes.txt").write_text("mine")
-    assert "card" in (tmp_path / folder.CARD).read_text()
-    (tmp_path / folder.CARD).write_text("my own card")
-    write(tmp_path, 2)
-    assert read(tmp_path) == 2
-    assert (tmp_path / folder.CARD).read_text() == "my own card"
-    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_the_card_says_what_it_is(saved):

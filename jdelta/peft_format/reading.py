@@ -30,7 +30,7 @@ from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
 from jdelta.peft_format.keys import normalized
 from jdelta.peft_format.limits import known_fields, require_no_cross_attention, require_same_lora
-from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
+from jdelta.peft_format.names import CONFIG, OLD, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
 from jdelta.surgery import Tree
 
 Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's, ("…query", "a"); "" is the only host
@@ -75,7 +75,7 @@ def from_peft(
         raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
     path = hub.fetch(source, revision, (CONFIG, TENSORS))
     names = Names.of(backbone.trace(face), getattr(backbone_model, "base_model_prefix", ""))
-    fields, tensors = _read(path, names)
+    fields, tensors = read(path, names)
     try:
         fields = known_fields(fields)
         for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
@@ -90,8 +90,19 @@ def from_peft(
         raise ValueError(f"{path}: {error}") from error
 
 
+def read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors of a folder, of which a model of these names has some for each of its parts.
+
+    Raises:
+      FileNotFoundError: one of the files is missing.
+      ValueError: one of them is damaged.
+    """
+    return folder.steadily(path, lambda: _read(path, names))
+
+
 def _read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The configuration and the tensors of a folder, of which a model of these names has some for each of its parts."""
+    if not (path / CONFIG).is_file():
+        path = folder.left_ready(path, (CONFIG, TENSORS, OLD + CONFIG))
     for file in (CONFIG, TENSORS):
         if not (path / file).is_file():
             raise FileNotFoundError(

@@ -18,7 +18,17 @@ from jdelta.finetuned import BackboneInfo, Finetuned, listing
 from jdelta.linear import ConvMap, EinsumMap, LookupMap, MatrixMap, linear_map
 from jdelta.methods.lora import LoraConfig
 from jdelta.peft_format.limits import require_no_cross_attention, require_same_lora
-from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, modules_of, shapes_of, to_torch, torch_leaf, torch_name
+from jdelta.peft_format.names import (
+    CONFIG,
+    OLD,
+    PROMPT,
+    TENSORS,
+    modules_of,
+    shapes_of,
+    to_torch,
+    torch_leaf,
+    torch_name,
+)
 from jdelta.structure import ModuleInfo, Structure
 
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -33,7 +43,7 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
       path: the folder.
 
     Raises:
-      OSError: no permission, no space, or the path is a file. Nothing has changed then.
+      OSError: as `folder.replace`. Nothing has changed then.
       ValueError: PEFT has no such method, or cannot train those leaves of the backbone's.
     """
     writer = _WRITERS.get(found.config.delta_type)
@@ -50,11 +60,11 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
     base = (found.backbone or BackboneInfo("")).name or None
     fields = {"base_model_name_or_path": base, "task_type": None, "inference_mode": True} | fields
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    _write(
-        Path(path),
-        save(contiguous, metadata={"format": "pt"}),
-        (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode(),
-    )
+    files = {
+        TENSORS: save(contiguous, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    folder.replace(path, files, _swap)
 
 
 def _write_lora(found: Finetuned, structure: Structure) -> Written:
@@ -249,24 +259,25 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def _write(target: Path, tensors: bytes, config: bytes) -> None:
-    """Writes the two files: a new folder appears as a whole, and in one that is there they replace the earlier ones.
+def _swap(new: Path, target: Path) -> None:
+    """Moves the two files into an adapter's folder.
 
-    In between there is no configuration, so that a crash leaves a folder which nobody takes for an adapter, and never
-    the tensors of one adapter with the configuration of another.
+    In between there is no configuration, so that PEFT takes the folder for no adapter, and never reads the tensors of
+    one with the configuration of another. If the writer dies there, `from_peft` reads what is in `new`.
     """
-    with folder.prepared(target, {TENSORS: tensors, CONFIG: config}) as new:
-        if not target.exists():
-            return
-        old = new / "old.json"
-        if (target / CONFIG).exists():
-            os.replace(target / CONFIG, old)
+    tensors, there = new / "tensors", [name for name in (CONFIG, TENSORS) if (target / name).is_file()]
+    folder.twin(new / TENSORS, tensors)
+    try:
+        for name in there:
+            os.replace(target / name, new / (OLD + name))
             folder.sync(target)
-        try:
-            os.replace(new / TENSORS, target / TENSORS)
-        except OSError:
-            if old.exists():
-                os.replace(old, target / CONFIG)
-            raise
+        os.replace(tensors, target / TENSORS)
         folder.sync(target)
         os.replace(new / CONFIG, target / CONFIG)
+    except OSError:
+        if not tensors.exists():
+            (target / TENSORS).unlink()
+        for name in reversed(there):
+            if (new / (OLD + name)).exists():
+                os.replace(new / (OLD + name), target / name)
+        raise
