@@ -1,5 +1,6 @@
 """Deltas of every method on the same modules: together they compute the sum of their definitions, in any order."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -29,6 +30,28 @@ class Tiny(nn.Module):
         return nn.Dense(VOCABULARY, name="head")(x)
 
 
+class Shift(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + self.param("shift", nn.initializers.normal(), x.shape[-1:])
+
+
+class Scale(nn.Module):
+    @nn.compact
+    def __call__(self, y):
+        return y * self.param("scale", nn.initializers.ones, y.shape[-1:])
+
+
+class MineModel(jdelta.DeltaModel):
+    """A method of the user's own, on both sides of a module."""
+
+    delta_type = "mine"
+
+    def edits(self, host, structure):
+        yield jdelta.Edit(host.path, "before", Shift(), leaf=(self.name, "before"))
+        yield jdelta.Edit(host.path, "after", Scale(), leaf=(self.name, "after"))
+
+
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 24)))  # so many that LoRA's product is fused
 SMALL = {"non_linearity": "tanh"}
 METHODS = {
@@ -50,6 +73,7 @@ METHODS = {
         model, modified_modules=["attention"], prefix_token_num=2, reparameterize=False, **kw
     ),
     "prompt": lambda model, **kw: jdelta.SoftPromptModel(model, modified_modules=["embed"], soft_token_num=2, **kw),
+    "mine": lambda model, **kw: MineModel(model, modified_modules=["block.dense"], **kw),
     "lora_embed": lambda model, **kw: jdelta.LoraModel(model, modified_modules=["embed"], lora_r=2, **kw),
     "adapter_embed": lambda model, **kw: jdelta.AdapterModel(
         model, modified_modules=["embed"], bottleneck_dim=4, **SMALL, **kw
@@ -90,19 +114,21 @@ def expected(leaves, order):
     def bottleneck(y, at):
         return np.tanh(y @ w[f"{at}.down.kernel"] + w[f"{at}.down.bias"]) @ w[f"{at}.up.kernel"] + w[f"{at}.up.bias"]
 
-    def change(name, at, x, y):
-        """What the delta makes of the output `y` for the input `x`."""
+    def changed(name, at, run):
+        """What the delta makes of a module, `run`."""
         at = f"{at}.{name}"
         if name == "lora":
-            return y + 8 * x @ w[f"{at}.a"] @ w[f"{at}.b"]
+            return lambda x: run(x) + 8 * x @ w[f"{at}.a"] @ w[f"{at}.b"]
         if name == "lora_embed":
-            return y + 8 * w[f"{at}.a"][x] @ w[f"{at}.b"]
+            return lambda ids: run(ids) + 8 * w[f"{at}.a"][ids] @ w[f"{at}.b"]
         if name in ("adapter", "adapter_embed"):
-            return y + bottleneck(y, at)
+            return lambda x: (y := run(x)) + bottleneck(y, at)
         if name == "parallel":
-            return y + bottleneck(x, at)
+            return lambda x: run(x) + bottleneck(x, at)
         if name == "bitfit":
-            return y + w[f"{at}.bias"]
+            return lambda x: run(x) + w[f"{at}.bias"]
+        if name == "mine":
+            return lambda x: run(x + w[f"{at}.before.shift"]) * w[f"{at}.after.scale"]
         kernels = {}
         for side in ("down", "up"):
             if name == "low_rank":
@@ -110,8 +136,13 @@ def expected(leaves, order):
             else:
                 rules, left, right = (w[f"{at}.{side}.{leaf}"] for leaf in ("phm_rule", "W_left", "W_right"))
                 kernels[side] = sum(np.kron(a, b @ c) for a, b, c in zip(rules, left, right, strict=True))
-        z = np.tanh(y @ kernels["down"] + w[f"{at}.down.bias"])
-        return y + z @ kernels["up"] + w[f"{at}.up.bias"]
+
+        def adapted(x):
+            y = run(x)
+            z = np.tanh(y @ kernels["down"] + w[f"{at}.down.bias"])
+            return y + z @ kernels["up"] + w[f"{at}.up.bias"]
+
+        return adapted
 
     def attention(x):
         at = "block.attention"
@@ -128,20 +159,23 @@ def expected(leaves, order):
         out = np.einsum("bhqk,bhkw->bqhw", weights / weights.sum(-1, keepdims=True), v)
         return np.einsum("bqhw,hwd->bqd", out, w[f"{at}.out.kernel"]) + w[f"{at}.out.bias"]
 
-    ids = np.asarray(IDS)
-    x = w["embed.embedding"][ids]
+    def embed(ids):
+        return w["embed.embedding"][ids]
+
+    def dense(x):
+        return x @ w["block.dense.kernel"]
+
     for name in order:
         if name.endswith("_embed"):
-            x = change(name, "embed", ids, x)
+            embed = changed(name, "embed", embed)
+        elif name not in ("prefix", "prompt"):
+            dense = changed(name, "block.dense", dense)
+    x = embed(np.asarray(IDS))
     if "prompt" in order:
         prompt = w["embed.prompt.embedding"]
         x = np.concatenate([np.broadcast_to(prompt, (len(x), *prompt.shape)), x], axis=1)
     x = x + attention(x)
-    y = x @ w["block.dense.kernel"]
-    for name in order:
-        if name not in ("prefix", "prompt") and not name.endswith("_embed"):
-            y = change(name, "block.dense", x, y)
-    x = (x + y) @ w["head.kernel"] + w["head.bias"]
+    x = (x + dense(x)) @ w["head.kernel"] + w["head.bias"]
     return x[:, 2:] if "prompt" in order else x
 
 
@@ -161,6 +195,7 @@ def require_definitions(model, deltas, subsets):
     for names in subsets:
         leave(deltas, names)
         y = np.asarray(model(IDS))
+        assert np.isfinite(y).all(), names
         want = expected(surgery.flatten(model.params), names)
         np.testing.assert_allclose(y, want, rtol=2e-4, atol=2e-4, err_msg=" + ".join(names))
 
@@ -173,6 +208,49 @@ def test_every_ordered_pair_computes_the_sum_of_its_definitions(all_attached):
 def test_triples_compute_the_sum_of_their_definitions(all_attached):
     model, deltas = all_attached
     require_definitions(model, deltas, list(itertools.combinations(deltas, 3))[::7])
+
+
+def orders_of_triples():
+    """Orders of attaching, and with each the triples that no earlier one has in this order: together all of them."""
+    rng, left = np.random.default_rng(0), set(itertools.permutations(METHODS, 3))
+    while left:
+        order = [str(name) for name in rng.permutation(list(METHODS))]
+        mine = [triple for triple in itertools.combinations(order, 3) if triple in left]
+        left -= {*mine}
+        if mine:
+            yield order, mine
+
+
+@functools.cache
+def alone(*names):
+    """What the model computes to which these were attached, in this order, and nothing else ever was."""
+    model = backbone()
+    attach(model, names)
+    return np.asarray(model(IDS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_every_ordered_triple_computes_the_sum_and_comes_off_in_any_order_bit_for_bit(part):
+    rng = np.random.default_rng(part)
+    for order, triples in list(orders_of_triples())[part::8]:
+        model = backbone()
+        bare = surgery.flatten(model.params)
+        deltas = attach(model, order)
+        for names in triples:
+            require_definitions(model, deltas, [names])
+            together = np.asarray(model(IDS))
+            left = list(names)
+            for name in rng.permutation(names):
+                deltas[name].detach()
+                left.remove(name)
+                assert np.array_equal(model(IDS), alone(*left)), (order, names, left)
+            now = surgery.flatten(model.params)
+            assert now.keys() == bare.keys()
+            assert all(now[path] is bare[path] for path in bare), names
+            for name in rng.permutation(names):
+                deltas[name].attach()
+            assert np.array_equal(model(IDS), together), (order, names)
 
 
 @pytest.mark.slow
@@ -197,9 +275,7 @@ def test_without_any_one_the_others_compute_bit_for_bit_what_they_do_alone(names
     for name in names:
         rest = [other for other in names if other != name]
         leave(deltas, rest)
-        alone = backbone()
-        attach(alone, rest)
-        assert np.array_equal(model(IDS), alone(IDS)), name
+        assert np.array_equal(model(IDS), alone(*rest)), name
         leave(deltas, names)
 
 
