@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import queue
+import random
 import re
 import signal
 import socket
@@ -299,6 +300,100 @@ def test_a_forwarded_port_is_fine(server, host):
 def test_a_foreign_origin_is_refused(server, origin):
     assert submit(server, {}, Origin=origin)[0] == 403
     assert server.submissions.empty()
+
+
+def raw(server, request: bytes) -> bytes:
+    """What the server says to these bytes, until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        reply = b""
+        while part := connection.recv(1 << 16):
+            reply += part
+    return reply
+
+
+def status(reply: bytes) -> int:
+    """The status of a whole answer with a body of the length that it says; else 0."""
+    head, _, body = reply.partition(b"\r\n\r\n")
+    found = re.match(rb"HTTP/1.0 (\d\d\d) ", head)
+    length = re.search(rb"\r\nContent-Length: (\d+)", head)
+    return int(found[1]) if found and length and int(length[1]) == len(body) else 0
+
+
+BAD_REQUESTS = {
+    "an address that is none": b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a fragment that is none": b"POST http://[/submit HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "an origin that is none": b"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[\r\n\r\n",
+    "an origin that does not end": b"POST /submit HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[::1\r\n\r\n",
+    "nothing": b"\r\n\r\n",
+    "spaces": b"  \r\n",
+    "one word": b"GET\r\n\r\n",
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\r\n",
+    "an odd version": b"GET / HTTP/x.1\r\n\r\n",
+    "no version": b"POST /\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_REQUESTS)
+def test_a_request_that_cannot_be_read_is_answered(server, bad, capsys):
+    assert status(raw(server, BAD_REQUESTS[bad])) == 400
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_line_that_is_too_long_too_many_headers_and_an_unknown_method_are_answered(server):
+    assert status(raw(server, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n")) == 414
+    assert status(raw(server, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n")) == 431
+    assert status(raw(server, b"PUT / HTTP/1.1\r\n\r\n")) == 501
+    assert status(raw(server, b"GET / HTTP/9.9\r\n\r\n")) == 505
+
+
+@pytest.mark.parametrize("seeds", breadth([150, 10_000], 150))
+def test_whatever_is_sent_is_answered(server, seeds, capsys):
+    host = f"127.0.0.1:{server.server_port}"
+    body = b'{"modules": ["a"]}'
+    templates = [
+        f"GET /?token={server.token} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\n\r\n".encode(),
+        f"POST /submit HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nX-Jdelta-Token: wrong\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + body,
+        f"POST /wait HTTP/1.1\r\nHost: {host}\r\nX-Jdelta-Token: wrong\r\n\r\n".encode(),
+        f"HEAD /%5B?a=b#c HTTP/1.0\r\nHost: [::1]:{server.server_port}\r\nOrigin: null\r\n\r\n".encode(),
+    ]
+    odd = [
+        b"[",
+        b"]",
+        b"http://[",
+        b"//",
+        b"%",
+        b"\0",
+        b"\xff",
+        b"\r\n",
+        b" ",
+        b":",
+        b"\xa0",
+        b"#",
+        b"?",
+        b"\x85",
+        b"9" * 30,
+    ]
+    for seed in range(seeds):
+        rng = random.Random(seed)
+        request = bytearray(rng.choice(templates))
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(request))
+            match rng.randrange(4):
+                case 0:
+                    request[at] = rng.randrange(256)
+                case 1:
+                    request[at : at + rng.randrange(1, 30)] = b""
+                case 2 | 3:
+                    request[at:at] = rng.choice(odd)
+            request = request or bytearray(b"x")
+        reply = raw(server, bytes(request))
+        assert reply.startswith(b"HTTP/1.0 "), (seed, bytes(request), reply)
+        assert not reply.startswith(b"HTTP/1.0 500"), (seed, bytes(request), reply)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_answers_come_by_post_with_the_token_in_its_header(server):

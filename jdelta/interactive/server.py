@@ -20,7 +20,7 @@ import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 FIRST_PORT = 8888
 TRIED_PORTS = 100
@@ -219,10 +219,35 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     timeout = 30
     server_version, sys_version = "jdelta", ""
+    default_request_version = "HTTP/1.0"  # of a line that says none: the answer then has a status too
+    raw_requestline: bytes
+    url: SplitResult
+    origin: SplitResult | None
+
+    def parse_request(self) -> bool:
+        """Whether the request can be read; what is wrong is answered."""
+        if not str(self.raw_requestline, "iso-8859-1").split():
+            self.requestline, self.command, self.request_version = "", "", self.default_request_version
+            self._error(400, "the request's first line is empty.")
+            return False
+        if not super().parse_request():
+            return False
+        origin = self.headers.get("Origin")
+        try:
+            self.url, self.origin = urlsplit(self.path), None if origin is None else urlsplit(origin)
+        except ValueError as error:
+            self._error(400, f"the request has an address that cannot be read: {error}.")
+            return False
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server answers of itself, as all other answers are."""
+        self.close_connection = True
+        self._error(int(code), message or http.HTTPStatus(code).phrase)
 
     def do_GET(self) -> None:
         with self.server.busy():
-            if not self._allowed(parse_qs(urlsplit(self.path).query).get("token", [""])[0]):
+            if not self._allowed(parse_qs(self.url.query).get("token", [""])[0]):
                 return
             if self._route() != "":
                 self._error(405, f"GET /{self._route()}: answers come by POST.", Allow="POST")
@@ -257,26 +282,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._json(*self.server.offer(value))
 
     def _route(self) -> str:
-        return urlsplit(self.path).path.rpartition("/")[2]
+        return self.url.path.rpartition("/")[2]
 
     def _allowed(self, token: str, post: bool = False) -> bool:
         """Checks who asks; what is wrong is answered."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        host, origin = self.headers.get("Host", ""), self.origin
         if not self.server.knows(host):
             self._error(403, f"the host {host!r} is not this server's name. Open the link that was printed.")
-        elif (origin is not None or post) and not self._own(origin or "", host):
-            self._error(403, f"a page of {origin!r} cannot answer here. Open the link that was printed.")
+        elif (origin is not None or post) and not (origin is not None and self._own(origin, host)):
+            self._error(
+                403, f"a page of {self.headers.get('Origin')!r} cannot answer here. Open the link that was printed."
+            )
         elif not secrets.compare_digest(token.encode(), self.server.token.encode()):
             self._error(403, "the token is missing or wrong. Open the whole link that was printed.")
         else:
             return True
         return False
 
-    def _own(self, origin: str, host: str) -> bool:
-        parts = urlsplit(origin)
-        if parts.netloc.lower() == host.lower() and parts.scheme in ("http", "https"):
+    def _own(self, origin: SplitResult, host: str) -> bool:
+        if origin.netloc.lower() == host.lower() and origin.scheme in ("http", "https"):
             return True
-        return bool(self.server.trusted) and (parts.hostname or "").endswith(self.server.trusted)
+        return bool(self.server.trusted) and (origin.hostname or "").endswith(self.server.trusted)
 
     def _body(self) -> tuple[bool, Any]:
         """Whether there is one that can be read, and what it says; what is wrong is answered."""
@@ -294,6 +320,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return True, json.loads(self.rfile.read(int(length)))
             except (ValueError, RecursionError) as error:
                 self._error(400, f"the answer is not JSON: {error}.")
+            except TimeoutError:
+                self._error(408, f"the answer was not sent whole within {self.timeout} seconds.")
         return False, None
 
     def _json(self, status: int, reply: dict[str, Any], headers: dict[str, str] | None = None) -> None:
