@@ -31,6 +31,14 @@ BACKGROUNDS = ("#ffffff", "#1b1d21")
 GUIDE = "#a8adb5"
 
 
+def plain(text: str) -> str:
+    """The text with what has no picture of its own as Python writes it: control characters, halves of surrogate pairs.
+
+    It can then be encoded, and be in an XML file.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One line of a tree, and the lines below it."""

@@ -16,7 +16,7 @@ from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from jdelta import backbone, surgery
-from jdelta.drawing import Drawing, Line, Part, to_html, to_page, to_svg
+from jdelta.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
 from jdelta.interception import attachments_of
 from jdelta.outline import Leaf, Node, build, fold, shape
 from jdelta.surgery import Path, Tree
@@ -87,7 +87,7 @@ class Visualization:
         Returns:
           The page.
         """
-        return _written(to_page(self._drawing(params, mask), self._face.kind), path)
+        return _written(to_page(self._drawing(params, mask), plain(self._face.kind)), path)
 
     def to_svg(
         self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
@@ -152,7 +152,7 @@ def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, L
 
 def _line(node: Node, delta: bool = False) -> Line:
     """A module's line, in a delta's colour if it is none of the backbone's; below it its parameters and modules."""
-    parts = tuple(("delta" if kind == "name" and delta else kind, text) for kind, text in node.label())
+    parts = tuple(("delta" if kind == "name" and delta else kind, plain(text)) for kind, text in node.label())
     return Line(parts, (*map(_leaf_line, node.leaves), *(_line(child, _is_delta(child)) for child in node.children)))
 
 
@@ -164,7 +164,7 @@ def _is_delta(node: Node) -> bool:
 def _leaf_line(leaf: Leaf) -> Line:
     kind = "delta" if leaf.delta else "trainable" if leaf.trainable else "frozen"
     mark = MARKS[kind] + (MARKS["trainable"] if leaf.trainable else MARKS["frozen"]) * leaf.delta
-    return Line(((kind, f"{mark} {leaf.name} {shape(leaf.shape)} {leaf.dtype}"),))
+    return Line(((kind, f"{mark} {plain(leaf.name)} {shape(leaf.shape)} {leaf.dtype}"),))
 
 
 def _branch(line: Line, above: RichTree | None) -> RichTree:

@@ -203,6 +203,13 @@ def test_names_cannot_leave_the_data_of_the_page():
     assert data["model"] == EVIL + "__NONCE__\u2028&"
 
 
+def test_names_of_half_surrogates_and_control_characters_reach_the_page_as_they_are():
+    names = ["\ud800", "a\0\x1b\u202e", "\ufffe"]
+    text = interactive.document({"model": names}, "n").encode()  # UTF-8
+    assert json.loads(re.search(rb'id="data" nonce="n">(.*?)</script>', text).group(1))["model"] == names
+    assert not any(byte < 32 and byte != 10 for byte in text)
+
+
 def test_the_page_asks_nothing_of_anybody_else():
     text = interactive.document({}, "n")
     assert re.findall(r"https?://|src=|@import|url\(", text) == []

@@ -240,6 +240,26 @@ def test_names_of_modules_are_only_text(start):
     assert call.problems == []
 
 
+UNPRINTABLE = "a\x01b\x1b[31m\u202e\ufffe"
+
+
+class Unprintable(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name=UNPRINTABLE)(nn.Dense(2, name="plain")(x))
+
+
+def test_names_of_control_characters_are_shown_as_python_writes_them_and_can_be_chosen(start):
+    call = start(lambda: jdelta.select_modules(jdelta.Backbone(Unprintable(), None, (jnp.ones((1, 2)),))))
+    page = call.open()
+    line = row(page, r"a\x01b\x1b[31m\u202e\ufffe")
+    line.locator(".name").click()
+    expect(page.locator("#code")).to_contain_text(r"\u0001b")
+    page.click("#submit")
+    assert call.result() == [UNPRINTABLE]
+    assert call.problems == []
+
+
 def test_of_two_pages_one_submits_and_the_other_says_so(start):
     call = start(lambda: jdelta.select_modules(bert()))
     first, second, third = call.open(), call.open(), call.open()

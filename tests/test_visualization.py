@@ -246,3 +246,38 @@ def test_without_matplotlib_the_error_says_what_to_install(model, monkeypatch, t
 def test_something_that_is_no_backbone():
     with pytest.raises(TypeError, match="expected a Flax model of transformers"):
         jdelta.Visualization("bert")
+
+
+UNPRINTABLE = "a\x01b\x1b[31m\u202e\ufffe\x85<&"  # control characters, a mark of direction, no character; and markup
+
+
+class Unprintable(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name=UNPRINTABLE)(x)
+
+
+def test_names_of_control_characters_and_half_surrogates_are_escaped_and_the_files_are_valid(tmp_path):
+    x = jnp.ones((1, 2))
+    params = {"params": {**Unprintable().init(jax.random.key(0), x)["params"], "\ud800": {"\udfff\0": x}}}
+    picture = jdelta.Visualization(jdelta.Backbone(Unprintable(), None, (x,)))
+    escaped = r"a\x01b\x1b[31m\u202e\ufffe\x85<&"
+
+    svg = picture.to_svg(tmp_path / "odd.svg", params=params)
+    texts = [
+        "".join(text.itertext()) for text in ElementTree.fromstring(svg.encode()).iter() if text.tag.endswith("text")
+    ]
+    assert any(text.startswith(escaped + " Dense") for text in texts)
+    assert r"\ud800" in texts
+    assert any(text.startswith(r"+ \udfff\x00 1×2") for text in texts)
+    assert ElementTree.parse(tmp_path / "odd.svg")
+
+    page = picture.to_html(tmp_path / "odd.html", params=params)
+    assert (tmp_path / "odd.html").read_text("utf-8") == page
+    assert all(char.isprintable() or char == "\n" for char in page)
+    assert rf'<span class="name">{escaped.replace("&", "&amp;").replace("<", "&lt;")}</span>' in page
+
+    console = Console(file=io.StringIO(), width=200)
+    picture.structure_graph(params, console=console)
+    assert escaped in console.file.getvalue()
+    console.file.getvalue().encode()
