@@ -13,16 +13,17 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import lift
 from flax.core.scope import Scope, in_filter
 
-from jdelta import jit_cache, surgery
+from jdelta import jit_cache, patches, surgery
 from jdelta.pickling import OF_EACH, packed, unpacked, with_class
 from jdelta.surgery import Path
 
@@ -134,7 +135,9 @@ class Frame:
 class Calls:
     """The stack of module calls in progress."""
 
-    def __init__(self, root_type: type[nn.Module]):
+    def __init__(self, root_type: type[nn.Module], hosts: Collection[Path] = ()):
+        self.edited = 0  # how many calls of hosts there were
+        self._hosts = hosts
         self._root_type = root_type
         self._stack: list[Frame] = []
 
@@ -143,10 +146,16 @@ class Calls:
         """Puts a call on the stack for as long as it runs."""
         frame = self._frame(module, args, kwargs)
         self._stack.append(frame)
+        self.edited += frame.path in self._hosts
         try:
             yield frame
         finally:
             self._stack.pop()
+
+    @property
+    def inside_host(self) -> bool:
+        """Whether the call of a host is in progress."""
+        return any(frame.path in self._hosts for frame in self._stack)
 
     @property
     def newest(self) -> Path | None:
@@ -386,11 +395,11 @@ def running(
       name: of these edits, among all others: runs under the same name share what `nn.jit` traced.
       ran: where to note the edits that were run.
     """
-    calls = Calls(root_type)
     by_host: dict[Path, list[Edit]] = {}
     for edit in sorted(edits, key=lambda edit: edit.outermost):
         if edit.layer is not None:
             by_host.setdefault(edit.host, []).append(edit)
+    calls = Calls(root_type, by_host)
     starts = {edit.start for edit in edits if edit.start is not None}
     inputs: dict[Path, _Input] = {}  # of each start's newest call
     watchers: list[Watcher] = []  # of the hosts in progress, outermost first
@@ -436,11 +445,47 @@ def running(
             for during_run in (getattr(edit.layer, "during_run", None) for edit in edits):
                 if during_run is not None:
                     stack.enter_context(during_run())
+            stack.enter_context(patches.patched(vars(lift), "custom_vjp", _within_run))
             stack.enter_context(nn.intercept_methods(intercept))
             stack.enter_context(jit_cache.marked(mark))
             yield
     finally:
         _runs.reset(token)
+
+
+def _within_run(custom_vjp: Callable) -> Callable:
+    """Flax's `custom_vjp`, which says so if JAX traces its functions after the run, where no edit would be heard.
+
+    Private API of flax: `nn.custom_vjp` looks the name up in `flax.core.lift` when it is called. A test notices if not.
+    """
+
+    @functools.wraps(custom_vjp)
+    def checked(fn: Callable, forward_fn: Callable, *args: Any, **kwargs: Any) -> Any:
+        if not _runs.get():
+            return custom_vjp(fn, forward_fn, *args, **kwargs)
+        calls = _runs.get()[-1][1]
+        concerned = calls.inside_host
+
+        def within(function: Callable) -> Callable:
+            @functools.wraps(function)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal concerned
+                if concerned and all(other is not calls for _, other in _runs.get()):
+                    raise NotImplementedError(
+                        "the forward pass of an nn.custom_vjp was traced after the model ran, where the deltas in it "
+                        "are not heard. Take the gradient inside jax.jit: jax.jit(jax.grad(loss)) in place of "
+                        "jax.grad(jax.jit(loss))."
+                    )
+                before = calls.edited
+                output = function(*args, **kwargs)
+                concerned |= calls.edited > before
+                return output
+
+            return run
+
+        return custom_vjp(within(fn), within(forward_fn), *args, **kwargs)
+
+    return checked
 
 
 @dataclasses.dataclass(frozen=True)

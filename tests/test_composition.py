@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import fresh
+from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -260,15 +261,15 @@ def test_every_triple_and_quadruple_computes_the_sum_of_its_definitions(all_atta
     require_definitions(model, deltas, [*subsets[0], *subsets[1], tuple(deltas)])
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("prompt", "lora_embed", "adapter_embed"),
-        ("bitfit", "lora", "prompt"),
-        ("adapter", "lora", "parallel"),
-        ("prefix", "compacter", "lora_embed"),
-    ],
-)
+ALONE = [
+    ("prompt", "lora_embed", "adapter_embed"),
+    ("bitfit", "lora", "prompt"),
+    ("adapter", "lora", "parallel"),
+    ("prefix", "compacter", "mine"),
+]
+
+
+@pytest.mark.parametrize("names", breadth(ALONE, ALONE[0], ALONE[3]))
 def test_without_any_one_the_others_compute_bit_for_bit_what_they_do_alone(names):
     model = backbone()
     deltas = attach(model, names)

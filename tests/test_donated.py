@@ -160,6 +160,7 @@ def test_functions_on_trees_say_so():
     delta.optimizer(optax.sgd(0.1))
 
 
+@pytest.mark.slow
 def test_what_starts_from_donated_values_or_writes_out_a_prefix_says_so(bert):
     model = copy.copy(bert)
     prompt = jdelta.SoftPromptModel(model, soft_token_num=2)

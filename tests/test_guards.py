@@ -142,6 +142,47 @@ def test_what_would_run_without_them_says_how_to(model, way, jit):
         (jax.jit(run) if jit else run)({"params": model.params})
 
 
+class OwnGradient(nn.Module):
+    """A Dense whose gradients are doubled, beside another."""
+
+    @nn.compact
+    def __call__(self, x):
+        def forward(dense, x):
+            y, pull = nn.vjp(lambda dense, x: dense(x), dense, x)
+            return y, pull
+
+        def backward(pull, g):
+            return jax.tree.map(lambda leaf: 2 * leaf, pull(g))
+
+        doubled = nn.custom_vjp(lambda dense, x: dense(x), forward, backward)
+        return nn.Dense(4, name="plain")(x) + doubled(nn.Dense(4, name="own"), x)
+
+
+def test_a_gradient_of_the_models_own_is_that_of_the_deltas_too_or_an_error():
+    net = OwnGradient()
+    shapes = jax.eval_shape(net.init, KEY, X)["params"]
+    params = noisy(jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), shapes))
+    model = jdelta.Backbone(net, params, dummy_inputs=(X,))
+
+    def loss(params):
+        return model(X, params=params).sum()
+
+    lora = jdelta.LoraModel(model, modified_modules=["plain"], lora_r=2)  # beside it, nothing is lost
+    grads = jax.grad(jax.jit(loss))(model.params)
+    np.testing.assert_allclose(grads["own"]["bias"], 2 * grads["plain"]["bias"])
+    lora.remove()
+    jdelta.LoraModel(model, modified_modules=["own"], lora_r=2)
+    model.params = noisy(model.params)
+    a, b = (np.asarray(model.params["own"]["lora"][leaf], np.float64) for leaf in "ab")
+    ones = np.ones((2, 4))
+    for grad in (jax.grad(loss), jax.jit(jax.grad(loss))):
+        found = grad(model.params)["own"]["lora"]
+        np.testing.assert_allclose(found["a"], 2 * 8 * X.T @ (ones @ b.T), rtol=1e-4)
+        np.testing.assert_allclose(found["b"], 2 * 8 * (X @ a).T @ ones, rtol=1e-4)
+    with pytest.raises(NotImplementedError, match=r"jax\.jit\(jax\.grad\(loss\)\) in place of"):
+        jax.grad(jax.jit(loss))(model.params)
+
+
 def test_what_a_run_leaves_cannot_be_called_afterwards(model):
     escaped = model.module.apply({"params": model.params}, method=lambda module: module)
     with pytest.raises(Exception, match="scope"):

@@ -96,7 +96,7 @@ def test_between_calls_and_after_undo_every_name_means_what_it_meant(file):
     require_unchanged(before)
 
 
-@pytest.mark.parametrize("again", ["reloaded", "imported anew"])
+@pytest.mark.parametrize("again", breadth(["reloaded", "imported anew"], "reloaded"))
 def test_prefixes_and_fused_attention_outlive_their_file(file, again):
     model = backbone(file)
     with_prefix(model)
@@ -126,6 +126,7 @@ def test_prefixes_and_fused_attention_outlive_their_file(file, again):
     assert file.jnp is jnp
 
 
+@pytest.mark.slow
 def test_a_class_that_is_defined_again_as_by_a_cell_that_runs_twice():
     scope = {"__name__": __name__}
     for _ in range(2):
@@ -172,9 +173,8 @@ def test_a_run_that_fails_leaves_nothing(file):
     require_unchanged(before)
 
 
-@pytest.mark.parametrize(
-    "cls", breadth(["FlaxBertModel", "FlaxGPT2Model", "FlaxDistilBertModel"], "FlaxDistilBertModel")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", ["FlaxBertModel", "FlaxGPT2Model", "FlaxDistilBertModel"])
 def test_models_of_transformers_and_their_activations(cls, ids):
     family = {"FlaxBertModel": "bert", "FlaxGPT2Model": "gpt2", "FlaxDistilBertModel": "distilbert"}[cls]
     model = fresh(family, cls)
