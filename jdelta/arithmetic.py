@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import jax
+import chex
 import numpy as np
 
 from jdelta import lora_pairs, operands
@@ -33,7 +33,7 @@ def weighted_sum(
     rank: int | None = None,
     density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] = "total",
-    rng: int | jax.Array = 0,
+    rng: int | chex.PRNGKey = 0,
     base: Tree | Finetuned | None = None,
     keep: Sequence[str] = (),
     name: str | None = None,

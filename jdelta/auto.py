@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
+import chex
 
 from jdelta import backbone, hub, parsing, regexes
 from jdelta.config import DeltaConfig, as_path, config_from_dict, require_known, shown
@@ -72,7 +72,7 @@ class AutoDeltaModel:
 
     @classmethod
     def from_config(
-        cls, config: DeltaConfig, backbone_model: Any, name: str | None = None, rng: int | jax.Array = 0
+        cls, config: DeltaConfig, backbone_model: Any, name: str | None = None, rng: int | chex.PRNGKey = 0
     ) -> DeltaModel:
         """Attaches the delta that a configuration describes.
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -41,7 +42,7 @@ class Face(Protocol):
         """Where it was loaded from, a folder or a repository of the Hub; `""` if nobody knows."""
         ...
 
-    def init(self, module: nn.Module, rng: jax.Array) -> Tree:
+    def init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
         """Initialises `module`, a variant of this backbone's, on the pseudo input; the tree is laid out as `params`."""
         ...
 
@@ -138,11 +139,11 @@ class Backbone:
         variables = tree if surgery.root(tree) else {"params": tree}
         return self.module.apply(variables, *args, rngs=rngs, **kwargs)
 
-    def init(self, module: nn.Module, rng: jax.Array) -> Tree:
+    def init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
         """Initialises `module`, a variant of this backbone's, on the dummy input; laid out as `params`."""
         return self._init(module, rng, self._inputs)
 
-    def _init(self, module: nn.Module, rng: jax.Array, inputs: tuple) -> Tree:
+    def _init(self, module: nn.Module, rng: chex.PRNGKey, inputs: tuple) -> Tree:
         streams = dict(zip(("params", "dropout"), jax.random.split(rng), strict=True))
         args, kwargs = jax.tree.map(_zeros_for_shape, (tuple(inputs), self._kwargs))
         variables = module.init({**streams, **self._rngs}, *args, **kwargs)
@@ -208,7 +209,7 @@ class _PretrainedFace:
     def origin(self) -> str:
         return getattr(self._model.config, "_name_or_path", "") or ""
 
-    def init(self, module: nn.Module, rng: jax.Array) -> Tree:
+    def init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
         probe = copy.copy(self._model)
         probe._module = module
         return probe.init_weights(rng, probe.input_shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import numpy as np
 
@@ -46,7 +47,7 @@ COMBINATIONS = {
 }
 
 
-def merger(how: Combination, density: float | None, majority_sign_method: Sign, rng: int | jax.Array) -> Merge:
+def merger(how: Combination, density: float | None, majority_sign_method: Sign, rng: int | chex.PRNGKey) -> Merge:
     """The function that makes one change of several. It draws other entries each time.
 
     Args:

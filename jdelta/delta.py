@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import chex
 import jax
 import optax
 from flax import linen as nn
@@ -70,7 +71,7 @@ class DeltaModel(Kept):
         common_structure: bool | None = None,
         interactive_modify: bool | int = False,
         name: str | None = None,
-        rng: int | jax.Array = 0,
+        rng: int | chex.PRNGKey = 0,
         **arguments: Any,
     ):
         where = {
@@ -227,7 +228,7 @@ class DeltaModel(Kept):
         state = next(state for state, holds in states.items() if holds)
         return f"<{type(self).__name__} {self.name!r} on {len(self.targets)} modules of {self._face.kind}, {state}>"
 
-    def init(self, rng: int | jax.Array, params: Tree | None = None) -> Tree:
+    def init(self, rng: int | chex.PRNGKey, params: Tree | None = None) -> Tree:
         """Fresh values of the delta's own leaves, as a tree to be grafted into the backbone's.
 
             params = jdelta.graft(params, jax.jit(delta.init)(jax.random.key(0)))
@@ -454,7 +455,7 @@ class DeltaModel(Kept):
         self._put([*own.edits, *edits])
         self._inserted += [surgery.name_of(edit.host) for edit in edits]
 
-    def _init_model(self, rng: jax.Array) -> Tree:
+    def _init_model(self, rng: chex.PRNGKey) -> Tree:
         own = dataclasses.replace(self._attachment, active=True)
         return self._run_init([own if a.name == own.name else a for a in attachments_of(self._face.module)], rng)
 

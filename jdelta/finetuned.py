@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -88,7 +89,7 @@ class Finetuned:
             "exclude": None if self.exclude is None else list(self.exclude),
             "inserted": list(self.inserted),
             "leaves": {key: fingerprint.kind(value) for key, value in sorted(self.values.items())},
-            "versions": {"jdelta": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "versions": _versions(),
             "backbone": None if self.backbone is None else dataclasses.asdict(self.backbone),
         }
         if self.own is not None:
@@ -276,6 +277,15 @@ def _checksum(description: Mapping[str, Any]) -> str:
 
 def _dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
+
+
+def _versions() -> dict[str, str]:
+    """Of jdelta, and of the libraries that are here."""
+    found = {"jdelta": __version__}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def card(found: Finetuned) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -48,8 +49,8 @@ def fetch(
         if any((copy / file).is_file() for file in files):
             return copy
         held = huggingface_hub.HfApi().list_repo_files(source, revision=revision)
-    except OSError as error:
-        if error.errno is not None:  # of the disk, not of the Hub
+    except Exception as error:
+        if not _is_of_the_hub(error):
             raise
         at = "" if revision is None else f" at revision {revision!r}"
         asked = f"there is no folder {source!r}, and the Hub gives no repository of that name{at}"
@@ -99,8 +100,8 @@ def push(
             commit_message=commit_message,
             create_pr=create_pr,
         ).commit_url
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) is not None:  # of the disk, not of the Hub
+    except Exception as error:
+        if not _is_of_the_hub(error):
             raise
         raise _explained(error, f"the Hub does not take {repo_id!r}") from error
 
@@ -125,7 +126,18 @@ def _may_replace_card(api: huggingface_hub.HfApi, repo_id: str, revision: str | 
         return folder.MARK in Path(card).read_text("utf-8", "replace")
 
 
-def _explained(error: OSError | RuntimeError, asked: str) -> Exception:
+def _is_of_the_hub(error: Exception) -> bool:
+    """Whether it comes from the Hub or the way there, and not from the disk or a wrong argument.
+
+    In version 0 of huggingface_hub such errors are `OSError`s without a number; later ones let those of httpx through.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return False
+    ways = (OSError, RuntimeError, json.JSONDecodeError)  # JSON: the login page of a network
+    return isinstance(error, ways) or type(error).__module__.startswith(("httpx", "httpcore"))
+
+
+def _explained(error: Exception, asked: str) -> Exception:
     """What is raised in place of an error of huggingface_hub."""
     cause: BaseException = error
     if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError):  # no news: what happened is behind them

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,7 +234,7 @@ class Placed:
 
     # --- inside: before it is on the model
 
-    def _begin(self, backbone_model: Any, name: str | None, rng: int | jax.Array) -> None:
+    def _begin(self, backbone_model: Any, name: str | None, rng: int | chex.PRNGKey) -> None:
         """Everything but the modules that it goes to; `config` is there already. Nothing of the model changes."""
         self.backbone_model = backbone_model
         self._face = backbone.face_of(backbone_model)
@@ -500,13 +501,13 @@ class Placed:
         fixed = frozenset(path for path in own if self.frozen(path))
         return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made, self.config), own
 
-    def _run_init(self, attachments: Sequence[Attachment], rng: jax.Array, ran: set[Edit] | None = None) -> Tree:
+    def _run_init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, ran: set[Edit] | None = None) -> Tree:
         return self._face.init(instrument(self._face.module, attachments, ran), rng)
 
     def _initial_values(self, attachments: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
         """Values of new leaves; shapes, where the backbone's own are."""
 
-        def new(rng: jax.Array) -> Tree:
+        def new(rng: chex.PRNGKey) -> Tree:
             return _select(self._run_init(attachments, rng), paths)
 
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):

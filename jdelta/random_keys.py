@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from jdelta.config import as_int
 
 
-def as_key(rng: Any) -> jax.Array:
+def as_key(rng: Any) -> chex.PRNGKey:
     """A typed key, `()`, from a seed or a key; also while `jax.jit` traces.
 
     Args:

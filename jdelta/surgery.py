@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import chex
 import jax
 from flax.core import FrozenDict, freeze, meta
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 Path = tuple[str, ...]
-Tree = Any  # nested dict or FrozenDict of leaves
+Tree: TypeAlias = chex.ArrayTree  # nested dict or FrozenDict of leaves
 
 
 class HasPaths(Protocol):

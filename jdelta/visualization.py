@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ LEGEND = tuple(
     (kind, f"{MARKS[kind]} {meaning}   ")
     for kind, meaning in (("trainable", "trainable"), ("frozen", "frozen"), ("delta", "of a delta"))
 )
-Mask = Tree | Callable[[Tree], Tree]
+Mask: TypeAlias = Tree | Callable[[Tree], Tree]
 
 
 class Visualization:
