@@ -303,8 +303,10 @@ class DeltaModel(Kept):
           tree: of the grafted parameters' structure: values, specs, shardings, gradients.
 
         Raises:
+          RuntimeError: it was donated.
           ValueError: it lacks some of the delta's leaves.
         """
+        surgery.require_alive(tree)
         have, start = surgery.flatten(tree), surgery.root(tree)
         for path in self._attachment.leaves:
             if (*start, *path) not in have:
@@ -329,6 +331,9 @@ class DeltaModel(Kept):
 
         Args:
           params: the tree to split; by default `model.params`.
+
+        Raises:
+          RuntimeError: it was donated.
         """
         tree = self._tree(params)
         return surgery.partition(tree, self._mask_of(tree))

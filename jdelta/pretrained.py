@@ -22,7 +22,9 @@ def class_for(model: Any) -> type:
 def _with_deltas(original: Any, prompted: bool) -> type:
     @functools.wraps(original.save_pretrained)
     def save_pretrained(self: Any, save_directory: Any, params: Any = None, *args: Any, **kwargs: Any) -> Any:
-        held = surgery.flatten(surgery.parameters(self.params if params is None else params))
+        tree = self.params if params is None else params
+        surgery.require_alive(tree)
+        held = surgery.flatten(surgery.parameters(tree))
         lost = [a.name for a in attachments_of(self.module) if held.keys() & {*a.leaves}]
         if lost:
             warnings.warn(

@@ -150,6 +150,7 @@ def test_functions_on_trees_say_so():
         lambda: jdelta.prune(model.params, delta),
         lambda: jdelta.graft(jdelta.prune(jax.eval_shape(lambda: model.params), delta), trainable),
         lambda: jdelta.combine(trainable, frozen),
+        lambda: delta.own(model.params),
         lambda: jdelta.stack([trainable, own]),
         lambda: jdelta.unstack(trainable),
         lambda: jdelta.Backbone(Net(), model.params, dummy_inputs=(X,)),
@@ -167,6 +168,6 @@ def test_what_starts_from_donated_values_or_writes_out_a_prefix_says_so(bert):
     prefix = jdelta.PrefixModel(model, prefix_token_num=2, embed_dim=2, mid_dim=2)
     model.params = jax.tree.map(jnp.copy, model.params)
     donate(model.params)
-    for run in (lambda: prompt.init(0), prefix.fold):
+    for run in (lambda: prompt.init(0), prefix.fold, lambda: model.save_pretrained("never")):
         with pytest.raises(RuntimeError, match=SAYS):
             run()
