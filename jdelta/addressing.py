@@ -16,14 +16,15 @@ import difflib
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from jdelta import regexes
 
 REGEX_MARK = "[r]"
 
 
-def match(names: Iterable[str], patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+def match(names: Collection[str], patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
     """The names that the patterns mean, in the order of `names`.
 
         jdelta.match(names, [r"[r](\\d)+\\.output.dense"], exclude=["11"])
@@ -37,10 +38,10 @@ def match(names: Iterable[str], patterns: Sequence[str], exclude: Sequence[str] 
       The matching names, each once.
 
     Raises:
-      TypeError: `patterns` or `exclude` is a bare string, or holds something that is no string.
+      TypeError: `names`, `patterns` or `exclude` is a bare string or no list, or holds something that is no string.
       ValueError: an invalid regex, or a pattern that matches nothing (the message shows the closest names).
     """
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys(_strings(names, "a list of names", "a name")))
     found: set[str] = set()
     for pattern in checked(patterns):
         hits = [name for name in names if matches(name, pattern)]
@@ -99,7 +100,15 @@ def checked(patterns: Sequence[str]) -> Sequence[str]:
     """The patterns, if they are a sequence of strings; else a `TypeError` that says what to write."""
     if isinstance(patterns, str):
         raise TypeError(f"expected a list of patterns, got the string {patterns!r}. Write [{patterns!r}].")
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"a pattern is a string, got {pattern!r}.")
+    _strings(patterns, "a list of patterns", "a pattern")
     return patterns
+
+
+def _strings(found: Any, many: str, one: str) -> Iterable[str]:
+    """What was given, if it is strings; else a `TypeError` that calls them all `many`, and one of them `one`."""
+    if isinstance(found, Mapping | str | bytes) or not isinstance(found, Collection):
+        raise TypeError(f"expected {many}, got {found!r}.")
+    for item in found:
+        if not isinstance(item, str):
+            raise TypeError(f"{one} is a string, got {item!r}.")
+    return found

@@ -94,6 +94,9 @@ class Backbone:
         if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list)):
             raise TypeError(f"Backbone: dummy_inputs is a tuple of arguments, got {_kind(dummy_inputs)}: write (x,).")
         surgery.require_alive(params)
+        for name, given in (("dummy_kwargs", dummy_kwargs), ("rngs", rngs)):
+            if given is not None and not isinstance(given, Mapping):
+                raise TypeError(f"Backbone: {name} is a dict, got {_kind(given)}.")
         self.module = module
         self.known = Known()
         self._rngs = dict(rngs or {})

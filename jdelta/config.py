@@ -83,6 +83,8 @@ class DeltaConfig:
           TypeError: an unknown key or a value of a wrong type.
           ValueError: the `delta_type` of another method, or a value beyond its limits.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{cls.__name__}.from_dict takes a dict of arguments, got {shown(values)}.")
         values = dict(values)
         if values.pop("delta_type", cls.delta_type) != cls.delta_type:
             raise ValueError(f"{cls.__name__} is of delta_type {cls.delta_type!r}; AutoDeltaConfig takes every type.")
@@ -126,7 +128,7 @@ def config_from_dict(values: Any) -> DeltaConfig:
       ValueError: `delta_type` is missing or unknown, or a value is beyond its limits.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"a configuration is a dict with a 'delta_type', got {values!r}.")
+        raise TypeError(f"a configuration is a dict with a 'delta_type', got {shown(values)}.")
     if "delta_type" not in values:
         raise ValueError(f"the configuration has no 'delta_type'. There are: {', '.join(sorted(CONFIGS))}.")
     require_known(values["delta_type"])
@@ -174,9 +176,11 @@ def require_probability(name: str, value: float) -> None:
 
 
 def as_path(verb: str, path: Any) -> Path:
-    """A path. Raises `TypeError` if it is something else; `verb` is who asks."""
+    """A path. Raises `TypeError` if it is something else, `ValueError` if it is empty; `verb` is who asks."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{verb}: a path is a string or a pathlib.Path, got {shown(path)}.")
+    if path == "":
+        raise ValueError(f"{verb}: the path is empty. The current folder is '.'.")
     return Path(path)
 
 

@@ -14,7 +14,7 @@ import optax
 from flax import linen as nn
 
 from jdelta import addressing, backbone, freezing, regexes, sharding, surgery
-from jdelta.config import CONFIGS, DeltaConfig
+from jdelta.config import CONFIGS, DeltaConfig, as_path
 from jdelta.finetuned import Finetuned
 from jdelta.interception import Edit, attachments_of, with_made
 from jdelta.kept import Kept
@@ -171,7 +171,7 @@ class DeltaModel(Kept):
           TypeError: the layer is no linen module, or the module gives no floating array at that place.
           ValueError: no such module.
         """
-        if where not in ("after", "before"):
+        if not isinstance(where, str) or where not in ("after", "before"):
             raise ValueError(f"where is 'after' or 'before', got {where!r}.")
         self._insert(name, where, layer)
 
@@ -414,6 +414,7 @@ class DeltaModel(Kept):
         own, tree = self._active("measured"), surgery.parameters(self._values(params))
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError("the values are elsewhere. Pass the tree that holds them: params=….")
+        self._require_whole(tree, "movement")
         pretrained = surgery.flatten(surgery.parameters(surgery.unflatten(self._kept)))
         made = with_made({"params": tree}, [own])["params"]
         return tabulated(measured(made, pretrained, own, self._structure))
@@ -438,7 +439,7 @@ class DeltaModel(Kept):
 
         figure = plotting.heatmap(self.movement(params))
         if path is not None:
-            plotting.save(figure, path)
+            plotting.save(figure, as_path("plot", path))
         return figure
 
     # --- inside

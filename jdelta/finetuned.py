@@ -16,7 +16,7 @@ import numpy as np
 from flax.core import meta
 
 from jdelta import dtypes, fingerprint, folder, surgery
-from jdelta.config import DeltaConfig, as_type, config_from_dict, did_you_mean, require_name, shown
+from jdelta.config import DeltaConfig, as_path, as_type, config_from_dict, did_you_mean, require_name, shown
 from jdelta.surgery import Path
 from jdelta.version import __version__
 
@@ -72,7 +72,7 @@ class Finetuned:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder, as `DeltaModel.save_finetuned`."""
-        folder.write(path, self._description(), self.values, card(self))
+        folder.write(as_path("save", path), self._description(), self.values, card(self))
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes: name to content."""
@@ -108,6 +108,7 @@ class Finetuned:
           FileNotFoundError: no folder, or no delta in it.
           ValueError: a file is damaged, was changed, or comes from a newer jdelta. The message names file and field.
         """
+        path = as_path("read", path)
         description, values, intact = folder.read(path)
         where = f"{os.fspath(path)}/{folder.CONFIG}"
         try:
@@ -319,6 +320,12 @@ delta = jdelta.AutoDeltaModel.from_finetuned("path or repository", backbone_mode
 """
 
 
+def require_check_hash(value: Any) -> None:
+    """Raises `ValueError` unless it is `True`, `False` or `"warn"`."""
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "warn"):
+        raise ValueError(f"check_hash is True, False or 'warn', got {shown(value)}.")
+
+
 def require_same(have: Mapping[str, str], found: Finetuned, check_hash: bool | Literal["warn"]) -> None:
     """Compares a backbone's fingerprint with that of the one that a delta was trained on.
 
@@ -330,6 +337,7 @@ def require_same(have: Mapping[str, str], found: Finetuned, check_hash: bool | L
     Raises:
       ValueError: `check_hash` is `True`, and the backbone is another.
     """
+    require_check_hash(check_hash)
     if not check_hash or found.backbone is None:
         return
     structure, values = fingerprint.differences(have, found.backbone.leaves)

@@ -13,6 +13,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id
 
 from jdelta import folder
+from jdelta.config import shown
 
 LOGIN = "`hf auth login` or the environment variable HF_TOKEN gives it a token"
 
@@ -36,8 +37,16 @@ def fetch(
         files in it.
       PermissionError: the repository is not open to this token.
       ConnectionError: there is no such folder, and the Hub cannot be reached.
+      TypeError: it is no path.
       ValueError: a revision of a folder.
     """
+    if not isinstance(source, str | os.PathLike):
+        what = (
+            f"an attached {type(source).__name__}: call its finetuned()"
+            if hasattr(source, "finetuned")
+            else shown(source)
+        )
+        raise TypeError(f"a delta comes from a folder or from 'user/name' on the Hub, got {what}.")
     if not isinstance(source, str) or os.path.exists(source):
         if revision is not None:
             raise ValueError(f"{os.fspath(source)!r} is a path, and only repositories have a revision ({revision!r}).")
@@ -82,6 +91,8 @@ def push(
       ConnectionError: the Hub cannot be reached, or fails.
       ValueError: the Hub refuses the name, or `private` was asked of a repository that is public.
     """
+    if not isinstance(repo_id, str):
+        raise TypeError(f"a repository of the Hub is a string, 'user/name', got {shown(repo_id)}.")
     api = huggingface_hub.HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user, if left out
@@ -100,6 +111,8 @@ def push(
             commit_message=commit_message,
             create_pr=create_pr,
         ).commit_url
+    except errors.HFValidationError as error:
+        raise ValueError(f"the Hub does not take {repo_id!r}: {error}") from error
     except Exception as error:
         if not _is_of_the_hub(error):
             raise

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jdelta import fingerprint, hub, merging, surgery
-from jdelta.config import DeltaConfig
-from jdelta.finetuned import BackboneInfo, Finetuned, listing, misfits, require_same
+from jdelta.config import DeltaConfig, as_path, as_type
+from jdelta.finetuned import BackboneInfo, Finetuned, listing, misfits, require_check_hash, require_same
 from jdelta.interception import attachments_of, with_made
 from jdelta.placed import Placed
 from jdelta.surgery import Tree
@@ -54,7 +54,7 @@ class Kept(Placed):
     def _trained_or_allowed(self, verb: str, params: Tree | None, allow_untrained: bool) -> Finetuned:
         """What is written. Raises `ValueError` if nothing has moved, unless that is allowed."""
         self._active("saved")
-        if not allow_untrained and self._is_untrained(self._values(params)):
+        if not as_type("allow_untrained", allow_untrained, bool) and self._is_untrained(self._values(params)):
             raise ValueError(f"{self._untrained(verb, params)} To write it as it is: allow_untrained=True.")
         return self._finetuned(params)
 
@@ -102,6 +102,7 @@ class Kept(Placed):
           ValueError: nothing has moved. Nothing is written then.
           RuntimeError, ValueError: as `finetuned`.
         """
+        path = as_path("save_finetuned", path)
         found = self._trained_or_allowed("save_finetuned", params, allow_untrained)
         if jax.process_index() == 0:
             found.save(path)
@@ -152,6 +153,7 @@ class Kept(Placed):
         """
         from jdelta import peft_format  # here, since it knows the methods, which are made of this class
 
+        path = as_path("to_peft", path)
         found = self._trained_or_allowed("to_peft", params, allow_untrained)
         if jax.process_index() == 0:
             peft_format.to_peft(found, self._structure, path)
@@ -188,6 +190,7 @@ class Kept(Placed):
             way. Nothing has changed then.
         """
         own = self._active("loaded")
+        require_check_hash(check_hash)
         if not isinstance(source, Finetuned):
             source = Finetuned.read(hub.fetch(source, revision))
         found = source.renamed(self.name)
@@ -251,6 +254,7 @@ class Kept(Placed):
         start, attachments = surgery.root(tree), attachments_of(self._face.module)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError("merge: the values are elsewhere. Pass the tree that holds them: delta.merge(params).")
+        self._require_whole(tree, "merge")
         made = with_made({"params": surgery.parameters(tree)}, [own])["params"]
         if self._is_untrained(tree):
             warnings.warn(self._untrained("merge", params), stacklevel=2)

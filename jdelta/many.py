@@ -20,7 +20,7 @@ deltas.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdelta import surgery
+from jdelta.config import shown
 from jdelta.delta import DeltaModel
 from jdelta.finetuned import Finetuned
 from jdelta.fingerprint import kind
@@ -63,6 +64,8 @@ def stack(deltas: Sequence[Tree] | Sequence[Source], check_hash: bool | Literal[
     """
     if isinstance(deltas, (Mapping, str, os.PathLike, Finetuned, DeltaModel)):
         raise TypeError("expected a list of deltas, got one. Write [delta].")
+    if not isinstance(deltas, Iterable):
+        raise TypeError(f"expected a list of deltas, got {shown(deltas)}.")
     trees = list(deltas)
     if not all(isinstance(tree, Mapping) for tree in trees):
         found = read_all(cast(Sequence[Source], trees))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jdelta import dtypes, fingerprint, hub, surgery
 from jdelta.addressing import checked, matches_at_or_above, nothing_matches
 from jdelta.combinations import COMBINATIONS, Combination, wide
-from jdelta.config import DeltaConfig, as_int, as_number, did_you_mean, require_positive_int
+from jdelta.config import DeltaConfig, as_int, as_number, did_you_mean, require_positive_int, shown
 from jdelta.delta import DeltaModel
 from jdelta.finetuned import Finetuned, listing
 from jdelta.lora_pairs import SCALED, leaves_of, same_up_to_rank
@@ -28,6 +28,8 @@ def read_all(deltas: Sequence[Source]) -> list[Finetuned]:
     """The deltas apart from any model, all under the first one's name."""
     if isinstance(deltas, (str, os.PathLike, Finetuned, DeltaModel)):
         raise TypeError("expected a list of deltas, got one. Write [delta].")
+    if not isinstance(deltas, Iterable):
+        raise TypeError(f"expected a list of deltas, got {shown(deltas)}.")
     found = [_read(source) for source in deltas]
     if not found:
         raise ValueError("there are no deltas. Give at least one.")
@@ -46,6 +48,8 @@ def _read(source: Source) -> Finetuned:
 
 def finite(weights: Sequence[float], count: int) -> list[float]:
     """The weights, if there are so many, and they are finite."""
+    if isinstance(weights, str | bytes) or not isinstance(weights, Iterable):
+        raise TypeError(f"expected a list of weights, a number for each delta, got {shown(weights)}.")
     numbers = [as_number(f"weight {i}", weight) for i, weight in enumerate(weights, 1)]
     if len(numbers) != count:
         raise ValueError(f"there are {count} deltas and {len(numbers)} weights. Give one weight for each delta.")
@@ -56,7 +60,7 @@ def combination_of(
     combination: str, rank: int | None, density: float | None, first: Finetuned, is_lora: bool
 ) -> Combination:
     """The combination of this name, if its arguments are given and no others, and the method has it."""
-    if combination not in COMBINATIONS:
+    if not isinstance(combination, str) or combination not in COMBINATIONS:
         near = did_you_mean(str(combination), COMBINATIONS)
         raise ValueError(f"combination {combination!r} is unknown.{near} There are: {', '.join(COMBINATIONS)}.")
     how = COMBINATIONS[combination]

@@ -559,7 +559,17 @@ class Placed:
         """`_tree`, to be read. Raises `RuntimeError` if it was donated."""
         tree = self._tree(params)
         surgery.require_alive(tree)
+        surgery.require_arrays(tree)
         return tree
+
+    def _require_whole(self, tree: Tree, verb: str) -> None:
+        """Raises `ValueError` unless the tree holds all leaves of the backbone and of this delta."""
+        have = freezing.parameters_of(tree)
+        for path in (*surgery.flatten(surgery.parameters(self._structure.params)), *self._attachment.leaves):
+            if path not in have:
+                raise ValueError(
+                    f"{verb}: the tree lacks {surgery.name_of(path)!r}. Pass one of the grafted parameters' structure."
+                )
 
     def _only_own(self, tree: Tree) -> Tree:
         return _select(tree, self._attachment.leaves)

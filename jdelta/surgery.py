@@ -44,9 +44,13 @@ _LEAVES = {
 
 def flatten(tree: Tree) -> dict[Path, Any]:
     """`{path: leaf}` of a tree. Empty sub-trees are kept, as `empty_node`."""
+    return flatten_dict(dict(_checked_tree(tree)), keep_empty_nodes=True)
+
+
+def _checked_tree(tree: Any) -> Tree:
     if not isinstance(tree, Mapping):
         raise TypeError(f"expected a parameter tree (dict or FrozenDict), got {type(tree).__name__}.")
-    return flatten_dict(dict(tree), keep_empty_nodes=True)
+    return tree
 
 
 def unflatten(leaves: Mapping[Path, Any], like: Tree = None) -> Tree:
@@ -60,12 +64,12 @@ def root(tree: Tree) -> Path:
 
     Models with batch statistics keep `{'params': …, 'batch_stats': …}` where others keep the parameters alone.
     """
-    return ("params",) if "params" in tree else ()
+    return ("params",) if "params" in _checked_tree(tree) else ()
 
 
 def parameters(tree: Tree) -> Tree:
     """The parameters of a tree of collections; any other tree as it is."""
-    return tree.get("params", tree)
+    return _checked_tree(tree).get("params", tree)
 
 
 def name_of(path: Sequence[str]) -> str:
@@ -240,7 +244,16 @@ def in_place_of(old: Any, new: Any) -> Any:
 
 def shapes(tree: Tree) -> Tree:
     """The same tree with a `jax.ShapeDtypeStruct` in place of each leaf."""
+    require_arrays(_checked_tree(tree))
     return jax.eval_shape(lambda t: t, tree)
+
+
+def require_arrays(tree: Tree) -> None:
+    """Raises `TypeError` if a leaf of the tree is neither an array nor a shape."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise TypeError(f"the leaves of parameters are arrays or shapes; {name!r} is {type(leaf).__name__}.")
 
 
 def _merge(trees: Sequence[Tree], message: str) -> Tree:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -16,6 +15,7 @@ from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from jdelta import backbone, surgery
+from jdelta.config import as_path, shown
 from jdelta.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
 from jdelta.interception import attachments_of
 from jdelta.outline import Leaf, Node, build, fold, shape
@@ -57,7 +57,7 @@ class Visualization:
 
     def __init__(self, backbone_model: Any, mask: Mask | None = None):
         self._face = backbone.face_of(backbone_model)
-        self._mask = mask
+        self._mask = _checked_mask(mask)
 
     def structure_graph(
         self, params: Tree | None = None, mask: Mask | None = None, console: Console | None = None
@@ -115,7 +115,7 @@ class Visualization:
         """
         from jdelta import plotting  # here, since matplotlib is optional
 
-        plotting.save(plotting.tree(self._drawing(params, mask)), path, "png")
+        plotting.save(plotting.tree(self._drawing(params, mask)), as_path("to_png", path), "png")
 
     def _repr_html_(self) -> str:
         return to_html(self._drawing(None, None))
@@ -123,7 +123,7 @@ class Visualization:
     def _drawing(self, params: Tree | None, mask: Mask | None) -> Drawing:
         structure = backbone.trace(self._face)
         params = surgery.shapes(backbone.tree_of(self._face) if params is None else params)
-        mask = self._mask if mask is None else mask
+        mask = self._mask if mask is None else _checked_mask(mask)
         flags = mask(params) if callable(mask) else mask
         carried = attachments_of(self._face.module)
         deltas = {path for a in carried for path in (*a.leaves, *(a.borrowed if a.active else ()))}
@@ -132,9 +132,15 @@ class Visualization:
         return Drawing(_line(fold(build(structure, leaves))), LEGEND, counts)
 
 
+def _checked_mask(mask: Any) -> Mask | None:
+    if mask is not None and not isinstance(mask, Mapping) and not callable(mask):
+        raise TypeError(f"a mask is a tree of bools, or a function from parameters to one, got {shown(mask)}.")
+    return mask
+
+
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:
     if path is not None:
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        as_path("to a file", path).write_text(text, encoding="utf-8")
     return text
 
 

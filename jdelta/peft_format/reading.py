@@ -22,7 +22,7 @@ from flax.core import meta
 
 from jdelta import addressing, backbone, common_names, dtypes, folder, freezing, hub, parsing, regexes, surgery
 from jdelta.auto import AutoDeltaModel
-from jdelta.config import DeltaConfig
+from jdelta.config import DeltaConfig, as_type
 from jdelta.delta import DeltaModel
 from jdelta.finetuned import Finetuned, listing
 from jdelta.methods.lora import LoraConfig
@@ -66,10 +66,11 @@ def from_peft(
     Raises:
       FileNotFoundError: no such folder or repository, or one of the two files is not in it.
       PermissionError, ConnectionError: of the Hub.
-      TypeError: the backbone is none.
+      TypeError: the backbone is none, or the source is no path.
       ValueError: a file is damaged, asks for something that jdelta lacks (the message names the field), or does not
         fit the model. The model is then as it was.
     """
+    as_type("keep_dtype", keep_dtype, bool)
     face = backbone.face_of(backbone_model)
     if face.params is None:
         raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
