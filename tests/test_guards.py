@@ -10,7 +10,6 @@ from conftest import noisy
 from flax import core, nnx
 from flax import linen as nn
 from test_composition import IDS, METHODS, attach, backbone
-from tiers import breadth
 
 import jdelta
 
@@ -203,7 +202,8 @@ def test_flax_tables_have_the_rows_of_the_deltas(model):
     assert [*model.module.module_paths(KEY, X)] == ["", "one", "one/lora", "two", "two/lora"]
 
 
-@pytest.mark.parametrize("name", breadth(METHODS, "prompt"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_in_the_tables_with_its_cost(name):
     with_delta = backbone()
     delta = attach(with_delta, [name])[name]

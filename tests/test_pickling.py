@@ -28,7 +28,7 @@ def logits(model):
     return np.asarray(model(IDS))
 
 
-@pytest.mark.parametrize("name", breadth(METHODS, "lora", "prompt"))
+@pytest.mark.parametrize("name", breadth(METHODS, "lora"))
 @pytest.mark.parametrize("how", breadth(["pickle", "cloudpickle"], "pickle"))
 def test_every_method_attached_and_detached_on_a_linen_module(name, how):
     model = backbone()

@@ -29,6 +29,7 @@ def test_it_names_the_delta_and_the_ways_out(tmp_path):
         model.save_pretrained(tmp_path, params=jdelta.prune(model.params, delta))
 
 
+@pytest.mark.slow
 def test_a_bare_or_merged_model_or_biases_in_their_place_are_saved_in_silence(tmp_path, ids):
     model = fresh("bert", BERT)
     delta, biases = lora(model), jdelta.BitFitModel(model, modified_modules=["key"])
