@@ -53,7 +53,7 @@ def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None =
       ValueError: nothing in it can be changed; the message says why. Or there is no such implementation.
       Whatever `jax.nn.dot_product_attention` raises where an implementation is asked for that cannot compute this.
     """
-    if implementation not in ("cudnn", "xla", None):
+    if implementation is not None and str(implementation) not in ("cudnn", "xla"):
         raise ValueError(f"fused_attention: implementation is 'cudnn', 'xla' or None, got {implementation!r}.")
     face = unaltered(model, _NAME, "fused_attention: the attention of this model is fused already. Call undo() first.")
     structure = backbone.trace(face)

@@ -16,7 +16,7 @@ from jdelta.addressing import checked, matches_at_or_above, nothing_matches
 from jdelta.combinations import COMBINATIONS, Combination, wide
 from jdelta.config import DeltaConfig, as_int, as_number, did_you_mean, require_positive_int, shown
 from jdelta.delta import DeltaModel
-from jdelta.finetuned import Finetuned, listing
+from jdelta.finetuned import Finetuned, listing, require_check_hash
 from jdelta.lora_pairs import SCALED, leaves_of, same_up_to_rank
 from jdelta.methods.lora import LoraConfig
 from jdelta.surgery import Tree
@@ -131,6 +131,7 @@ def _require_shape(first: Finetuned, key: str, shape: tuple[int, ...], where: st
 
 def require_one_backbone(found: Sequence[Finetuned], kept: set[str], check_hash: bool | Literal["warn"]) -> None:
     """Raises `ValueError`, or warns, if what stayed as it was in all of the deltas is not the same."""
+    require_check_hash(check_hash)
     mine = found[0].backbone
     for i, other in enumerate(found[1:], 2):
         if not check_hash or mine is None or other.backbone is None:

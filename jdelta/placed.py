@@ -423,11 +423,28 @@ class Placed:
         self._check(edits, others)
         draft = [*others[:index], Attachment(self.name, tuple(edits)), *others[index + 1 :]]
         ran: set[Edit] = set()
-        everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
+        try:
+            everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
+        except (TypeError, ValueError, RuntimeError):
+            raise
+        except Exception as error:  # flax has kinds of its own, and a layer may raise anything
+            raise ValueError(f"{type(self).__name__}: the model does not run with these layers: {error}") from error
+        self._require_same_backbone(everything)
         for edit in edits:
             if edit.layer is not None and edit not in ran:
                 raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
         return draft, index, everything
+
+    def _require_same_backbone(self, everything: Tree) -> None:
+        """Raises `ValueError` if the backbone's own leaves would have other shapes with the edits."""
+        now, before = (freezing.parameters_of(tree) for tree in (everything, self._structure.params))
+        for path in now.keys() & before.keys():
+            new, old = meta.unbox(now[path]), meta.unbox(before[path])
+            if surgery.empty_node not in (new, old) and new.shape != old.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: with these layers {surgery.name_of(path)} would have shape {new.shape}, "
+                    f"and it has {old.shape}. A layer has to return the shape that the next module takes."
+                )
 
     def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
         spans = any(edit.start is not None for edit in edits)

@@ -53,6 +53,10 @@ def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = 
       TypeError: a rule is no pair of a pattern and a `PartitionSpec`.
       ValueError: no rule matches a leaf, or one has more entries than the leaf has axes; an invalid regex.
     """
+    if isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
+        raise TypeError(f"match_partition_rules: expected a list of pairs (pattern, PartitionSpec), got {rules!r}.")
+    if default is not None and not isinstance(default, P):
+        raise TypeError(f"match_partition_rules: default is a PartitionSpec, got {default!r}.")
     rules = [_checked_rule(rule) for rule in rules]
 
     def spec(path: Any, leaf: Any) -> P:
