@@ -110,6 +110,9 @@ class AutoDeltaModel:
         that is narrower, a warning says so, as by `load_finetuned`. Where `model.params` holds shapes, they stand among
         these; with a model made with `_do_init=False`, call `delta.load_finetuned(source, params)` on your own tree.
 
+        The folder may be a stranger's: it holds no code, its patterns have two seconds to be matched, all together, and
+        its leaves are compared with the model's before any is made.
+
         Args:
           source: a folder that `save_finetuned` wrote, `"user/name"` on the Hub, or what `finetuned` gave.
           backbone_model: as in the constructor of `DeltaModel`.

@@ -58,8 +58,9 @@ class DeltaModel(Kept):
 
     Raises:
       TypeError: the backbone is none, or an argument has a wrong type or an unknown name.
-      ValueError: a pattern matches nothing, a module cannot take the delta or gets nothing from it, or the name is
-        taken. The model is then as it was.
+      ValueError: a pattern matches nothing, a module cannot take the delta or gets nothing from it, the name is taken,
+        or the leaves would be larger than all memory (where the backbone is shapes, than 2**50 bytes). The model is
+        then as it was.
     """
 
     def __init__(

@@ -185,9 +185,11 @@ class Kept(Placed):
         Raises:
           FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
           RuntimeError: the delta is detached, or the tree was donated.
-          TypeError, ValueError: what is saved is damaged, is of another method or has other arguments or modules, or
-            leaves are missing, surplus or of another shape, or floats stand where there are whole numbers, or the other
-            way. Nothing has changed then.
+          TypeError: `source` is none of these.
+          ValueError: what is saved is damaged or was changed, is of another method or has other arguments or modules,
+            or leaves are missing, surplus or of another shape, or floats stand where there are whole numbers, or the
+            other way. Nothing has changed then. (Folders by jdelta before format 2 have a checksum of the tensors
+            alone: there a changed description is noticed where it makes no sense or does not fit them.)
         """
         own = self._active("loaded")
         require_check_hash(check_hash)
