@@ -2,7 +2,7 @@
 
 As a program, `python folders.py FORMAT FOLDER OLD`: for step after step writes the number 2 into a folder of its own
 (where 1 was, with OLD), in a process that is killed before its step-th change of the file system, until one ends alive.
-Prints the number of processes.
+Prints the number of processes. Then 30 more are killed while they write into one folder, `often`.
 """
 
 import dataclasses
@@ -117,6 +117,19 @@ def steps(format: Format, path: Path, old: bool) -> Iterator[int]:
             return
 
 
+def killed_often(format: Format, target: Path, last: int, old: bool) -> None:
+    """Kills 30 writers of one folder, each at another step, many while they tidy up after the one before."""
+    target.parent.mkdir()
+    if old:
+        format.write(target, 1)
+    for turn in range(30):
+        killed = is_killed_at(1 + 7 * turn % (last - 1), lambda: format.write(target, 2))
+        assert killed or turn
+        assert not target.exists() or format.read(target) in {1, 2}
+
+
 if __name__ == "__main__":
-    *_, last = steps(formats()[sys.argv[1]], Path(sys.argv[2]), bool(sys.argv[3:]))
+    tried, old, place = formats()[sys.argv[1]], bool(sys.argv[3:]), Path(sys.argv[2])
+    *_, last = steps(tried, place, old)
     print(last)
+    killed_often(tried, place / "often" / "out", last, old)

@@ -1,5 +1,6 @@
 """Folders of deltas and of PEFT adapters hold what was before or all of the new: killed, full, raced and odd ones."""
 
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -28,9 +29,9 @@ def left(path: Path) -> set[str]:
 # --- killed
 
 
-@each_format
-@pytest.mark.parametrize("old", breadth(["old", ""], "old"))
-def test_a_kill_at_any_step_leaves_the_old_or_the_new(name, old, tmp_path):
+@pytest.mark.parametrize("case", breadth(["jdelta old", "jdelta ", "peft old", "peft "], "jdelta old"))
+def test_a_kill_at_any_step_leaves_the_old_or_the_new(case, tmp_path):
+    name, old = case.split(" ")
     form, before = folders.formats()[name], 1 if old else None
     program = [sys.executable, folders.__file__, name, str(tmp_path), *([old] if old else [])]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
@@ -40,43 +41,63 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(name, old, tmp_path):
     for step in range(1, last + 1):
         path = tmp_path / str(step) / "out"
         found.append(form.read(path) if path.exists() else None)
+        if (path / form.config).exists():  # and programs that know nothing of what is beside read no mixture
+            plain = shutil.copytree(path, tmp_path / "plain", ignore=shutil.ignore_patterns(".jdelta.*"))
+            assert form.read(plain) == found[-1]
+            shutil.rmtree(plain)
         form.write(path, 3)
         assert form.read(path) == 3
         assert left(path.parent) == {"out"} | form.files
     assert found == sorted(found, key=lambda number: number == 2)  # a moment after which it is the new
     assert set(found) == {before, 2}
+    often = tmp_path / "often" / "out"
+    form.write(often, 3)
+    assert form.read(often) == 3
+    assert left(often.parent) == {"out"} | form.files  # of all the thirty, nothing
+
+
+def test_what_another_machine_left_is_removed_after_a_day(tmp_path):
+    form, long_ago = folders.formats()["jdelta"], time.time() - 25 * 3600
+    form.write(tmp_path, 1)
+    for name in ("a" * 16, "b" * 16):
+        (tmp_path / f".jdelta.{name}").mkdir()
+    os.utime(tmp_path / f".jdelta.{'b' * 16}", (long_ago, long_ago))
+    form.write(tmp_path, 2)
+    assert left(tmp_path) == {*form.files, f".jdelta.{'a' * 16}"}
+
+
+def flock_of(error: OSError | None):
+    """A lock that other machines hold, or hold not, too: those of folders are none there."""
+
+    def lock(descriptor, operation, real=fcntl.flock):
+        if error is not None:
+            raise error
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            real(descriptor, operation)
+
+    return lock
 
 
 @each_format
-@pytest.mark.parametrize("old", ["old", ""])
-def test_what_thirty_killed_writers_left_the_next_removes(name, old, tmp_path):
-    form, path = folders.formats()[name], tmp_path / "out"
-    if old:
-        form.write(path, 1)
-    for step in range(30):
-        writer = (path if old else tmp_path) / f".jdelta.{step:08x}"
-        writer.mkdir()
-        (writer / form.tensors).write_bytes(b"half")
-    form.write(path, 2)
-    assert left(tmp_path) == {"out"} | form.files
-
-
-@each_format
-def test_what_a_living_writer_has_is_left_to_it(name, tmp_path):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_what_a_living_writer_has_is_left_to_it(name, machines, tmp_path, monkeypatch):
+    if machines == 2:
+        monkeypatch.setattr(fcntl, "flock", flock_of(None))
     form, path = folders.formats()[name], tmp_path / "out"
     form.write(path, 1)
-    began, go_on, there = threading.Event(), threading.Event(), []
+    began, go_on, write = threading.Event(), threading.Event(), folder.write_durably
 
-    def slowly(new, target):
-        began.set()
-        go_on.wait(60)
-        there.append((new / "file").read_text())
-        os.replace(new / "file", target / "file")
+    def slowly(file, data):
+        if threading.current_thread() is slow:
+            began.set()
+            go_on.wait(60)
+        write(file, data)
 
-    slow = threading.Thread(target=folder.replace, args=(path, {"file": b"mine"}, slowly))
+    monkeypatch.setattr(folder, "write_durably", slowly)
+    slow = threading.Thread(target=form.write, args=(path, 2))
     slow.start()
     began.wait(60)
-    other = threading.Thread(target=form.write, args=(path, 2))
+    other = threading.Thread(target=form.write, args=(path, 3))
     other.start()
     other.join(0.2)
     assert other.is_alive()  # it waits for its turn
@@ -84,9 +105,20 @@ def test_what_a_living_writer_has_is_left_to_it(name, tmp_path):
     go_on.set()
     slow.join(60)
     other.join(60)
-    assert there == ["mine"]
-    assert form.read(path) == 2
-    assert left(path) == {*form.files, "file"}
+    assert form.read(path) == 3
+    assert left(path) == form.files
+
+
+def test_without_locks_a_save_warns_and_removes_nothing(tmp_path, monkeypatch):
+    form = folders.formats()["jdelta"]
+    form.write(tmp_path, 1)
+    other = tmp_path / f".jdelta.{folder._HERE}{'a' * 8}"
+    other.mkdir()
+    monkeypatch.setattr(fcntl, "flock", flock_of(OSError(37, "No locks available")))
+    with pytest.warns(UserWarning, match=r"has no locks .* one program at a time"):
+        form.write(tmp_path, 2)
+    assert form.read(tmp_path) == 2
+    assert left(tmp_path) == {*form.files, other.name}
 
 
 def test_a_writer_that_does_not_end_is_an_error(tmp_path, monkeypatch):
@@ -200,30 +232,34 @@ def test_a_full_disk_loses_nothing(name, tmp_path):
 
 
 @each_format
-def test_no_space_for_a_new_name_loses_nothing(name, tmp_path, monkeypatch):
-    form, replace = folders.formats()[name], os.replace
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+@pytest.mark.parametrize("change", ["link", "replace"])
+def test_an_error_at_any_change_of_names_loses_nothing(name, error, change, tmp_path, monkeypatch):
+    form, do = folders.formats()[name], getattr(os, change)
     form.write(tmp_path, 1)
     for at in range(1, 10):
         seen = 0
 
-        def refuse(old, new):
+        def fail(*args, **kwargs):
             nonlocal seen
             seen += 1
             if seen == at:  # noqa: B023
-                raise OSError(28, "No space left on device", str(new))
-            replace(old, new)
+                raise error
+            do(*args, **kwargs)
 
-        monkeypatch.setattr(os, "replace", refuse)
-        try:
-            form.write(tmp_path, 2)
-        except OSError:
-            monkeypatch.undo()
-            assert form.read(tmp_path) in {1, 2}
-        else:
-            break
-    assert at > 2
-    assert form.read(tmp_path) == 2
-    assert left(tmp_path) == form.files
+        with monkeypatch.context() as patch:
+            patch.setattr(os, change, fail)
+            try:
+                form.write(tmp_path, 2)
+            except type(error):
+                assert form.read(tmp_path) == 1
+                assert left(tmp_path) == form.files
+            else:
+                assert form.read(tmp_path) == 2
+                assert left(tmp_path) == form.files
+                if seen < at:
+                    break
+                form.write(tmp_path, 1)
 
 
 @each_format

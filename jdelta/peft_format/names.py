@@ -15,7 +15,6 @@ from jdelta.surgery import Tree
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-OLD = "old."  # begins the names of what a writer takes away before it brings its own
 PROMPT = "prompt_embeddings"
 
 Tensors = Mapping[str, np.ndarray]

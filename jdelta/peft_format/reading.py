@@ -30,7 +30,7 @@ from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
 from jdelta.peft_format.keys import normalized
 from jdelta.peft_format.limits import known_fields, require_no_cross_attention, require_same_lora
-from jdelta.peft_format.names import CONFIG, OLD, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
+from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
 from jdelta.surgery import Tree
 
 Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's, ("…query", "a"); "" is the only host
@@ -103,7 +103,7 @@ def read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray
 
 def _read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not (path / CONFIG).is_file():
-        path = folder.left_ready(path, (CONFIG, TENSORS, OLD + CONFIG))
+        path = folder.left_ready(path, CONFIG)
     for file in (CONFIG, TENSORS):
         if not (path / file).is_file():
             raise FileNotFoundError(

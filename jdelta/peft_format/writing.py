@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from jdelta.methods.lora import LoraConfig
 from jdelta.peft_format.limits import require_no_cross_attention, require_same_lora
 from jdelta.peft_format.names import (
     CONFIG,
-    OLD,
     PROMPT,
     TENSORS,
     modules_of,
@@ -64,7 +62,7 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
         TENSORS: save(contiguous, metadata={"format": "pt"}),
         CONFIG: (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode(),
     }
-    folder.replace(path, files, _swap)
+    folder.replace(path, files, CONFIG)
 
 
 def _write_lora(found: Finetuned, structure: Structure) -> Written:
@@ -257,27 +255,3 @@ def _in_torch(name: str, value: np.ndarray, structure: Structure) -> np.ndarray:
 def _whole(number: float) -> float:
     """The number, as an `int` if it is one."""
     return int(number) if number == int(number) else number
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Moves the two files into an adapter's folder.
-
-    In between there is no configuration, so that PEFT takes the folder for no adapter, and never reads the tensors of
-    one with the configuration of another. If the writer dies there, `from_peft` reads what is in `new`.
-    """
-    tensors, there = new / "tensors", [name for name in (CONFIG, TENSORS) if (target / name).is_file()]
-    folder.twin(new / TENSORS, tensors)
-    try:
-        for name in there:
-            os.replace(target / name, new / (OLD + name))
-            folder.sync(target)
-        os.replace(tensors, target / TENSORS)
-        folder.sync(target)
-        os.replace(new / CONFIG, target / CONFIG)
-    except OSError:
-        if not tensors.exists():
-            (target / TENSORS).unlink()
-        for name in reversed(there):
-            if (new / (OLD + name)).exists():
-                os.replace(new / (OLD + name), target / name)
-        raise
