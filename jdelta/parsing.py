@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-MOST_TEXT = 2**25  # bytes of a JSON file; the description of a model of 100,000 leaves has some ten million
+MOST_TEXT = 2**24  # bytes of a JSON file; the description of a model of 100,000 leaves has some ten million
 DEEPEST = 20  # levels of a JSON file
 
 _DTYPES: dict[str, Any] = {
@@ -58,14 +58,19 @@ def parsed(text: str | bytes) -> Any:
         is nested deeper than 20 levels. The message names the field.
     """
     try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        found = json.loads(text, parse_int=_whole_number, object_pairs_hook=_without_doubles)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not in UTF-8: {error.reason} at byte {error.start}.") from error
+        found = _loaded(text)
+        _require_plain(found, ())
+        return found
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels.") from None
-    _require_plain(found)
-    return found
+
+
+def _loaded(text: str | bytes) -> Any:
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not in UTF-8: {error.reason} at byte {error.start}.") from error
+    return json.loads(text, parse_int=_whole_number, object_pairs_hook=_without_doubles)
 
 
 def _whole_number(digits: str) -> float:
@@ -81,34 +86,38 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _require_plain(found: Any) -> None:
-    """Raises `ValueError` for values that JSON should not have, or nested too deeply; without recursion."""
-    left: list[tuple[Any, tuple[str, ...]]] = [(found, ())]
-    while left:
-        value, path = left.pop()
-        if isinstance(value, float | int):
-            if not (math.isfinite(value) and abs(value) <= (2**63 if isinstance(value, int) else math.inf)):
-                raise ValueError(f"{_field(path)} is no finite number of 64 bits.")
-        elif isinstance(value, str):
-            _require_unicode(value, path)
-        elif isinstance(value, dict | list):
-            if len(path) >= DEEPEST:
-                raise ValueError(f"{_field(path)} is nested deeper than {DEEPEST} levels.")
-            items = value.items() if isinstance(value, dict) else ((f"{i}", item) for i, item in enumerate(value))
-            for key, item in items:
-                _require_unicode(key, path)
-                left.append((item, (*path, key)))
+def _require_plain(value: Any, path: tuple[str, ...]) -> None:
+    """Raises `ValueError` for values that JSON should not have, or nested too deeply."""
+    if isinstance(value, dict | list):
+        if len(path) >= DEEPEST:
+            raise ValueError(f"{_field(path)} is nested deeper than {DEEPEST} levels.")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if not _is_unicode(key) or not _is_unicode(item):
+                raise ValueError(
+                    f"{_field((*path, str(key)))} is no Unicode text: half of a pair of surrogates stands alone."
+                )
+            if not isinstance(item, str):
+                _require_plain(item, (*path, str(key)))
+    elif isinstance(value, float | int):
+        if not (math.isfinite(value) and abs(value) <= (2**63 if isinstance(value, int) else math.inf)):
+            raise ValueError(f"{_field(path)} is no finite number of 64 bits.")
+    elif not _is_unicode(value):
+        raise ValueError("it is no Unicode text: half of a pair of surrogates stands alone.")
 
 
 def _field(path: tuple[str, ...]) -> str:
     return repr(".".join(path)[:200]) if path else "the whole"
 
 
-def _require_unicode(text: str, path: tuple[str, ...]) -> None:
+def _is_unicode(value: Any) -> bool:
+    """Whether it is no text, or text that can be encoded."""
+    if not isinstance(value, str) or value.isascii():
+        return True
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{_field(path)} is no Unicode text: half of a pair of surrogates stands alone.") from None
+        return False
+    return True
 
 
 # --- safetensors
@@ -136,10 +145,10 @@ def tensors(file: Path, limit: int) -> tuple[dict[str, np.ndarray], str]:
         size = os.fstat(source.fileno()).st_size
         try:
             head = _head(source, size, limit)
-            held = _held(parsed(head[8:]), size - len(head))
+            held = _held(_loaded(head[8:]), size - len(head))
             data = source.read()
             found = {name: _array(data, *held[name]) for name in sorted(held)}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is no whole safetensors file ({size:,} bytes): {error}") from error
     checksum = hashlib.sha256(head)
     checksum.update(data)

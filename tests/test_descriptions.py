@@ -205,7 +205,7 @@ NOT_JSON = {
     "UTF-16": ('{"name": "a"}'.encode("utf-16"), "not in UTF-8"),
     "a byte order mark": (b'\xef\xbb\xbf{"name": "a"}', "BOM"),
     "half a character": (b'{"targets": ["\\ud800"]}', "'targets.0' is no Unicode"),
-    "too much": (b" " * (2**25 + 1), "bytes"),
+    "too much": (b" " * (2**24 + 1), "bytes"),
 }
 
 
