@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,11 +79,10 @@ def _whole_number(digits: str) -> float:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key[:200]!r} is there twice.")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        double = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {double[:200]!r} is there twice.")
     return found
 
 
