@@ -147,9 +147,10 @@ class AutoDeltaModel:
 
 
 def _require_few_patterns(found: Finetuned, most: int) -> None:
-    """Raises `ValueError` if somewhere there are more patterns than they can mean names."""
+    """Raises `ValueError` if somewhere there are more patterns or names than they can mean parts of the model."""
     fields = ("modified_modules", "exclude_modules", "unfrozen_modules", *found.config.pattern_fields)
-    patterns = {field: getattr(found.config, field) for field in fields} | {"exclude": found.exclude}
+    patterns = {field: getattr(found.config, field) for field in fields}
+    patterns |= {"exclude": found.exclude, "targets": found.targets}
     for field, some in patterns.items():
         if len(some or ()) > most + 100:
-            raise ValueError(f"{field} of the saved delta has {len(some):,} patterns. This model has {most:,} parts.")
+            raise ValueError(f"{field} of the saved delta has {len(some):,} entries. This model has {most:,} parts.")
