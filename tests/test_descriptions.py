@@ -72,7 +72,7 @@ def equal(found, other):
 
 NESTED = [[[[[]]]]]
 WRONG = [None, True, 0, -1, 1.5, 10**30, float("nan"), float("inf"), "", "x", "\ud800", "a\0b", [], {}, [{}], [None]]
-WRONG += [{"x": {}}, [NESTED], {"": NESTED}, "y" * 5000, [1] * 1000]
+WRONG += [{"x": {}}, [NESTED], {"": NESTED}, "y" * 2000, [1] * 50]
 
 
 def places(value, path=()):
@@ -130,7 +130,7 @@ def test_every_field_replaced_by_everything_wrong_is_a_value_error_or_the_same(s
     assert count > 500
 
 
-@pytest.mark.parametrize("share", breadth([0.1, 1.0], 0.1))
+@pytest.mark.parametrize("share", breadth([0.05, 1.0], 0.05))
 def test_a_damaged_description_with_a_right_checksum_is_a_value_error_or_attaches(net, saved, tmp_path, share):
     path, _, description = saved
     rng, model, attached = random.Random(0), jdelta.Backbone(*net), 0
@@ -331,7 +331,7 @@ def peft_tensors():
     return {f"base_model.model.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("share", breadth([0.02, 0.4], 0.02))
+@pytest.mark.parametrize("share", breadth([0.01, 0.4], 0.01))
 def test_every_damage_of_an_adapter_of_peft_is_a_value_error_or_a_delta(net, tmp_path, share):
     model = jdelta.Backbone(*net)
     (tmp_path / ADAPTER).write_bytes(save(peft_tensors()))

@@ -60,7 +60,7 @@ def drawn(rng, depth):
     return f"(?i:{one})"
 
 
-@pytest.mark.parametrize("count", breadth([1000, 30_000], 1000))
+@pytest.mark.parametrize("count", breadth([500, 30_000], 500))
 def test_both_ways_of_matching_agree(count):
     rng, matched = random.Random(0), 0
     for _ in range(count):

@@ -140,7 +140,7 @@ def verbs(params, folder):
         yield method.__name__, method, arguments
 
 
-WRONG = [None, 3, Nothing()]
+WRONG = [3, Nothing()]
 MORE = [
     "x",
     [1],
