@@ -120,14 +120,17 @@ def read(path):
     return text if (folder.CONFIG in text or folder.TENSORS in text) and len(text) < 3000 else pytest.fail(text[:3000])
 
 
-def test_every_field_replaced_by_everything_wrong_is_a_value_error_or_the_same(saved, tmp_path):
+@pytest.mark.parametrize("share", breadth([0.3, 1.0], 0.3))
+def test_every_field_replaced_by_everything_wrong_is_a_value_error_or_the_same(saved, tmp_path, share):
     path, original, description = saved
-    count = 0
+    rng, count = random.Random(0), 0
     for where, new in damages(description):
+        if rng.random() > share:
+            continue
         count += 1
         found = read(at(tmp_path / "new", new, path))
         assert isinstance(found, str) or equal(found, original), where
-    assert count > 500
+    assert count > 500 * share
 
 
 @pytest.mark.parametrize("share", breadth([0.05, 1.0], 0.05))

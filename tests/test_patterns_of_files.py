@@ -155,9 +155,9 @@ def test_what_is_loaded_does_not_hang_later(model, saved, tmp_path):
 
 
 def test_more_patterns_than_a_model_has_parts_are_refused(model, saved, tmp_path):
-    many = {LAYER: 2} | {f"[r].*{i}|{LAYER}": 2 for i in range(100_000)}
+    many = {LAYER: 2} | {f"[r].*{i}|{LAYER}": 2 for i in range(5000)}
     rewritten(copied(saved, tmp_path), lambda d: d["arguments"].update(rank_pattern=many))
-    with pytest.raises(ValueError, match=r"rank_pattern of the saved delta has 100,001 entries"):
+    with pytest.raises(ValueError, match=r"rank_pattern of the saved delta has 5,001 entries"):
         jdelta.AutoDeltaModel.from_finetuned(tmp_path, model)
 
 
