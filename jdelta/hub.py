@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from jdelta import folder
 from jdelta.config import shown
@@ -129,14 +128,14 @@ def _is_repo_id(name: str) -> bool:
 
 def _may_replace_card(api: huggingface_hub.HfApi, repo_id: str, revision: str | None) -> bool:
     """Whether a repository has no model card, or one by jdelta."""
-    with tempfile.TemporaryDirectory() as beside:  # in the cache, it would shadow a commit that has the delta
-        try:
-            card = api.hf_hub_download(repo_id, folder.CARD, revision=revision, local_dir=beside)
-        except errors.LocalEntryNotFoundError:  # no connection
-            raise
-        except errors.EntryNotFoundError:
-            return True
-        return folder.MARK in Path(card).read_text("utf-8", "replace")
+    # Not by hf_hub_download: its cache would shadow a commit that has the delta, and another folder outlives a kill.
+    url = huggingface_hub.hf_hub_url(repo_id, folder.CARD, revision=revision, endpoint=api.endpoint)
+    response = get_session().get(url, headers=build_hf_headers(token=api.token), timeout=60)
+    try:
+        hf_raise_for_status(response)
+    except errors.EntryNotFoundError:
+        return True
+    return folder.MARK.encode() in response.content
 
 
 def _is_of_the_hub(error: Exception) -> bool:

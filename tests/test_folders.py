@@ -147,7 +147,7 @@ def read_often(name: str, path: Path, end: threading.Event, failed: list, number
 
 
 @each_format
-@pytest.mark.parametrize("rounds", breadth([10, 250], 10))
+@pytest.mark.parametrize("rounds", breadth([10, 500], 10))
 def test_writers_take_turns_and_a_reader_beside_them_finds_one_of_the_two(name, rounds, tmp_path):
     form, path, end, failed, numbers = folders.formats()[name], tmp_path / "out", threading.Event(), [], set()
     form.write(path, 1)
@@ -166,7 +166,7 @@ def test_writers_take_turns_and_a_reader_beside_them_finds_one_of_the_two(name, 
 
 
 @each_format
-@pytest.mark.parametrize("rounds", breadth([5, 200], 5))
+@pytest.mark.parametrize("rounds", breadth([5, 150], 5))
 def test_of_two_that_make_a_folder_at_a_time_one_is_there(name, rounds, tmp_path):
     form = folders.formats()[name]
     for each in range(rounds):

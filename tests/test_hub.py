@@ -9,11 +9,15 @@ import http.server
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -469,6 +473,33 @@ def test_a_model_card_without_the_mark_stays(fake, own):
     assert folder.CONFIG in holds(fake)
 
 
+@pytest.mark.parametrize("upload", ["regular", "lfs"])
+def test_a_push_writes_nothing_on_the_disk(fake, monkeypatch, tmp_path, upload):
+    """So one that is killed leaves nothing, and a full disk does not matter."""
+    fake.upload = upload
+    publish(fake, {folder.CARD: folder.MARK.encode()})
+    delta, limits = lora(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        delta.push_to_hub(REPO)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert_same(stored(), delta)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_of_two_pushes_at_a_time_one_is_there(fake):
+    deltas = [lora(0), lora(1)]
+    with ThreadPoolExecutor(2) as threads:
+        for pushed in [threads.submit(delta.push_to_hub, REPO) for delta in deltas]:
+            assert pushed.result()
+    found = stored().values
+    assert any(all((delta.finetuned().values[k] == v).all() for k, v in found.items()) for delta in deltas)
+
+
 def test_other_files_of_the_repository_stay(fake):
     publish(fake, {"results.txt": b"89 %"})
     lora().push_to_hub(REPO)
@@ -716,7 +747,7 @@ def test_a_push_that_is_not_allowed(fake, monkeypatch, token, word, exists):
     [
         ("POST /api/repos/create", 500, ConnectionError),
         ("POST /api/repos/create", 400, ValueError),
-        ("HEAD .*/README.md", 500, ConnectionError),
+        ("GET .*/README.md", 500, ConnectionError),
         ("POST .*/preupload/", 429, ConnectionError),
         ("POST .*/lfs/objects/batch", 403, PermissionError),
         ("PUT /lfs/", 403, PermissionError),
