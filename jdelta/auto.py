@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import chex
 
-from jdelta import backbone, hub, parsing, regexes
+from jdelta import backbone, parsing, regexes
 from jdelta.config import DeltaConfig, as_path, config_from_dict, require_known, shown
 from jdelta.delta import METHODS, DeltaModel
 from jdelta.finetuned import Finetuned, listing
+from jdelta.kept import read_delta
 from jdelta.placed import taken
 
 
@@ -124,13 +125,13 @@ class AutoDeltaModel:
           ConnectionError: no such folder, and the Hub cannot be reached.
           TypeError, ValueError: as `DeltaModel.load_finetuned`. The model is then as it was.
         """
-        found = source if isinstance(source, Finetuned) else Finetuned.read(hub.fetch(source, revision))
+        face = backbone.face_of(backbone_model)
+        found = source if isinstance(source, Finetuned) else read_delta(source, revision, face.params)
         if found.inserted:
             raise ValueError(
                 f"delta {found.name!r} has layers that were put in by hand, at {listing(found.inserted)}. Put them "
                 "into this model in the same way, and call load_finetuned on that delta."
             )
-        face = backbone.face_of(backbone_model)
         _require_few_patterns(found, len(backbone.trace(face).modules) + len(found.values))
         if name is None and taken(found.name, backbone_model, backbone.trace(face)) is None:
             named_like_a_leaf = any(

@@ -78,6 +78,11 @@ class Finetuned:
         """What `save` writes: name to content."""
         return folder.files(self._description(), self.values, card(self))
 
+    def checksum(self) -> str:
+        """Of its values and their description."""
+        values = {name: fingerprint.digest(value) for name, value in sorted(self.values.items())}
+        return _checksum({**self._description(), "values": values})
+
     def _description(self) -> dict[str, Any]:
         arguments = self.config.to_dict()
         description = {

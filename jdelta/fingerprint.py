@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from flax.core import meta
+
+from jdelta.processes import spread, to_host
 
 _DIGITS = 16  # of each leaf's SHA-256, in hex
 
@@ -18,20 +20,26 @@ _DIGITS = 16  # of each leaf's SHA-256, in hex
 def fingerprint(leaves: Mapping[str, Any]) -> dict[str, str]:
     """Name to `dtype[shape] digest` of each leaf, in the order of the names; the digest is left out of a shape.
 
-    The digest is that of the values alone, so it tells other values from another structure. Leaves are fetched to the
-    host one after another; a model of 110 million float32 parameters takes about half a second.
+    The digest is that of the values alone, so it tells other values from another structure. A model of 110 million
+    float32 parameters takes about half a second. Leaves that lie in several processes are gathered one after another,
+    in the order of their names: each of the processes has to call this.
 
     Args:
       leaves: name to array, sharded or not, or to `jax.ShapeDtypeStruct`.
     """
-
-    def described(leaf: Any) -> str:
-        value = meta.unbox(leaf)
-        return kind(value) if isinstance(value, jax.ShapeDtypeStruct) else f"{kind(value)} {digest(value)}"
-
-    names = sorted(leaves)
+    values = {name: meta.unbox(leaves[name]) for name in sorted(leaves)}
+    digests: dict[str, Future[str]] = {}
     with ThreadPoolExecutor(2) as threads:  # hashing leaves Python's lock alone
-        return dict(zip(names, threads.map(lambda name: described(leaves[name]), names), strict=True))
+        for name, value in values.items():
+            if isinstance(value, jax.ShapeDtypeStruct):
+                continue
+            on_host = None
+            if spread(value) and id(value) not in _known:  # gathered here: threads would do it in any order
+                for earlier in [*digests.values()][-3:-1]:
+                    earlier.result()  # few at a time
+                on_host = to_host(value)
+            digests[name] = threads.submit(digest, value, on_host)
+    return {n: f"{kind(v)} {digests[n].result()}" if n in digests else kind(v) for n, v in values.items()}
 
 
 def kind(value: Any) -> str:
@@ -59,25 +67,18 @@ def differences(have: Mapping[str, str], want: Mapping[str, str]) -> tuple[list[
 _known: dict[int, tuple[weakref.ref, str]] = {}  # of the arrays of jax that live, by id: these never change
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of an array's bytes, shortened. It is computed once for an array of jax."""
-    if not isinstance(value, jax.Array):
-        return _digest(value)
-    key = id(value)
-    if key not in _known:
-        _known[key] = (weakref.ref(value, lambda _: _known.pop(key, None)), _digest(value))
-    return _known[key][1]
+def digest(value: Any, on_host: np.ndarray | None = None) -> str:
+    """SHA-256 of an array's bytes, shortened. It is computed once for an array of jax.
 
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(to_host(value)).reshape(-1).view(np.uint8).data).hexdigest()[:_DIGITS]
-
-
-def to_host(value: Any) -> np.ndarray:
-    """The whole array on this host, also where its shards lie on several, or it is in a box of metadata."""
-    value = meta.unbox(value)
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        value = multihost_utils.process_allgather(value, tiled=True)
-    return np.asarray(value)
+    Args:
+      value: the array.
+      on_host: its value, if that was fetched already.
+    """
+    if isinstance(value, jax.Array) and id(value) in _known:
+        return _known[id(value)][1]
+    flat = np.ascontiguousarray(to_host(value) if on_host is None else on_host).reshape(-1)
+    found = hashlib.sha256(flat.view(np.uint8).data).hexdigest()[:_DIGITS]
+    if isinstance(value, jax.Array):
+        key = id(value)
+        _known[key] = (weakref.ref(value, lambda _: _known.pop(key, None)), found)
+    return found

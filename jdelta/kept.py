@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jdelta import fingerprint, hub, merging, surgery
+from jdelta import fingerprint, hub, merging, processes, surgery
 from jdelta.config import DeltaConfig, as_path, as_type
 from jdelta.finetuned import BackboneInfo, Finetuned, listing, misfits, require_check_hash, require_same
 from jdelta.interception import attachments_of, with_made
@@ -74,7 +74,7 @@ class Kept(Placed):
         return Finetuned(
             name=self.name,
             config=config,
-            values={surgery.name_of(path): fingerprint.to_host(leaves[path]) for path in wanted},
+            values={surgery.name_of(path): processes.to_host(leaves[path]) for path in wanted},
             targets=tuple(self.targets),
             exclude=self._exclude,
             inserted=tuple(self._inserted),
@@ -89,7 +89,7 @@ class Kept(Placed):
 
         `AutoDeltaModel.from_finetuned(path, backbone_model=…)` restores it bit for bit, in the dtype that it has now.
         The folder is replaced as a whole: whenever this is interrupted, it holds the old delta or the new one. In a
-        program of several processes all have to call this, and the first one writes.
+        program of several processes all have to call this, and the first one writes; if it fails, all raise.
 
         Args:
           path: the folder; it is made if need be, and other files in it stay.
@@ -104,8 +104,7 @@ class Kept(Placed):
         """
         path = as_path("save_finetuned", path)
         found = self._trained_or_allowed("save_finetuned", params, allow_untrained)
-        if jax.process_index() == 0:
-            found.save(path)
+        processes.by_first(lambda: found.save(path))
 
     def push_to_hub(
         self, repo_id: str, params: Tree | None = None, *, allow_untrained: bool = False, **options: Any
@@ -118,7 +117,7 @@ class Kept(Placed):
           **options: `token`, `private`, `revision`, `commit_message`, `create_pr`, as huggingface_hub has them.
 
         Returns:
-          The address of the commit; `""` in all processes but the first, which uploads.
+          The address of the commit. In a program of several processes all have to call this, and the first uploads.
 
         Raises:
           PermissionError: the token does not allow it, or there is none.
@@ -129,9 +128,7 @@ class Kept(Placed):
           RuntimeError, ValueError: as `finetuned`.
         """
         found = self._trained_or_allowed("push_to_hub", params, allow_untrained)
-        if jax.process_index() != 0:
-            return ""
-        return hub.push(found.files(), repo_id, **options)
+        return processes.by_first(lambda: hub.push(found.files(), repo_id, **options))
 
     def to_peft(
         self, path: str | os.PathLike[str], params: Tree | None = None, *, allow_untrained: bool = False
@@ -155,8 +152,7 @@ class Kept(Placed):
 
         path = as_path("to_peft", path)
         found = self._trained_or_allowed("to_peft", params, allow_untrained)
-        if jax.process_index() == 0:
-            peft_format.to_peft(found, self._structure, path)
+        processes.by_first(lambda: peft_format.to_peft(found, self._structure, path))
 
     def load_finetuned(
         self,
@@ -194,7 +190,7 @@ class Kept(Placed):
         own = self._active("loaded")
         require_check_hash(check_hash)
         if not isinstance(source, Finetuned):
-            source = Finetuned.read(hub.fetch(source, revision))
+            source = read_delta(source, revision, self._values(params))
         found = source.renamed(self.name)
         self._require_fit(found)
         tree = self._values(params)
@@ -326,6 +322,20 @@ class Kept(Placed):
                     f"{odd[0]}, {side}. Attach with the saved delta's modified_modules, or with "
                     "AutoDeltaModel.from_finetuned."
                 )
+
+
+def read_delta(source: str | os.PathLike[str], revision: str | None, params: Tree | None) -> Finetuned:
+    """What is saved in a folder or on the Hub. Where other processes hold some of `params`, all have to find the same.
+
+    Raises:
+      FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
+      ValueError: a file is damaged, or the processes find different deltas.
+    """
+
+    def read() -> Finetuned:
+        return Finetuned.read(hub.fetch(source, revision))
+
+    return processes.together(read, Finetuned.checksum) if processes.spread(params) else read()
 
 
 def _same_bits(one: Any, other: Any) -> bool:

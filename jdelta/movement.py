@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jdelta import fingerprint, merging, surgery
+from jdelta import merging, processes, surgery
 from jdelta.dtypes import takes_steps
 from jdelta.interception import Attachment, Edit
 from jdelta.structure import ModuleInfo, Structure
@@ -157,7 +157,7 @@ def _in_float32(leaf: Any) -> jax.Array:
 
 
 def _in_float64(value: Any) -> np.ndarray:
-    on_host = fingerprint.to_host(value)
+    on_host = processes.to_host(value)
     return on_host.astype(np.complex128 if np.iscomplexobj(on_host) else np.float64)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jdelta import dtypes, fingerprint, hub, surgery
+from jdelta import dtypes, fingerprint, hub, processes, surgery
 from jdelta.addressing import checked, matches_at_or_above, nothing_matches
 from jdelta.combinations import COMBINATIONS, Combination, wide
 from jdelta.config import DeltaConfig, as_int, as_number, did_you_mean, require_positive_int, shown
@@ -173,7 +173,7 @@ def values_before(base: Tree | Finetuned | None, first: Finetuned, pairs: Sequen
         leaves: Mapping[str, Any] = base.renamed(first.name).values
     else:
         leaves = {surgery.name_of(path): leaf for path, leaf in surgery.flatten(surgery.parameters(base)).items()}
-    values = {key: wide(fingerprint.to_host(leaves[key])) for key in others(first, pairs) if key in leaves}
+    values = {key: wide(processes.to_host(leaves[key])) for key in others(first, pairs) if key in leaves}
     for key, value in values.items():
         _require_shape(first, key, value.shape, "in base")
     return values

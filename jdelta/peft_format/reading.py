@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import warnings
@@ -20,7 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, dtypes, folder, freezing, hub, parsing, regexes, surgery
+from jdelta import (
+    addressing,
+    backbone,
+    common_names,
+    dtypes,
+    fingerprint,
+    folder,
+    freezing,
+    hub,
+    parsing,
+    processes,
+    regexes,
+    surgery,
+)
 from jdelta.auto import AutoDeltaModel
 from jdelta.config import DeltaConfig, as_type
 from jdelta.delta import DeltaModel
@@ -74,9 +88,13 @@ def from_peft(
     face = backbone.face_of(backbone_model)
     if face.params is None:
         raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
-    path = hub.fetch(source, revision, (CONFIG, TENSORS))
     names = Names.of(backbone.trace(face), getattr(backbone_model, "base_model_prefix", ""))
-    fields, tensors = read(path, names)
+
+    def found() -> tuple[Path, dict[str, Any], Tensors]:
+        path = hub.fetch(source, revision, (CONFIG, TENSORS))
+        return path, *read(path, names)
+
+    path, fields, tensors = processes.together(found, _checksum) if processes.spread(face.params) else found()
     try:
         fields = known_fields(fields)
         for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
@@ -89,6 +107,11 @@ def from_peft(
             return _attached(adapter, backbone_model, name, keep_dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _checksum(found: tuple[Path, dict[str, Any], Tensors]) -> str:
+    _, fields, tensors = found
+    return json.dumps([fields, {name: fingerprint.digest(value) for name, value in sorted(tensors.items())}])
 
 
 def read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -173,7 +196,7 @@ def _news(adapter: _Adapter, params: Tree, shapes: Mapping[str, tuple[int, ...]]
             value, given = value.astype(old.dtype), value
             if not np.array_equal(value.astype(given.dtype), given):
                 rounded.append(f"{name} ({given.dtype} to {value.dtype})")
-        known = not isinstance(old, jax.ShapeDtypeStruct) and np.array_equal(value, np.asarray(old))
+        known = not isinstance(old, jax.ShapeDtypeStruct) and np.array_equal(value, processes.to_host(old))
         if name in adapter.trains or not known:
             news[name] = value
     if rounded:
