@@ -721,7 +721,7 @@ def _select(tree: Tree, paths: Iterable[Path]) -> Tree:
 def _digests(params: Tree, paths: Iterable[Path]) -> dict[Path, str]:
     """Path to digest of those leaves that hold values."""
     leaves = surgery.flatten(params)
-    values = {path: meta.unbox(leaves[path]) for path in paths}
+    values = {path: meta.unbox(leaves[path]) for path in sorted(paths)}
     return {path: fingerprint.digest(value) for path, value in values.items() if _has_value(value)}
 
 
