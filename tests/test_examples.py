@@ -165,18 +165,19 @@ def test_help_works():
 
 
 @pytest.mark.slow
-def test_sharded_training_gives_the_same_losses_on_one_device_and_on_eight(tmp_path):
+def test_sharded_training_gives_the_same_losses_on_one_device_on_eight_and_in_two_processes(tmp_path):
     results = []
-    for devices in (1, 8):
-        file = tmp_path / f"{devices}.json"
+    for option in ("--devices 1", "--devices 8", "--processes 2"):
+        file = tmp_path / f"{option}.json"
         small = ["--steps", "3", "--batch-size", "8", "--tokens", "8", "--json", str(file)]
-        done = run("pjit_training.py", "--devices", str(devices), *small)
+        done = run("pjit_training.py", *option.split(), *small)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(file.read_text()))
-    one, eight = results
-    assert (one["mesh"], eight["mesh"]) == ({"data": 1, "model": 1}, {"data": 4, "model": 2})
-    assert len(one["losses"]) == len(eight["losses"]) == 3
-    assert max(abs(a - b) for a, b in zip(one["losses"], eight["losses"], strict=True)) < 1e-4
+    one, eight, processes = results
+    assert [tuple(each["mesh"].values()) for each in results] == [(1, 1), (4, 2), (2, 2)]
+    assert len(one["losses"]) == 3
+    for other in (eight, processes):
+        assert max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True)) < 1e-4
     assert one["losses"][0] != one["losses"][-1]
     assert eight["parameter_bytes_per_device"] < one["parameter_bytes_per_device"] == one["parameter_bytes"]
 
