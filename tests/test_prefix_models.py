@@ -68,6 +68,56 @@ def test_greedy_generation_with_a_cache_agrees_with_the_uncached_forward(class_n
     assert len(np.unique(text)) > 2  # not one word over and over
 
 
+@pytest.mark.parametrize(
+    "class_name",
+    breadth(
+        [
+            "FlaxGPT2LMHeadModel",
+            "FlaxBertForSequenceClassification",
+            "FlaxLlamaForCausalLM",
+            "FlaxBartForConditionalGeneration",
+        ],
+        "FlaxGPT2LMHeadModel",
+    ),
+)
+def test_shifted_positions_are_those_that_begin_after_the_prefix(class_name):
+    model, _, params = prefixed(class_name)
+    shifting, _, _ = prefixed(class_name, shift_positions=True)
+    n = SMALL["prefix_token_num"]
+    places = jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)
+    names, more = ["position_ids"], {}
+    if model.config.is_encoder_decoder:
+        names, more = ["position_ids", "decoder_position_ids"], {"decoder_input_ids": IDS}
+    for given in (places, places[:, ::-1]):
+        expected = model(IDS, params=params, **more, **dict.fromkeys(names, given + n)).logits
+        assert (shifting(IDS, params=params, **more, **dict.fromkeys(names, given)).logits == expected).all()
+        assert (model(IDS, params=params, **more, **dict.fromkeys(names, given)).logits != expected).any()
+    assert (shifting(IDS, params=params, **more).logits != expected).any()
+
+
+def test_generation_with_shifted_positions_agrees_with_the_uncached_forward():
+    model, _, params = prefixed("FlaxGPT2LMHeadModel", {**ENDLESS, "n_layer": 1}, shift_positions=True)
+    plain, _, _ = prefixed("FlaxGPT2LMHeadModel", {**ENDLESS, "n_layer": 1})
+    padded = jnp.concatenate([jnp.zeros((2, 2), int), IDS], axis=1)
+    found = generate(model, params, IDS, max_length=9).sequences
+    beside = generate(model, params, padded, max_length=11, attention_mask=(padded != 0).astype(int)).sequences
+    assert (beside[:, 2:] == found).all()
+    places = jnp.broadcast_to(jnp.arange(9), (2, 9)) + SMALL["prefix_token_num"]
+    logits = plain(found, params=params, position_ids=places).logits
+    length = IDS.shape[1]
+    assert (logits[:, length - 1 : -1].argmax(-1) == found[:, length:]).all()
+
+
+def test_positions_that_are_none_or_too_few_cannot_be_shifted():
+    with pytest.raises(TypeError, match="shift_positions needs a model that takes position_ids"):
+        prefixed("FlaxT5ForConditionalGeneration", shift_positions=True)
+    model, _, params = prefixed("FlaxGPT2LMHeadModel", {"n_positions": 8}, shift_positions=True)
+    n = SMALL["prefix_token_num"]
+    with pytest.raises(ValueError, match=f"{n} tokens of it and {9 - n} of the sequence make 9 positions, .* has 8"):
+        model(jnp.ones((1, 9 - n), "i4"), params=params)
+    assert model(jnp.ones((1, 8 - n), "i4"), params=params).logits.shape == (1, 8 - n, model.config.vocab_size)
+
+
 def test_a_padded_prompt_generates_what_the_bare_prompt_does():
     """The mask of the cache, which knows nothing of the prefix, hides the padding and not the prefix."""
     model, _, params = prefixed("FlaxGPT2LMHeadModel", {**ENDLESS, "n_layer": 1})

@@ -145,6 +145,46 @@ def test_a_prompt_is_tokens_of_a_larger_vocabulary(family):
     assert compared >= 4
 
 
+@pytest.mark.parametrize(
+    "case",
+    breadth(
+        [
+            ("bert", "FlaxBertForSequenceClassification"),
+            ("bert", "FlaxBertModel"),
+            ("roberta", "FlaxRobertaForSequenceClassification"),
+            ("electra", "FlaxElectraForSequenceClassification"),
+        ],
+        ("bert", "FlaxBertForSequenceClassification"),
+    ),
+)
+def test_a_pooler_reads_the_first_token_of_the_larger_vocabulary(case):
+    family, name = case
+    larger, model = (zoo.build(name, words(family, size), _do_init=False) for size in (WORDS + N, WORDS))
+    params = random_params(larger)
+    flat = flatten_dict(params)
+    cut = {path: flat[path][tuple(map(slice, s.shape))] for path, s in flatten_dict(model.params_shape_tree).items()}
+    (leaf,) = leaves_of(jdelta.SoftPromptModel(model, soft_token_num=N, pool_prompt=True))
+    cut[leaf] = flat[(*leaf[:-2], "embedding")][WORDS:]
+    ids = jnp.where(MASK, zoo.inputs(name, length=LENGTH)["input_ids"], 0)
+    mask, types = jnp.asarray(MASK), jnp.zeros_like(ids)
+    prompt = jnp.broadcast_to(jnp.arange(WORDS, WORDS + N), (*ids.shape[:-1], N))
+    whole = [jnp.concatenate(pair, -1) for pair in ((prompt, ids), (jnp.ones_like(prompt), mask))]
+    expected = run(larger, params, input_ids=whole[0], attention_mask=whole[1], token_type_ids=jnp.zeros_like(whole[0]))
+    found = run(model, unflatten_dict(cut), input_ids=ids, attention_mask=mask, token_type_ids=types)
+    for output in ("logits", "pooler_output"):
+        if output in found:
+            close(found[output], expected[output])
+    if "last_hidden_state" in found:
+        assert found.last_hidden_state.shape[1] == LENGTH
+        close(found.last_hidden_state * mask[..., None], expected.last_hidden_state[:, N:] * mask[..., None])
+
+
+def test_a_model_without_a_pooler_cannot_pool():
+    for name in ("FlaxBertForTokenClassification", "FlaxDistilBertForSequenceClassification", "FlaxGPT2LMHeadModel"):
+        with pytest.raises(TypeError, match="pool_prompt needs a pooler"):
+            jdelta.SoftPromptModel(zoo.build(name, _do_init=False), soft_token_num=N, pool_prompt=True)
+
+
 def compare(expected, found, mask, passed_over, key=""):
     """Compares what two calls return; of the first, without the prompt and its words. Returns how many arrays."""
     if hasattr(found, "keys"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -334,20 +335,20 @@ class LoraModel(DeltaModel):
         rank, shape = config.rank_of(host.name), host.params[linear.weights].shape
         common: dict[str, Any] = {"rank": rank, "scale": config.scale_of(host.name), "linear": linear}
         if isinstance(linear, LookupMap):
-            _check_rank(rank, *shape)
+            _warn_of_rank(host, rank, *shape)
             return LoraEmbed(**common, features=shape[1:], num_embeddings=shape[0], dtype=host.y.dtype)
         common["dropout"] = config.lora_dropout
         if isinstance(linear, EinsumMap):
             layer = LoraEinsum(**common, features=(), sizes=shape)
             size = dict(zip(operands(linear.equation)[1], shape, strict=True)) | {_RANK: 1}
-            _check_rank(rank, *(math.prod(size[axis] for axis in axes) for axes in layer._factors()))
+            _warn_of_rank(host, rank, *(math.prod(size[axis] for axis in axes) for axes in layer._factors()))
             return layer
         if isinstance(linear, ConvMap):
-            _check_rank(rank, math.prod(shape[:-1]), shape[-1])
+            _warn_of_rank(host, rank, math.prod(shape[:-1]), shape[-1])
             return LoraConv(**common, features=shape[-1:])
         n = len(linear.axis)
         d_in, features = (shape[1:], shape[:1]) if linear.transposed else (shape[:n], shape[n:])
-        _check_rank(rank, math.prod(d_in), math.prod(features))
+        _warn_of_rank(host, rank, math.prod(d_in), math.prod(features))
         return Lora(**common, features=features, runs_alone=runs_alone(host))
 
 
@@ -376,11 +377,13 @@ def _own_leaves(module: nn.Module) -> dict[str, jax.Array]:
     return {key: meta.unbox(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)}
 
 
-def _check_rank(rank: int, d_in: int, d_out: int) -> None:
+def _warn_of_rank(host: ModuleInfo, rank: int, d_in: int, d_out: int) -> None:
+    """Such ranks are valid, and PEFT's `all-linear` makes them where a classifier has few outputs."""
     if rank > min(d_in, d_out):
-        raise ValueError(
-            f"lora_r={rank} is above the width of this module, {d_in} -> {d_out}: take at most {min(d_in, d_out)}, "
-            "or leave it out with exclude_modules."
+        warnings.warn(
+            f"LoraModel at {host.name}: lora_r={rank} is above the width of this module, {d_in} -> {d_out}, whose "
+            f"changes have rank {min(d_in, d_out)} at most. With that in rank_pattern, less is trained and stored.",
+            stacklevel=2,
         )
 
 

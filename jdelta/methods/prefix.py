@@ -1,6 +1,7 @@
 """Prefix tuning: trainable keys and values before the attention's own (Li and Liang 2021, arXiv 2101.00190).
 
-A prefix is never masked and does not shift positions. Numbers agree with PyTorch PEFT's for the same prefix.
+A prefix is never masked. By default it does not shift positions; with `shift_positions` it does, and numbers agree with
+those of PyTorch PEFT for the same prefix.
 """
 
 from __future__ import annotations
@@ -8,21 +9,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta import attention, common_names
+from jdelta import attention, backbone, common_names
 from jdelta.axes import Axes, Axis, of_output
 from jdelta.config import DeltaConfig, require_count, require_positive_int
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit, Host, arguments, describe
+from jdelta.interception import Edit, Host, arguments, describe, main_input
 from jdelta.methods.leaf import kaiming_uniform, leaf
+from jdelta.placed import Find
 from jdelta.structure import ModuleInfo, Structure
-from jdelta.surgery import Path, Tree
+from jdelta.surgery import Path, Tree, name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +36,15 @@ class PrefixConfig(DeltaConfig):
       reparameterize: whether a small network, one for all layers, makes the keys and values while they are trained.
       embed_dim: width of that network's input.
       mid_dim: width of its middle.
+      shift_positions: whether the prefix has the first positions, and the tokens those after it, as in PyTorch PEFT.
+        It needs a model that takes `position_ids`.
     """
 
     prefix_token_num: int = 6
     reparameterize: bool = True
     embed_dim: int = 512
     mid_dim: int = 512
+    shift_positions: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +87,36 @@ class PrefixLayer(nn.Module):
     def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """Keys and values are split by heads, as far as the weights that project keys are."""
         return dict.fromkeys(("keys", "values"), (None, self.key_axis, None))
+
+
+class ShiftedPositions(nn.Module):
+    """Gives a module position ids that begin after a prefix; in every call, also of a sequence that a cache continues.
+
+    Attributes:
+      tokens: how many positions the prefix has.
+      positions: those that the module has, if they are limited.
+    """
+
+    tokens: int
+    positions: range | None
+
+    @nn.nowrap
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        module = host.frame.module
+        bound = arguments(type(module), args, kwargs)
+        given: dict[str, Any] = bound.arguments
+        ids, mask = main_input(type(module), args, kwargs)[1], given.get("attention_mask")  # this covers the cache
+        length = ids.shape[1] if mask is None else mask.shape[1]
+        if self.positions is not None and self.tokens + length > len(self.positions):
+            raise ValueError(
+                f"prefix at {describe(module)}: with shift_positions, {self.tokens} tokens of it and {length} of the "
+                f"sequence make {self.tokens + length} positions, and the model has {len(self.positions)}. Shorten the "
+                "sequence."
+            )
+        places = given.get("position_ids")
+        places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape[:2]) if places is None else places
+        given["position_ids"] = places + self.tokens
+        return host(*bound.args[1:], **bound.kwargs)
 
 
 class Reparameterization(nn.Module):
@@ -140,6 +175,15 @@ class PrefixModel(DeltaModel):
         layer = PrefixLayer(self.config.prefix_token_num, key_width, key_axis)
         yield Edit(host.path, "around", layer, leaf=(self.name,))
 
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+        edits = list(super().place(structure, find, patterns))
+        yield from edits
+        if self.config.shift_positions:
+            taking = {edit.host: _taking_positions(structure, edit.host) for edit in edits}
+            for info in {info.path: info for info in taking.values()}.values():
+                layer = ShiftedPositions(self.config.prefix_token_num, backbone.positions(info))
+                yield Edit(info.path, "around", layer, leaf=(self.name,), helps=True)
+
     @functools.cached_property
     def _key_projections(self) -> list[ModuleInfo]:
         return common_names.known(self.structure, ["attn.k", "crossattn.k"])
@@ -171,3 +215,16 @@ class PrefixModel(DeltaModel):
             return None
         leaves = tuple((path, shape.shape) for path, shape in shapes.items())
         return Reparameterization(config.prefix_token_num, config.embed_dim, config.mid_dim, leaves)
+
+
+def _taking_positions(structure: Structure, host: Path) -> ModuleInfo:
+    """The outermost module around an attention that takes its position ids."""
+    name = name_of(host)
+    for info in reversed(structure.callers(structure[name])):
+        names = arguments(info.type, info.args, info.kwargs).signature.parameters
+        if "position_ids" in names and "decoder_position_ids" not in names:  # with both, the former are an encoder's
+            return info
+    raise TypeError(
+        f"PrefixModel: shift_positions needs a model that takes position_ids, and none of the modules around {name} "
+        "does. Leave it out."
+    )

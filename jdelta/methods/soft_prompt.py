@@ -2,7 +2,7 @@
 
 The prompt's tokens have ids of their own, beyond the vocabulary. They are put before the input's where the model embeds
 those; masks, token types and positions grow with them; after the last layer they are taken off again.
-Numbers agree with PyTorch PEFT's prompt tuning.
+Numbers agree with PyTorch PEFT's prompt tuning; where a head pools the first position, with `pool_prompt`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ class SoftPromptConfig(DeltaConfig):
       soft_token_num: number of trainable vectors.
       init_range: without `token_init`, they start at U(±init_range).
       token_init: start them at the first rows of the word embedding.
+      pool_prompt: whether a pooler, a module that reads the first of all positions, reads the prompt's first, as in
+        PyTorch PEFT, and not the input's.
     """
 
     soft_token_num: int = 100
     init_range: float = 0.5
     token_init: bool = True
+    pool_prompt: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,6 +179,40 @@ class Prompted(nn.Module):
         return bound.args[1:], bound.kwargs
 
 
+class PromptPooled(nn.Module):
+    """Takes the prompt off, but for the poolers; around the whole model.
+
+    Attributes:
+      tokens: how many the prompt has.
+      exit: path of the module whose output loses the prompt.
+      poolers: paths of the modules that get that output with the prompt.
+    """
+
+    tokens: int
+    exit: Path
+    poolers: tuple[Path, ...]
+
+    @nn.nowrap
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        whole: list[jax.Array] = []
+
+        def watch(frame: Frame, call: Callable) -> Callable:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                if frame.path in self.poolers and whole:
+                    key, x = main_input(type(frame.module), args, kwargs)
+                    args, kwargs = with_main_input(args, kwargs, key, _before(x, whole[-1][:, : self.tokens]))
+                output = call(*args, **kwargs)
+                if frame.path != self.exit:
+                    return output
+                whole.append(main_output(output))
+                return _cut(output, whole[-1].shape[1], self.tokens)
+
+            return watched
+
+        with host.watched(watch):
+            return host(*args, **kwargs)
+
+
 class MaskGrown(nn.Module):
     """Lets a decoder attend to the prompt in the encoder's states, for which the caller's mask has no place."""
 
@@ -266,12 +303,24 @@ class SoftPromptModel(DeltaModel):
         yield Edit(host.path, "around", table, leaf=(self.name,), outermost=True)
         reads = [info for info in structure if _attends_to_encoder(info) and info not in callers]
         decoders = [info for info in reads if not _within(structure, info, [top, *reads])]
-        around = Prompted(ids, entry, None if decoders else exit, backbone.positions(top))
+        around = Prompted(ids, entry, None if decoders or self.config.pool_prompt else exit, backbone.positions(top))
         yield Edit(top.path, "around", around, leaf=(self.name,), helps=True)
+        if self.config.pool_prompt:
+            pooled = PromptPooled(len(ids), exit, tuple(info.path for info in self._poolers(structure, exit)))
+            yield Edit((), "around", pooled, leaf=(self.name, "pooled"), helps=True)
         for info in decoders:
             yield Edit(info.path, "around", MaskGrown(), leaf=(self.name,), helps=True)
         if decoders:
             yield Edit((), "around", EncoderStatesCut(top.path), leaf=(self.name,), helps=True)
+
+    def _poolers(self, structure: Structure, exit: Path) -> list[ModuleInfo]:
+        found = _poolers(structure, exit)
+        if not found:
+            raise TypeError(
+                "SoftPromptModel: pool_prompt needs a pooler, and no module of this model makes one position of all. "
+                "Leave it out."
+            )
+        return found
 
     def _ids(self, host: ModuleInfo) -> range:
         """Ids beyond the vocabulary, and beyond other prompts'."""
@@ -311,6 +360,24 @@ def _extent(
             return top, path[i - 1].path, last[last.index(top) - 1].path
     root = path[-1]
     return root, root.path, root.path
+
+
+def has_pooler(structure: Structure, host: ModuleInfo) -> bool:
+    """Whether a model has a module that reads the first position after its layers, for `pool_prompt`."""
+    layers = common_names.known(structure, ["attn"])
+    return bool(_poolers(structure, _extent(structure, [host, *structure.callers(host)], layers)[2]))
+
+
+def _poolers(structure: Structure, exit: Path) -> list[ModuleInfo]:
+    """The outermost modules that run after one of a path, and make `(batch, width)` of its `(batch, length, width)`."""
+    infos = list(structure)
+    start = [info.path for info in infos].index(exit)
+    found: list[ModuleInfo] = []
+    for info in infos[start + 1 :]:
+        inside = info.path[: len(exit)] == exit or any(info.path[: len(f.path)] == f.path for f in found)
+        if not inside and is_array(info.x) and is_array(info.y) and (len(info.x.shape), len(info.y.shape)) == (3, 2):
+            found.append(info)
+    return found
 
 
 def _within(structure: Structure, info: ModuleInfo, others: Sequence[ModuleInfo]) -> bool:

@@ -41,7 +41,7 @@ from jdelta.delta import DeltaModel
 from jdelta.finetuned import Finetuned, listing
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.prefix import PrefixConfig
-from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.peft_format.keys import normalized
 from jdelta.peft_format.limits import known_fields, require_no_cross_attention, require_same_lora
 from jdelta.peft_format.names import CONFIG, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
@@ -62,11 +62,11 @@ def from_peft(
         delta = jdelta.from_peft("out/", backbone_model=model)
 
     LoRA (of any rank pattern, on dense layers, convolutions and embeddings), prefix tuning and prompt tuning become a
-    `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does. `modules_to_save` and trained
-    biases go into the backbone's leaves, and train further with the delta. Keys may hold the adapter's name, and what
-    torch.compile and data parallelism put around the model. Two things PEFT does differently: it counts
-    a prefix as positions (pass `position_ids` that begin at `prefix_token_num` for its numbers), and it returns a
-    prompt's positions among the outputs.
+    `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does in the same call: a prefix shifts
+    positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and trained biases
+    go into the backbone's leaves, and train further with the delta. Keys may hold the adapter's name, and what
+    torch.compile and data parallelism put around the model. Two things differ: PEFT returns a prompt's positions among
+    the outputs, and in its `generate`, padding before the input counts as positions after a prompt.
 
     Args:
       source: a folder, or `"user/name"` on the Hub.
@@ -278,7 +278,9 @@ def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapt
         )
     pairs = rows.reshape(tokens, len(layers), 2, heads, -1).transpose(1, 2, 0, 3, 4)
     patterns = tuple(_exact(name, names.structure.modules) for name in layers)
-    config = PrefixConfig(modified_modules=patterns, prefix_token_num=tokens, reparameterize=False)
+    config = PrefixConfig(
+        modified_modules=patterns, prefix_token_num=tokens, reparameterize=False, shift_positions=True
+    )
     leaves = {(h, leaf): pairs[i, j] for i, h in enumerate(layers) for j, leaf in enumerate(("keys", "values"))}
     return _with_saved(config, leaves, rest, fields, names)
 
@@ -289,7 +291,14 @@ def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _
     rows = _prompt(rest)[:tokens]  # for an encoder-decoder PEFT saves twice as many, and computes with the first
     if len(rows) < tokens:
         raise ValueError(f"{PROMPT} has {len(rows)} rows, and num_virtual_tokens={tokens}.")
-    config = SoftPromptConfig(soft_token_num=tokens, token_init=False)
+    tables = common_names.resolve(names.structure, ["embeddings"])
+    pools = any(has_pooler(names.structure, info) for info in tables[:1])
+    if not pools and (fields.get("task_type") == "SEQ_CLS" or any(n.endswith("pooler") for n in names.modules)):
+        raise ValueError(
+            "PEFT pools the prompt's first position, and in this model no module does that by itself, so that jdelta "
+            "would pool the input's."
+        )
+    config = SoftPromptConfig(soft_token_num=tokens, token_init=False, pool_prompt=pools)
     return _with_saved(config, {("", "embedding"): rows}, rest, fields, names)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,8 @@ from jdelta import common_names, folder
 from jdelta.finetuned import BackboneInfo, Finetuned, listing
 from jdelta.linear import ConvMap, EinsumMap, LookupMap, MatrixMap, linear_map
 from jdelta.methods.lora import LoraConfig
+from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.peft_format.limits import require_no_cross_attention, require_same_lora
 from jdelta.peft_format.names import (
     CONFIG,
@@ -130,6 +133,9 @@ def _write_prefix(found: Finetuned, structure: Structure) -> Written:
             f"PEFT has a prefix in every attention layer, {len(layers)} in this model; this one is in "
             f"{len(found.targets)} modules. They differ at {listing(missing)}."
         )
+    assert isinstance(found.config, PrefixConfig)
+    if not found.config.shift_positions:
+        _warn_of_other_numbers(found, "counts a prefix as positions", "shift_positions")
     rows = [found.values[f"{host}.{found.name}.{leaf}"] for host in layers for leaf in ("keys", "values")]
     tokens, heads, width = rows[0].shape
     fields = {
@@ -145,9 +151,20 @@ def _write_prefix(found: Finetuned, structure: Structure) -> Written:
 
 def _write_soft_prompt(found: Finetuned, structure: Structure) -> Written:
     (host,) = found.targets
+    assert isinstance(found.config, SoftPromptConfig)
+    if has_pooler(structure, structure[host]) and not found.config.pool_prompt:
+        _warn_of_other_numbers(found, "pools the prompt's first position", "pool_prompt")
     rows = found.values[f"{host}.{found.name}.embedding"]
     fields = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", "token_dim": rows.shape[1]}
     return _write_virtual(found, structure, fields, rows)
+
+
+def _warn_of_other_numbers(found: Finetuned, does: str, field: str) -> None:
+    warnings.warn(
+        f"to_peft: PEFT {does}, and delta {found.name!r} was trained without that, so that PEFT computes other numbers "
+        f"with it. Train it with {field}=True.",
+        stacklevel=4,
+    )
 
 
 # What PEFT calls a task by the end of a model's class; and the heads that it then saves with a prompt.
@@ -172,8 +189,9 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
     modules, biases = _trained(found, structure)
     if biases:
         raise ValueError(f"PEFT trains no biases with a prompt; here {listing(sorted(biases))} trained.")
-    for name in modules_of(structure):
-        if name.endswith(heads) and not any(leaf.startswith(f"{name}.") for leaf in modules):
+    saves = [name for name in modules_of(structure) if name.endswith(heads)]
+    for name in saves:
+        if not any(leaf.startswith(f"{name}.") for leaf in modules):
             raise ValueError(
                 f"for {task}, PEFT saves {name!r} with a prompt, and this delta does not train it. Call "
                 f"freeze_module(exclude=['deltas', {name!r}]) before."
@@ -183,7 +201,8 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
         "task_type": task,
         "num_virtual_tokens": len(rows),
         "num_transformer_submodules": 1,
-        "modules_to_save": _owners(modules) or None,
+        # of a head with modules inside, PEFT adds the name of the whole, and fails on both
+        "modules_to_save": _owners(next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules) or None,
     }
     return fields | shared, {PROMPT: rows, **saved}
 
