@@ -218,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             run_processes(args.processes, sys.argv[1:] if argv is None else argv)
             return None
         join_processes(args.processes, args.devices)
-    first = jax.process_index() == 0
-    console = Console(quiet=not first)
     mesh = make_mesh(args.devices if args.processes == 1 else None, args.model_axis)
+    first = jax.process_index() == 0  # jax runs from here on
+    console = Console(quiet=not first)
     if args.batch_size % mesh.shape["data"]:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the data axis, {mesh.shape['data']}.")
     results = train(args, mesh, console)
