@@ -247,12 +247,15 @@ def _locked(file: Path, end: float) -> Iterator[bool]:
     while fcntl is not None:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            with contextlib.suppress(OSError):  # it is another user's
+                os.fchmod(descriptor, 0o666)  # so that others may take it up when its writer is killed
             locked = _lock(descriptor, file, end)
             if _is_open(file, descriptor):  # not removed by the one before
                 try:
                     yield locked
                 finally:
-                    file.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # the save is done
+                        file.unlink()
                 return
         finally:
             os.close(descriptor)

@@ -1,5 +1,6 @@
 """Folders of deltas and of PEFT adapters hold what was before or all of the new: killed, full, raced and odd ones."""
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -109,6 +110,24 @@ def test_what_a_living_writer_has_is_left_to_it(name, machines, tmp_path, monkey
     assert left(path) == form.files
 
 
+def test_who_waits_for_a_lock_that_is_removed_waits_for_the_next(tmp_path):
+    form, lock = folders.formats()["jdelta"], tmp_path / ".jdelta.lock"
+    form.write(tmp_path, 1)
+    first = os.open(lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(first, fcntl.LOCK_EX)
+    waiting = threading.Thread(target=form.write, args=(tmp_path, 2))
+    waiting.start()
+    waiting.join(0.1)
+    lock.unlink()
+    with folder._turn(tmp_path):
+        os.close(first)
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert form.read(tmp_path) == 2
+    assert left(tmp_path) == form.files
+
+
 def test_without_locks_a_save_warns_and_removes_nothing(tmp_path, monkeypatch):
     form = folders.formats()["jdelta"]
     form.write(tmp_path, 1)
@@ -125,8 +144,10 @@ def test_a_writer_that_does_not_end_is_an_error(tmp_path, monkeypatch):
     form, path = folders.formats()["jdelta"], tmp_path / "out"
     form.write(path, 1)
     monkeypatch.setattr(folder, "_PATIENCE", 0.1)
-    with folder._turn(path), pytest.raises(TimeoutError, match="another process has been writing"):
-        form.write(path, 2)
+    with folder._turn(path):
+        assert stat.S_IMODE((path / ".jdelta.lock").stat().st_mode) == 0o666  # whoever may write there may wait for it
+        with pytest.raises(TimeoutError, match="another process has been writing"):
+            form.write(path, 2)
     assert form.read(path) == 1
 
 
@@ -260,6 +281,29 @@ def test_an_error_at_any_change_of_names_loses_nothing(name, error, change, tmp_
                 if seen < at:
                     break
                 form.write(tmp_path, 1)
+
+
+@each_format
+def test_a_disk_that_is_gone_from_any_change_of_names_on_loses_nothing(name, tmp_path, monkeypatch):
+    form, replace = folders.formats()[name], os.replace
+    form.write(tmp_path, 1)
+    for at in range(1, 4):
+        seen = []
+
+        def gone(*names):
+            seen.append(names)  # noqa: B023
+            if len(seen) >= at:  # noqa: B023
+                raise OSError(5, "Input/output error", str(names[1]))
+            replace(*names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", gone)
+            with pytest.raises(OSError, match="Input/output") if at <= len(form.files) else contextlib.nullcontext():
+                form.write(tmp_path, 2)
+        assert form.read(tmp_path) in {1, 2}  # it could not be undone
+        form.write(tmp_path, 1)
+        assert form.read(tmp_path) == 1
+        assert left(tmp_path) == form.files
 
 
 @each_format
