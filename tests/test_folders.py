@@ -168,7 +168,7 @@ def read_often(name: str, path: Path, end: threading.Event, failed: list, number
 
 
 @each_format
-@pytest.mark.parametrize("rounds", breadth([10, 500], 10))
+@pytest.mark.parametrize("rounds", breadth([5, 500], 5))
 def test_writers_take_turns_and_a_reader_beside_them_finds_one_of_the_two(name, rounds, tmp_path):
     form, path, end, failed, numbers = folders.formats()[name], tmp_path / "out", threading.Event(), [], set()
     form.write(path, 1)
@@ -187,7 +187,7 @@ def test_writers_take_turns_and_a_reader_beside_them_finds_one_of_the_two(name, 
 
 
 @each_format
-@pytest.mark.parametrize("rounds", breadth([5, 150], 5))
+@pytest.mark.parametrize("rounds", breadth([5, 60], 5))
 def test_of_two_that_make_a_folder_at_a_time_one_is_there(name, rounds, tmp_path):
     form = folders.formats()[name]
     for each in range(rounds):
@@ -217,7 +217,7 @@ def test_of_two_that_make_a_folder_at_a_time_one_is_there(name, rounds, tmp_path
 def test_two_processes_take_turns_too(name, tmp_path):
     form, path = folders.formats()[name], tmp_path / "out"
     spawn = multiprocessing.get_context("spawn")
-    writers = [spawn.Process(target=write_often, args=(name, path, number, 300)) for number in (1, 2)]
+    writers = [spawn.Process(target=write_often, args=(name, path, number, 100)) for number in (1, 2)]
     for writer in writers:
         writer.start()
     while not path.exists() and any(writer.is_alive() for writer in writers):
