@@ -255,9 +255,7 @@ def test_initial_values(shared):
     assert np.std(p["down"]["W_left"]) == pytest.approx(1e-4, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "values", breadth(itertools.product([True, False], repeat=3), (True, True, True), (False, True, False))
-)
+@pytest.mark.parametrize("values", breadth(itertools.product([True, False], repeat=3), (False, True, False)))
 def test_with_zero_up_the_output_is_unchanged_and_the_second_gradient_reaches_every_leaf(values):
     options = dict(zip(("factorized_phm", "shared_phm_rule", "shared_W_phm"), values, strict=True))
     backbone, delta, before = attach(zero_up=True, **options)

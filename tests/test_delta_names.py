@@ -68,7 +68,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", breadth(METHODS, "lora", "bitfit", "soft_prompt"))
+@pytest.mark.parametrize("method", breadth(METHODS, "lora"))
 def test_every_method_is_pruned_by_itself_by_its_paths_and_by_the_name_that_it_gives_itself(method):
     model = fresh("t5", "FlaxT5ForConditionalGeneration")  # has no biases
     config = jdelta.AutoDeltaConfig.from_dict({"delta_type": method.partition(",")[0], **METHODS[method]})
@@ -115,6 +115,7 @@ def test_a_name_that_parts_of_the_backbone_or_of_deltas_have_prunes_nothing(bert
             jdelta.prune(bare, name)
 
 
+@pytest.mark.slow
 def test_another_name_prunes_what_is_lora_beyond_doubt_and_nothing_else(bert):
     bare = jax.tree.structure(bert.params)
     movies = jdelta.LoraModel(bert, name="movies")

@@ -139,6 +139,7 @@ def test_without_transformers_a_linen_module_trains_saves_loads_and_merges(tmp_p
     assert run("absent", path=tmp_path).keys() == {"jdelta", "jax", "flax"}
 
 
+@pytest.mark.slow
 def test_beside_a_transformers_that_has_no_flax_too(tmp_path):
     package, info = tmp_path / "transformers", tmp_path / "transformers-5.0.0.dist-info"
     package.mkdir()

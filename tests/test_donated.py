@@ -9,6 +9,7 @@ import optax
 import pytest
 from conftest import noisy, train_deltas
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 
@@ -51,7 +52,7 @@ VERBS = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("given", ["model.params", "params="])
+@pytest.mark.parametrize("given", breadth(["model.params", "params="], "params="))
 def test_every_verb_that_reads_a_donated_tree_says_so(verb, given):
     model = backbone()
     delta = lora(model)

@@ -11,6 +11,7 @@ import optax
 import pytest
 from conftest import fresh, train_deltas
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 
@@ -36,7 +37,7 @@ def of(module, x=X):
     return jdelta.Backbone(root, root.init(jax.random.key(0), x)["params"], dummy_inputs=(x,))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int4", "bool"])
+@pytest.mark.parametrize("dtype", breadth(["int8", "uint8", "int4", "bool"], "int8"))
 def test_nothing_is_merged_into_weights_that_are_no_floats(dtype):
     backbone = of(Quantised(jnp.dtype(dtype)))
     delta = jdelta.LoraModel(backbone, ["layers_0"], lora_r=2)

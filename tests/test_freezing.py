@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import transformers
 import zoo
 from conftest import fresh
 from flax import linen as nn
@@ -201,8 +202,9 @@ def test_names_of_a_model_without_parameters_are_traced_once():
     """Attaching knows them; after `attach` and `detach` one abstract run finds them again."""
     model, runs = zoo.build("FlaxBertModel", _do_init=False), []
     delta = jdelta.LoraModel(model)
-    init = type(model).init_weights
-    with mock.patch.object(type(model), "init_weights", lambda *a, **k: (runs.append(1), init(*a, **k))[1]):
+    cls = transformers.FlaxBertModel
+    init = cls.init_weights
+    with mock.patch.object(cls, "init_weights", lambda *a, **k: (runs.append(1), init(*a, **k))[1]):
         mask, (trainable, _) = delta.trainable_mask(), delta.partition()
         assert not runs
         delta.detach()

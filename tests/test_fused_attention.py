@@ -466,6 +466,7 @@ def test_deltas_come_and_go_in_any_order():
     chex.assert_trees_all_equal(logits(model), before)
 
 
+@pytest.mark.slow
 def test_a_delta_trains_shards_logs_and_saves_as_without_it(tmp_path, capsys):
     model, plain = (fresh("bert", BERT) for _ in range(2))
     fused = jdelta.fused_attention(model)
@@ -570,7 +571,14 @@ def lowered(function, *args):
 
 @pytest.mark.parametrize(
     ("class_name", "calls"),
-    [(BERT, 1), (GPT2, 1), (LLAMA, 1), (T5, 3), (BART, 3), ("FlaxWhisperForConditionalGeneration", 3)],
+    [
+        (BERT, 1),
+        (T5, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(GPT2, 1), (LLAMA, 1), (BART, 3), ("FlaxWhisperForConditionalGeneration", 3)]
+        ),
+    ],
 )
 def test_what_cudnn_is_asked_for_passes_the_checks_of_jax_and_lowers(class_name, calls, a_gpu):
     """Forward and backward, of all attentions: with and without masks and biases, their own or of other lengths."""

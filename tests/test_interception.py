@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 from jdelta.interception import attachments_of
@@ -216,7 +217,7 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("lift", ["scan", "scan remat", "remat"])
+@pytest.mark.parametrize("lift", breadth(["scan", "scan remat", "remat"], "scan remat"))
 def test_scan_and_remat_agree_with_the_plain_loop(lift):
     backbone = backbone_of(Stack(lift))
     delta = jdelta.LoraModel(backbone, modified_modules=["dense"], lora_r=2)

@@ -233,10 +233,8 @@ LINEAR = {
     breadth(
         LINEAR,
         "a Dense",
-        "a subclass that computes the same",
         "one that keeps its kernel transposed",
         "an einsum with a field",
-        "a convolution",
     ),
 )
 def test_running_is_merging_for_any_number_of_rows(what):
@@ -517,6 +515,7 @@ def test_a_module_that_is_too_large_and_has_no_smaller_copy_is_to_be_registered(
     linear._tried.clear()
 
 
+@pytest.mark.slow
 def test_gradients_past_a_module_with_a_non_linearity_beside_its_product(monkeypatch):
     backbone, delta = attached(Own(lambda x, k: x @ k + nn.relu(x), (D_IN, D_IN)), lora_r=2)
     train_deltas(delta)

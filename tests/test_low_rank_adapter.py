@@ -72,6 +72,7 @@ def test_with_zero_up_the_output_is_unchanged_and_the_second_gradient_reaches_ev
         assert leaf.any(), path
 
 
+@pytest.mark.slow
 def test_without_it_the_first_gradient_reaches_every_leaf():
     backbone, delta, before = attach(reduction_factor=4, low_rank_rank=2)
     assert (backbone(X) != before).any()

@@ -69,7 +69,7 @@ def same(one, other):
 # --- every method
 
 
-@pytest.fixture(scope="module", params=breadth(METHODS, "lora", "bitfit", "prefix"))
+@pytest.fixture(scope="module", params=breadth(METHODS, "lora"))
 def wide(request):
     """A method on one layer of BERT base: the model, and the shapes of what trains and of what is frozen."""
     model = FlaxBertForSequenceClassification(BertConfig(num_hidden_layers=1, vocab_size=200), _do_init=False)
@@ -142,6 +142,7 @@ def test_generate_gives_each_row_what_its_delta_gives_alone(options):
     np.testing.assert_array_equal(tokens, jnp.stack(alone))
 
 
+@pytest.mark.slow
 def test_keys_are_split_and_scalars_and_words_go_to_every_row():
     delta = lora(lora_dropout=0.5)
     trainable, frozen = delta.partition()

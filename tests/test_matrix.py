@@ -23,7 +23,6 @@ from jdelta import common_names, surgery
 QUICK = (
     "FlaxBertForSequenceClassification",
     "FlaxGPT2LMHeadModel",
-    "FlaxT5ForConditionalGeneration",
     "FlaxResNetForImageClassification",
 )
 

@@ -11,7 +11,6 @@ import pytest
 import zoo
 from jax.interpreters.partial_eval import dce_jaxpr
 from matrix import METHODS, attach
-from tiers import breadth
 
 import jdelta
 from jdelta import surgery
@@ -51,7 +50,8 @@ def initialised(function, key):
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
-@pytest.mark.parametrize("family", breadth(sorted(zoo.REPRESENTATIVE), "bert"))
+@pytest.mark.parametrize("family", sorted(zoo.REPRESENTATIVE))
+@pytest.mark.slow
 def test_every_method_on_a_class_of_each_family_with_numbers(family):
     name = zoo.REPRESENTATIVE[family]
     model = zoo.build(name, zoo.one_layer(family), _do_init=False)

@@ -155,6 +155,7 @@ def test_deltas_stay_on_a_model_whose_module_is_made_anew():
 # --- optax.MultiSteps
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_held_only_for_what_trains():
     model = bert()
     delta = jdelta.LoraModel(model, unfrozen_modules=["classifier"])
@@ -165,6 +166,7 @@ def test_accumulated_gradients_are_held_only_for_what_trains():
     assert size(outside) > size(model.params)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_update_of_one_large_batch_and_frozen_leaves_never_move():
     model = bert()
     delta = jdelta.LoraModel(model)

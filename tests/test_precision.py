@@ -160,6 +160,7 @@ def test_all_deltas_together_bring_no_float32_into_other_families(family):
     check_no_more_float32(family, model, attach_all(model), OWN_OF_ALL[family])
 
 
+@pytest.mark.slow
 def test_float32_leaves_train_on_a_bfloat16_backbone_and_stay_float32():
     model = half("bert")
     delta = attach_all(model)

@@ -15,7 +15,6 @@ import pytest
 import transformers
 import zoo
 from flax import linen as nn
-from tiers import breadth
 from transformers import AlbertConfig, BartConfig, BertConfig, BigBirdConfig, DistilBertConfig, LongT5Config, T5Config
 from transformers.models.bart.modeling_flax_bart import FlaxBartAttention
 from transformers.models.bert.modeling_flax_bert import FlaxBertAttention
@@ -348,7 +347,8 @@ class Stack(nn.Module):
         return blocks(name="blocks")(x, None)[0]
 
 
-@pytest.mark.parametrize("reparameterize", breadth([False, True], True))
+@pytest.mark.parametrize("reparameterize", [False, True])
+@pytest.mark.slow
 def test_each_layer_of_a_scan_has_a_prefix_of_its_own(reparameterize):
     x = numbers(BATCH, LENGTH, DIM)
     backbone = jdelta.Backbone(Stack(), random(jax.eval_shape(Stack().init, jax.random.key(0), x), 0)["params"], (x,))

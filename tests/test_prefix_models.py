@@ -95,6 +95,7 @@ def test_shifted_positions_are_those_that_begin_after_the_prefix(class_name):
     assert (shifting(IDS, params=params, **more).logits != expected).any()
 
 
+@pytest.mark.slow
 def test_generation_with_shifted_positions_agrees_with_the_uncached_forward():
     model, _, params = prefixed("FlaxGPT2LMHeadModel", {**ENDLESS, "n_layer": 1}, shift_positions=True)
     plain, _, _ = prefixed("FlaxGPT2LMHeadModel", {**ENDLESS, "n_layer": 1})

@@ -47,7 +47,7 @@ def same(one, other, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(float(jnp.abs(b).max()), 1e-30))
 
 
-@pytest.mark.parametrize("kind", breadth(HOSTS, "Dense", "DenseGeneral from heads"))
+@pytest.mark.parametrize("kind", breadth(HOSTS, "DenseGeneral from heads"))
 def test_a_folded_update_is_its_formula_in_float64_forward_and_backward(kind, monkeypatch):
     backbone, params, x = attached(*HOSTS[kind])
     folds = []

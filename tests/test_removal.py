@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import fresh, noisy, train_deltas
 from flax import linen as nn
+from tiers import breadth
 
 import jdelta
 from jdelta.interception import attachments_of
@@ -95,7 +96,7 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", breadth(VERBS, *list(VERBS)[::4]))
 def test_a_removed_delta_says_so_even_if_another_has_its_name(net, verb):
     delta = lora(net)
     delta.remove()
@@ -164,6 +165,7 @@ def test_a_detached_delta_that_nobody_holds_does_not_stay(net):
     assert attachments_of(net.module) == ()
 
 
+@pytest.mark.slow
 def test_an_attached_delta_that_nobody_holds_stays_and_computes(net):
     train_deltas(lora(net))
     gc.collect()
@@ -227,10 +229,15 @@ def test_the_ids_of_prompts_do_not_count_up():
     "make",
     [
         jdelta.LoraModel,
-        lambda model: jdelta.LoraModel(model, modified_modules=["query"] * 2),
-        jdelta.AdapterModel,
-        lambda model: jdelta.PrefixModel(model, embed_dim=4, mid_dim=4),
         lambda model: jdelta.AutoDeltaModel.from_config(jdelta.LoraConfig(lora_r=2), model),
+        *(
+            pytest.param(make, marks=pytest.mark.slow)
+            for make in (
+                lambda model: jdelta.LoraModel(model, modified_modules=["query"] * 2),
+                jdelta.AdapterModel,
+                lambda model: jdelta.PrefixModel(model, embed_dim=4, mid_dim=4),
+            )
+        ),
     ],
 )
 def test_the_same_delta_a_second_time_is_a_warning_that_names_the_first(bert, make):

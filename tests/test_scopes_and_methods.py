@@ -15,6 +15,7 @@ import pytest
 from conftest import noisy, train_deltas
 from flax import linen as nn
 from flax import nnx
+from tiers import breadth
 
 import jdelta
 from jdelta import backbone as backbones
@@ -350,7 +351,7 @@ def test_an_around_layer_chooses_the_element():
     chex.assert_trees_all_close(backbone(x), (None, 3 * base[1], base[2]))
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", breadth([False, True], True))
 def test_an_adapter_after_an_attention_that_returns_its_cache(cached, tmp_path):
     backbone = backbone_of(Model(cached))
     base = backbone(IDS)

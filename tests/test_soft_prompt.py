@@ -629,10 +629,11 @@ def test_a_prompt_has_at_least_one_token(number):
 @pytest.mark.parametrize(
     ("name", "positions"),
     [
-        ("FlaxBertModel", 32),
         ("FlaxRobertaModel", 31),  # its first position is pad_token_id + 1
-        ("FlaxGPT2LMHeadModel", 32),
-        ("FlaxBartForConditionalGeneration", 32),
+        *(
+            pytest.param(name, 32, marks=pytest.mark.slow)
+            for name in ("FlaxBertModel", "FlaxGPT2LMHeadModel", "FlaxBartForConditionalGeneration")
+        ),
     ],
 )
 def test_a_sequence_beyond_the_position_table_is_an_error(name, positions):
