@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -425,10 +426,14 @@ class Placed:
         ran: set[Edit] = set()
         try:
             everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
-        except (TypeError, ValueError, RuntimeError):
-            raise
         except Exception as error:  # flax has kinds of its own, and a layer may raise anything
-            raise ValueError(f"{type(self).__name__}: the model does not run with these layers: {error}") from error
+            kind = next((k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k)), None)
+            if kind is not None and _is_from_here(error):
+                raise
+            at = listing(list(dict.fromkeys(surgery.name_of(edit.host) for edit in edits)))
+            raise (kind or ValueError)(
+                f"{type(self).__name__}: the model does not run with these layers, at {at}: {error}"
+            ) from error
         self._require_same_backbone(everything)
         for edit in edits:
             if edit.layer is not None and edit not in ran:
@@ -723,6 +728,12 @@ def _digests(params: Tree, paths: Iterable[Path]) -> dict[Path, str]:
     leaves = surgery.flatten(params)
     values = {path: meta.unbox(leaves[path]) for path in sorted(paths)}
     return {path: fingerprint.digest(value) for path, value in values.items() if _has_value(value)}
+
+
+def _is_from_here(error: Exception) -> bool:
+    """Whether code of jdelta raised it, whose messages name modules, and not the model's, a layer's or jax's."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
 
 
 def _has_value(leaf: Any) -> bool:

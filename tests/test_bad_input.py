@@ -283,6 +283,16 @@ def test_a_model_of_an_unknown_family_has_no_default_positions():
         jdelta.LoraModel(backbone)
 
 
+def test_a_layer_with_which_the_model_does_not_run_is_named(bert):
+    delta = jdelta.DeltaModel(bert, name="own")
+    at = r"does not run with these layers, at bert\.encoder\.layer\.0\.attention\.self\.query: "
+    with pytest.raises(TypeError, match=at + ".*reshape"):
+        delta.replace_module("0.attention.self.query", nn.Dense(7))
+    with pytest.raises(ValueError, match=at):
+        delta.insert_parallel_module("0.attention.self.query", nn.Conv(16, (3, 3, 3, 3)))
+    assert not delta.targets
+
+
 def test_the_model_is_usable_after_a_mistake(bert):
     with pytest.raises(ValueError, match="Closest"):
         jdelta.LoraModel(bert, modified_modules=["qeury"])
