@@ -239,6 +239,30 @@ def test_peft_gives_the_logits_of_what_jdelta_writes(exchange: Exchange, tmp_pat
     assert_close(exchange.found, found, "logits")
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("case", ["gpt2-prefix", "llama-prefix", "gpt2", "llama"])
+def test_peft_generates_the_same_words(case: str, padded: bool, tmp_path: Path) -> None:
+    wrapped = saved(CASES[case], tmp_path)
+    model = copy.copy(models(CASES[case].family)[1])
+    jdelta.from_peft(tmp_path, model)
+    ids = np.random.default_rng(0).integers(3, 60, (2, LENGTH))
+    mask = np.ones_like(ids)
+    if padded:
+        ids[1, :2] = mask[1, :2] = 0
+    asked = {
+        "max_new_tokens": 8,
+        "no_repeat_ngram_size": 1,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    with torch.no_grad():
+        expected = wrapped.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), **asked).numpy()
+    found = model.generate(ids, attention_mask=mask, **{**asked, "eos_token_id": 999}).sequences
+    assert (np.asarray(found) == expected).all()
+    assert len(np.unique(expected[:, LENGTH:])) >= 8  # not one word over and over
+
+
 @pytest.mark.parametrize("case", ["bert-patterns", "bert-bias-all", "llama-prefix", "bert-prompt"])
 def test_what_comes_from_peft_can_be_saved_and_restored(case: str, tmp_path: Path) -> None:
     delta = attached(CASES[case], tmp_path / "peft")
