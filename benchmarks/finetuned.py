@@ -16,7 +16,7 @@ import numpy as np
 import transformers
 
 import jdelta
-from jdelta import fingerprint, surgery
+from jdelta.trees import fingerprint, surgery
 
 
 def seconds(function: Callable[[], object], runs: int = 3) -> float:

@@ -17,8 +17,8 @@ from flax import linen as nn
 from playwright.sync_api import sync_playwright
 
 import jdelta
-from jdelta import interactive
-from jdelta.interactive.cost import costs
+from jdelta.display import interactive
+from jdelta.display.interactive.cost import costs
 
 LAYERS = 230
 KEYS = ["attention.query", "29.attention.value", "mlp.up", r"[r]layers_1\d\d\.attention\.(query|value)", "x"]

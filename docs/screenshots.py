@@ -12,8 +12,8 @@ from playwright.sync_api import sync_playwright
 from transformers import BertConfig, FlaxBertForSequenceClassification
 
 import jdelta
-from jdelta import interactive
-from jdelta.interactive.cost import costs, format_arguments
+from jdelta.display import interactive
+from jdelta.display.interactive.cost import costs, format_arguments
 
 DOCS = Path(__file__).parent
 PICTURES = {

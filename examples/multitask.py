@@ -32,7 +32,7 @@ from rich.table import Table
 from sentiment import Sentence, Tree, positive
 
 import jdelta
-from jdelta.visualization import size_of
+from jdelta.display.visualization import size_of
 
 DATA = Path(__file__).resolve().parent / "data"
 DOMAINS = ("movies", "amazon", "nyt", "tweets")

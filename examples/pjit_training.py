@@ -42,7 +42,7 @@ from rich.table import Table
 from sentiment import Batch, Sentence, Tree, collate, cross_entropy, load_model, load_sentences, positive, size
 
 import jdelta
-from jdelta.visualization import size_of
+from jdelta.display.visualization import size_of
 
 # Of each pair of products, the first is split by its output and the second by its input. Everything else of the
 # backbone's is on every device.

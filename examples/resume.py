@@ -37,7 +37,7 @@ from rich.table import Table
 from sentiment import Batch, Sentence, Tree, collate, cross_entropy, load_model, load_sentences, positive, size
 
 import jdelta
-from jdelta.visualization import size_of
+from jdelta.display.visualization import size_of
 
 # Where the backbone's products are split by their output, LoRA's second factor is split too: (rank, out).
 RULES = ((r"[r](query|value)\.lora\.b", P(None, "model")), *pjit_training.RULES)

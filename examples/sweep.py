@@ -34,7 +34,7 @@ from rich.table import Table
 from sentiment import Batch, Sentence, Tree, positive
 
 import jdelta
-from jdelta.visualization import size_of
+from jdelta.display.visualization import size_of
 
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 

@@ -1,21 +1,17 @@
 """jdelta: delta tuning (parameter-efficient fine-tuning) for JAX and Flax."""
 
-from jdelta import transformers_linear as _transformers_linear
-from jdelta import transformers_repair as _transformers_repair
-from jdelta.addressing import match
-from jdelta.arithmetic import interpolate, negate, weighted_sum
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
-from jdelta.backbone import Backbone
-from jdelta.common_names import register_common_names
-from jdelta.config import DeltaConfig
+from jdelta.core.config import DeltaConfig
+from jdelta.core.linear import register_linear
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.finetuned import Finetuned
-from jdelta.fused_attention import fused_attention
-from jdelta.interactive import select_modules
-from jdelta.interception import Edit
-from jdelta.lean_activations import lean_activations
-from jdelta.linear import register_linear
-from jdelta.many import rowwise, select, stack, unstack
+from jdelta.display.interactive import select_modules
+from jdelta.display.movement import Movement
+from jdelta.display.visualization import Visualization
+from jdelta.hosts.backbone import Backbone
+from jdelta.hosts.linen.interception import Edit
+from jdelta.hosts.transformers import linear_types as _transformers_linear
+from jdelta.hosts.transformers import repairs as _transformers_repair
 from jdelta.methods.adapter import AdapterConfig, AdapterModel
 from jdelta.methods.bitfit import BitFitConfig, BitFitModel
 from jdelta.methods.compacter import CompacterConfig, CompacterModel
@@ -24,13 +20,17 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig, LowRankAdapter
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
 from jdelta.methods.prefix import PrefixConfig, PrefixModel
 from jdelta.methods.soft_prompt import SoftPromptConfig, SoftPromptModel
-from jdelta.movement import Movement
-from jdelta.peft_format import from_peft
-from jdelta.sharding import match_partition_rules, state_shardings
-from jdelta.structure import ModuleInfo, Structure
-from jdelta.surgery import combine, graft, partition, prune
+from jdelta.names.common_names import register_common_names
+from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
+from jdelta.saved.finetuned import Finetuned
+from jdelta.saved.peft import from_peft
+from jdelta.scale.many import rowwise, select, stack, unstack
+from jdelta.scale.sharding import match_partition_rules, state_shardings
+from jdelta.speedups.fused_attention import fused_attention
+from jdelta.speedups.lean_activations import lean_activations
+from jdelta.trees.addressing import match
+from jdelta.trees.surgery import combine, graft, partition, prune
 from jdelta.version import __version__
-from jdelta.visualization import Visualization
 
 __all__ = [
     "AdapterConfig",

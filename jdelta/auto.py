@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import chex
 
-from jdelta import backbone, parsing, regexes
-from jdelta.config import DeltaConfig, as_path, config_from_dict, require_known, shown
+from jdelta.core import parsing
+from jdelta.core.config import DeltaConfig, as_path, config_from_dict, require_known, shown
 from jdelta.delta import METHODS, DeltaModel
-from jdelta.finetuned import Finetuned, listing
+from jdelta.hosts import backbone
 from jdelta.kept import read_delta
 from jdelta.placed import taken
+from jdelta.saved.finetuned import Finetuned, listing
+from jdelta.trees import regexes
 
 
 class AutoDeltaConfig:

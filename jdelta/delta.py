@@ -13,15 +13,17 @@ import jax
 import optax
 from flax import linen as nn
 
-from jdelta import addressing, backbone, freezing, regexes, sharding, surgery
-from jdelta.config import CONFIGS, DeltaConfig, as_path
-from jdelta.finetuned import Finetuned
-from jdelta.interception import Edit, attachments_of, with_made
+from jdelta.core.config import CONFIGS, DeltaConfig, as_path
+from jdelta.core.random_keys import as_key
+from jdelta.display.movement import Movement, measured, tabulated
+from jdelta.display.visualization import Visualization
+from jdelta.hosts import backbone
+from jdelta.hosts.linen.interception import Edit, attachments_of, with_made
 from jdelta.kept import Kept
-from jdelta.movement import Movement, measured, tabulated
-from jdelta.random_keys import as_key
-from jdelta.surgery import Path, Tree
-from jdelta.visualization import Visualization
+from jdelta.saved.finetuned import Finetuned
+from jdelta.scale import sharding
+from jdelta.trees import addressing, freezing, regexes, surgery
+from jdelta.trees.surgery import Path, Tree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +98,7 @@ class DeltaModel(Kept):
 
     def _choose(self, port: bool | int) -> None:
         """Attaches to the modules that the user picks in a page. If it is interrupted, the model is as it was."""
-        from jdelta import interactive  # here, since it is made of this class
+        from jdelta.display import interactive  # here, since it is made of this class
 
         if self.config.common_structure:
             raise ValueError("interactive_modify shows the model's own names: leave common_structure out.")
@@ -401,7 +403,7 @@ class DeltaModel(Kept):
         """How far each module that the delta changes moved in training: `‖change‖ / ‖weight‖`, layer by layer.
 
         Of LoRA the change is the update of the weight, of BitFit that of the bias, and the weight is what the backbone
-        has there without biases; `jdelta.movement.measured` says why. What else trained, such as a head in
+        has there without biases; `jdelta.display.movement.measured` says why. What else trained, such as a head in
         `unfrozen_modules`, is not in the table: its earlier values are not kept.
 
         Args:
@@ -436,7 +438,7 @@ class DeltaModel(Kept):
           ModuleNotFoundError: matplotlib is not there; `pip install 'jdelta[plot]'`.
           RuntimeError, ValueError: as `movement`.
         """
-        from jdelta import plotting  # here, since matplotlib is optional
+        from jdelta.display import plotting  # here, since matplotlib is optional
 
         figure = plotting.heatmap(self.movement(params))
         if path is not None:

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jdelta import fingerprint, hub, merging, processes, surgery
-from jdelta.config import DeltaConfig, as_path, as_type
-from jdelta.finetuned import BackboneInfo, Finetuned, listing, misfits, require_check_hash, require_same
-from jdelta.interception import attachments_of, with_made
+from jdelta.core import merging
+from jdelta.core.config import DeltaConfig, as_path, as_type
+from jdelta.hosts.linen.interception import attachments_of, with_made
 from jdelta.placed import Placed
-from jdelta.surgery import Tree
+from jdelta.saved import hub
+from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing, misfits, require_check_hash, require_same
+from jdelta.trees import fingerprint, processes, surgery
+from jdelta.trees.surgery import Tree
 
 
 class Kept(Placed):
@@ -148,7 +150,7 @@ class Kept(Placed):
           ValueError: PEFT has no such method, or cannot train what trained here; the message says what.
           RuntimeError, ValueError: as `finetuned`.
         """
-        from jdelta import peft_format  # here, since it knows the methods, which are made of this class
+        from jdelta.saved import peft as peft_format  # here, since it knows the methods, which are made of this class
 
         path = as_path("to_peft", path)
         found = self._trained_or_allowed("to_peft", params, allow_untrained)

@@ -20,13 +20,15 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta import addressing, backbone, common_names, dtypes, fingerprint, freezing, memory, surgery
-from jdelta.config import DeltaConfig, require_name
-from jdelta.finetuned import Finetuned, listing, misfits
-from jdelta.interception import Attachment, Edit, attachments_of, instrument, with_made
-from jdelta.random_keys import as_key
-from jdelta.structure import ModuleInfo, Structure, require_open
-from jdelta.surgery import Path, Tree
+from jdelta.core.config import DeltaConfig, require_name
+from jdelta.core.random_keys import as_key
+from jdelta.core.structure import ModuleInfo, Structure, require_open
+from jdelta.hosts import backbone
+from jdelta.hosts.linen.interception import Attachment, Edit, attachments_of, instrument, with_made
+from jdelta.names import common_names
+from jdelta.saved.finetuned import Finetuned, listing, misfits
+from jdelta.trees import addressing, dtypes, fingerprint, freezing, memory, surgery
+from jdelta.trees.surgery import Path, Tree
 
 Find = Callable[[Sequence[str]], list[ModuleInfo]]
 

@@ -18,9 +18,10 @@ import numpy as np
 from flax import linen as nn
 
 import jdelta
-from jdelta import backbone, folder
-from jdelta.finetuned import Finetuned
-from jdelta.peft_format import names, reading, writing
+from jdelta.hosts import backbone
+from jdelta.saved import folder
+from jdelta.saved.finetuned import Finetuned
+from jdelta.saved.peft import names, reading, writing
 
 CHANGES = ("chmod", "fsync", "link", "mkdir", "open", "rename", "replace", "unlink")
 

@@ -2,7 +2,7 @@ import pytest
 from conftest import build
 
 import jdelta
-from jdelta import backbone
+from jdelta.hosts import backbone
 
 
 @pytest.fixture(scope="module")

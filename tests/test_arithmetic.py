@@ -13,8 +13,8 @@ from flax import linen as nn
 from parity import peft, torch
 
 import jdelta
-from jdelta.combinations import COMBINATIONS
-from jdelta.finetuned import BackboneInfo, Finetuned
+from jdelta.saved.arithmetic.merge_rules import COMBINATIONS
+from jdelta.saved.finetuned import BackboneInfo, Finetuned
 
 WEIGHTS = [0.7, -0.4, 0.5]
 ALPHA = 6.0

@@ -12,9 +12,10 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta import backbone, common_names, common_names_guess
-from jdelta.common_names import NAMES, TABLE, register_common_names, resolve
-from jdelta.common_names_table import as_tuple
+from jdelta.hosts import backbone
+from jdelta.names import common_names, guess
+from jdelta.names.common_names import NAMES, TABLE, register_common_names, resolve
+from jdelta.names.table import as_tuple
 
 CLASSES = zoo.classes()
 CNNS = [name for name in CLASSES if zoo.family_of(name) in ("resnet", "regnet")]
@@ -299,7 +300,7 @@ GUESSED = [
 def test_the_table_says_what_the_names_of_the_modules_suggest(name):
     """Guesses, which know nothing of the table, agree with it."""
     structure = traced(name)[0]
-    for block, guess in common_names_guess.guess(structure).items():
+    for block, guessed in guess.guess(structure).items():
         info = next(info for info in structure if info.type.__name__ == block)
         there = {
             (key, path)
@@ -307,7 +308,7 @@ def test_the_table_says_what_the_names_of_the_modules_suggest(name):
             for path in as_tuple(paths)
             if ".".join((*info.path, path)) in structure.modules
         }
-        assert {(key, path) for key, paths in guess.items() for path in as_tuple(paths)} == there
+        assert {(key, path) for key, paths in guessed.items() for path in as_tuple(paths)} == there
 
 
 @pytest.mark.slow
@@ -588,7 +589,7 @@ class OneLeaf(nn.Module):
 )
 def test_what_names_and_shapes_do_not_say_is_not_guessed(module, wanted):
     backbone_model = jdelta.Backbone(module, dummy_inputs=(jnp.ones((1, 4, HIDDEN)),))
-    assert common_names_guess.guess(backbone.trace(backbone_model)) == wanted
+    assert guess.guess(backbone.trace(backbone_model)) == wanted
     with pytest.raises(ValueError, match="has no block of a known family") as caught:
         jdelta.AdapterModel(backbone_model)
     assert "modified_modules=[]" not in str(caught.value)

@@ -12,8 +12,8 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta import surgery
 from jdelta.methods.compacter import Compacter, CompacterConfig, CompacterModel, SharedLeaves
+from jdelta.trees import surgery
 
 D, N, FACTOR, RANK = 16, 2, 4, 3  # hidden size, hypercomplex_division, reduction_factor, phm_rank
 K = D // FACTOR

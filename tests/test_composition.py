@@ -12,7 +12,7 @@ from conftest import fresh
 from tiers import breadth
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 VOCABULARY, WIDTH, HEADS = 11, 8, 2
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta.finetuned import Finetuned
+from jdelta.saved.finetuned import Finetuned
 
 
 class Net(nn.Module):

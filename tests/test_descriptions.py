@@ -17,8 +17,8 @@ from safetensors.numpy import save
 from tiers import breadth
 
 import jdelta
-from jdelta import folder
-from jdelta.finetuned import Finetuned, _checksum
+from jdelta.saved import folder
+from jdelta.saved.finetuned import Finetuned, _checksum
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 

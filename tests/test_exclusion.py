@@ -8,8 +8,8 @@ from conftest import fresh
 from flax import linen as nn
 
 import jdelta
-from jdelta import surgery
-from jdelta.interactive.cost import costs
+from jdelta.display.interactive.cost import costs
+from jdelta.trees import surgery
 
 
 def trained(delta):

@@ -11,7 +11,7 @@ from conftest import build, fresh, noisy
 from tiers import breadth
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 METHODS = {
     "lora": (jdelta.LoraModel, {"lora_r": 2}),

@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from tiers import breadth
 
 import jdelta
-from jdelta import fingerprint, folder, surgery
-from jdelta.finetuned import _checksum
-from jdelta.interception import attachments_of
+from jdelta.hosts.linen.interception import attachments_of
+from jdelta.saved import folder
+from jdelta.saved.finetuned import _checksum
+from jdelta.trees import fingerprint, surgery
 
 IDS = jnp.array([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 

@@ -18,7 +18,7 @@ import folders
 import pytest
 from tiers import breadth
 
-from jdelta import folder
+from jdelta.saved import folder
 
 FILES = {
     "jdelta": ["README.md", "delta.safetensors", "delta_config.json"],

@@ -14,7 +14,7 @@ from flax.core import freeze
 from flax.training.train_state import TrainState
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 IDS = jnp.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 LABELS = jnp.array([0, 1])

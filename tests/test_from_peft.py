@@ -17,9 +17,9 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 
 import jdelta
-from jdelta import backbone
-from jdelta.peft_format.keys import normalized
-from jdelta.peft_format.names import Names
+from jdelta.hosts import backbone
+from jdelta.saved.peft.keys import normalized
+from jdelta.saved.peft.names import Names
 
 BERT = "FlaxBertForSequenceClassification"
 QUERY = "bert.encoder.layer.{}.attention.self.query"

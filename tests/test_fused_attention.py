@@ -20,9 +20,9 @@ from flax.linen import dot_product_attention_weights
 from tiers import breadth
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
-own = sys.modules["jdelta.fused_attention"]  # the name in the package is the function's
+own = sys.modules["jdelta.speedups.fused_attention"]
 
 IDS = jnp.array([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 MASK = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])

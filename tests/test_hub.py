@@ -29,9 +29,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 
 import jdelta
-from jdelta import folder, hub
-from jdelta.finetuned import Finetuned
-from jdelta.interception import attachments_of
+from jdelta.hosts.linen.interception import attachments_of
+from jdelta.saved import folder, hub
+from jdelta.saved.finetuned import Finetuned
 
 REPO = "me/movies"
 

@@ -22,10 +22,12 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta import backbone, interactive, surgery
-from jdelta.interactive.cost import costs
-from jdelta.interactive.describe import describe
-from jdelta.interactive.server import Refused, Server
+from jdelta.display import interactive
+from jdelta.display.interactive.cost import costs
+from jdelta.display.interactive.describe import describe
+from jdelta.display.interactive.server import Refused, Server
+from jdelta.hosts import backbone
+from jdelta.trees import surgery
 
 
 def counts(delta):

@@ -14,8 +14,10 @@ from flax import linen as nn
 from tiers import chromium
 
 import jdelta
-from jdelta import addressing, backbone, interactive
-from jdelta.interactive.server import Server
+from jdelta.display import interactive
+from jdelta.display.interactive.server import Server
+from jdelta.hosts import backbone
+from jdelta.trees import addressing
 
 pytestmark = pytest.mark.browser
 
@@ -153,7 +155,7 @@ def test_search_select_unfold_deselect_two_layers_and_submit(start, capsys):
     expect(page.locator("#over h1")).to_have_text("Done")
     delta = call.result()
     assert delta.targets == [query(0), query(2)]
-    assert shown == sum(leaf.size for leaf in jdelta.surgery.flatten(delta.shapes()).values())
+    assert shown == sum(leaf.size for leaf in jdelta.trees.surgery.flatten(delta.shapes()).values())
     assert f"modified_modules: {[query(0), query(2)]!r}" in capsys.readouterr().out
     assert call.problems == []
     here = call.server.url.partition("?")[0]

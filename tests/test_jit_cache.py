@@ -15,7 +15,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_flax_bert import FlaxBertAttention, FlaxBertSelfAttention, FlaxBertSelfOutput
 
 import jdelta
-from jdelta import backbone as backbones
+from jdelta.hosts import backbone as backbones
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 FLAX = vars(transforms._HashableProxy)["from_module"]

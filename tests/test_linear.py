@@ -13,7 +13,7 @@ from flax.linen import fp8_ops
 from tiers import breadth
 
 import jdelta
-from jdelta import linear, probing
+from jdelta.core import linear, probing
 
 D_IN, D_OUT = 6, 10
 KERNEL = nn.initializers.lecun_normal()

@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 
 import jdelta
-from jdelta import surgery
 from jdelta.methods.low_rank_adapter import LowRankAdapterModel
+from jdelta.trees import surgery
 
 X = jax.random.normal(jax.random.key(5), (2, 6, 16))
 

@@ -18,7 +18,8 @@ from matrix import METHODS, POSITIONS, UNREACHED, WITHOUT_ATTENTION, attach, rea
 from tiers import breadth
 
 import jdelta
-from jdelta import common_names, surgery
+from jdelta.names import common_names
+from jdelta.trees import surgery
 
 QUICK = (
     "FlaxBertForSequenceClassification",

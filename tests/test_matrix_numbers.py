@@ -13,7 +13,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from matrix import METHODS, attach
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LOUD = ("prefix", "soft_prompt")  # these change the output at once

@@ -12,7 +12,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 import jdelta
-from jdelta.movement import tabulated
+from jdelta.display.movement import tabulated
 
 
 def norm(*arrays):
@@ -266,7 +266,7 @@ def labels_of(figure):
 
 @pytest.mark.slow
 def test_labels_of_many_layers_do_not_overlap():
-    from jdelta.plotting import heatmap
+    from jdelta.display.plotting import heatmap
 
     for layers in (12, 24, 25, 48, 128):
         names = [f"layer.{i}.{kind}" for i in range(layers) for kind in ("query", "value")]
@@ -283,7 +283,7 @@ def test_before_training_the_picture_is_of_zeros():
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     delta = jdelta.LoraModel(fresh("bert", "FlaxBertForSequenceClassification"), lora_r=2)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "jdelta.plotting", raising=False)
-    monkeypatch.delattr(jdelta, "plotting", raising=False)
+    monkeypatch.delitem(sys.modules, "jdelta.display.plotting", raising=False)
+    monkeypatch.delattr(jdelta.display, "plotting", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jdelta\[plot\]'"):
         delta.plot()

@@ -10,7 +10,7 @@ from flax import nnx
 from tiers import breadth
 
 import jdelta
-from jdelta import backbone as backbones
+from jdelta.hosts import backbone as backbones
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 

@@ -11,7 +11,7 @@ from conftest import fresh
 from flax import linen as nn
 
 import jdelta
-from jdelta.config import CONFIGS
+from jdelta.core.config import CONFIGS
 
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, 10**5000, 1e300]
 

@@ -15,9 +15,10 @@ from safetensors.numpy import save
 from tiers import breadth
 
 import jdelta
-from jdelta import addressing, folder
-from jdelta.finetuned import Finetuned, _checksum
-from jdelta.regexes import Regex, _Search, limited
+from jdelta.saved import folder
+from jdelta.saved.finetuned import Finetuned, _checksum
+from jdelta.trees import addressing
+from jdelta.trees.regexes import Regex, _Search, limited
 
 HANGS = r"(([a-z._0-9])+)+!"  # with re: twice as long for each character, longer than anybody waits for a name of 40
 NAMES = [f"bert_of_nobody.encoder.layer.{i}.attention.self.query" for i in range(12)]

@@ -32,7 +32,7 @@ from parity import TOLERANCE, assert_close, peft, torch
 from safetensors.numpy import load_file, save_file
 
 import jdelta
-from jdelta import folder, hub
+from jdelta.saved import folder, hub
 
 pytestmark = pytest.mark.parity
 

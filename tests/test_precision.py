@@ -21,7 +21,7 @@ from matrix import METHODS
 from tiers import breadth
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 FAMILIES = {
     "bert": ("FlaxBertForSequenceClassification", {"num_hidden_layers": 1}),

@@ -27,7 +27,7 @@ from transformers.models.longt5.modeling_flax_longt5 import (
 from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 TOLERANCE = 4e-6  # of the largest entry: some thirty roundings of float32, on any processor
 BATCH, LENGTH, HEADS, WIDTH = 2, 6, 2, 8

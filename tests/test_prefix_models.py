@@ -10,7 +10,7 @@ import zoo
 from tiers import breadth
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 IDS = jnp.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 SMALL = {"prefix_token_num": 3, "embed_dim": 5, "mid_dim": 4}

@@ -37,7 +37,7 @@ from parity import TOLERANCE, assert_close, loss_of, peft, torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import jdelta
-from jdelta.interception import attachments_of
+from jdelta.hosts.linen.interception import attachments_of
 
 pytestmark = pytest.mark.parity
 

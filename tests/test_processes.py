@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jdelta import fingerprint, processes
+from jdelta.trees import fingerprint, processes
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from jdelta import common_names, interactive
+from jdelta.display import interactive
+from jdelta.names import common_names
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -13,7 +13,7 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta.interception import attachments_of
+from jdelta.hosts.linen.interception import attachments_of
 
 
 class Net(nn.Module):

@@ -18,7 +18,7 @@ from flax import nnx
 from tiers import breadth
 
 import jdelta
-from jdelta import backbone as backbones
+from jdelta.hosts import backbone as backbones
 
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
 

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "model"))
 RULES = [

@@ -7,7 +7,7 @@ from conftest import build
 from flax import linen as nn
 
 import jdelta
-from jdelta import backbone
+from jdelta.hosts import backbone
 
 
 def structure_of(model):

@@ -8,7 +8,7 @@ import pytest
 from conftest import build
 
 import jdelta
-from jdelta import transformers_repair
+from jdelta.hosts.transformers import repairs as transformers_repair
 
 
 def by_hand(position, bidirectional, buckets, furthest):

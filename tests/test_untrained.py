@@ -8,7 +8,7 @@ import pytest
 from conftest import fresh, noisy, train_deltas
 
 import jdelta
-from jdelta import surgery
+from jdelta.trees import surgery
 
 METHODS = {
     "LoraModel": {"lora_r": 2},

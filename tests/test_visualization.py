@@ -205,8 +205,8 @@ def test_the_png(model, odd, tmp_path):
 
 @pytest.mark.slow
 def test_a_picture_of_very_many_lines_is_within_what_matplotlib_draws():
-    from jdelta.drawing import Drawing, Line
-    from jdelta.plotting import _MOST_PIXELS, save, tree
+    from jdelta.display.drawing import Drawing, Line
+    from jdelta.display.plotting import _MOST_PIXELS, save, tree
 
     figure = tree(Drawing(Line((), tuple(Line(()) for _ in range(3000))), (), ()))
     save(figure, out := io.BytesIO(), "png")
@@ -222,7 +222,7 @@ def test_a_mask_that_is_given_goes_before_the_own(model):
 @pytest.mark.parametrize("palette", ["LIGHT", "DARK"])
 def test_every_colour_can_be_read(palette):
     """WCAG's contrast, at least 4.5."""
-    from jdelta import drawing
+    from jdelta.display import drawing
 
     def luminance(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -237,8 +237,8 @@ def test_every_colour_can_be_read(palette):
 
 def test_without_matplotlib_the_error_says_what_to_install(model, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "jdelta.plotting", raising=False)
-    monkeypatch.delattr(jdelta, "plotting", raising=False)
+    monkeypatch.delitem(sys.modules, "jdelta.display.plotting", raising=False)
+    monkeypatch.delattr(jdelta.display, "plotting", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jdelta\[plot\]'"):
         model.delta.visualization().to_png(tmp_path / "tree.png")
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from tiers import breadth
 
 import jdelta
-from jdelta.finetuned import Finetuned
+from jdelta.saved.finetuned import Finetuned
 
 
 class Net(nn.Module):

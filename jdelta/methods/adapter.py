@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 import jax
 
-from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit
+from jdelta.hosts.linen.interception import Edit
 from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
-from jdelta.structure import ModuleInfo, Structure
 
 
 @dataclasses.dataclass(frozen=True)

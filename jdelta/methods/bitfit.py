@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 import jax
 from flax import linen as nn
 
-from jdelta.axes import Axes
-from jdelta.config import DeltaConfig
+from jdelta.core.axes import Axes
+from jdelta.core.config import DeltaConfig
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit
-from jdelta.methods.leaf import leaf
-from jdelta.structure import ModuleInfo, Structure
+from jdelta.hosts.linen.interception import Edit
+from jdelta.methods.parameter import leaf
 
 
 @dataclasses.dataclass(frozen=True)

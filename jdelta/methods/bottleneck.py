@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta.axes import Axes
+from jdelta.core.axes import Axes
+from jdelta.core.structure import ModuleInfo
 from jdelta.methods import products
-from jdelta.methods.leaf import in_float32
-from jdelta.structure import ModuleInfo
+from jdelta.methods.parameter import in_float32
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),

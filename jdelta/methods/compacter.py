@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta.axes import Axes
-from jdelta.config import DeltaConfig, require_positive, require_positive_int
+from jdelta.core.axes import Axes
+from jdelta.core.config import DeltaConfig, require_positive, require_positive_int
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit
+from jdelta.hosts.linen.interception import Edit
 from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
-from jdelta.methods.leaf import leaf
-from jdelta.structure import ModuleInfo, Structure
-from jdelta.surgery import Path
+from jdelta.methods.parameter import leaf
+from jdelta.trees.surgery import Path
 
 
 @dataclasses.dataclass(frozen=True)

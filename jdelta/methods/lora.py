@@ -17,13 +17,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta import addressing
-from jdelta.axes import Axes, Axis
-from jdelta.config import DeltaConfig, require_positive_int, require_probability
-from jdelta.delta import DeltaModel
-from jdelta.dtypes import takes_steps
-from jdelta.interception import Edit
-from jdelta.linear import (
+from jdelta.core.axes import Axes, Axis
+from jdelta.core.config import DeltaConfig, require_positive_int, require_probability
+from jdelta.core.linear import (
     ConvMap,
     EinsumMap,
     LinearMap,
@@ -34,10 +30,14 @@ from jdelta.linear import (
     operands,
     runs_alone,
 )
+from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.delta import DeltaModel
+from jdelta.hosts.linen.interception import Edit
 from jdelta.methods import products
-from jdelta.methods.leaf import kaiming_uniform, leaf
+from jdelta.methods.parameter import kaiming_uniform, leaf
 from jdelta.methods.products import folded, folding_is_cheaper, rows
-from jdelta.structure import ModuleInfo, Structure
+from jdelta.trees import addressing
+from jdelta.trees.dtypes import takes_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Literal
 import jax
 from flax import linen as nn
 
-from jdelta.axes import Axes
-from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.core.axes import Axes
+from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit
+from jdelta.hosts.linen.interception import Edit
 from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
-from jdelta.methods.leaf import leaf
-from jdelta.structure import ModuleInfo, Structure
+from jdelta.methods.parameter import leaf
 
 # Glorot with gain √2
 INITIALIZERS: dict[str, nn.initializers.Initializer] = {

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 
-from jdelta.config import DeltaConfig, require_positive_int
+from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit
+from jdelta.hosts.linen.interception import Edit
 from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
 from jdelta.placed import Find
-from jdelta.structure import ModuleInfo, Structure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta import attention, backbone, common_names
-from jdelta.axes import Axes, Axis, of_output
-from jdelta.config import DeltaConfig, require_count, require_positive_int
+from jdelta.core.axes import Axes, Axis, of_output
+from jdelta.core.config import DeltaConfig, require_count, require_positive_int
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.interception import Edit, Host, arguments, describe, main_input
-from jdelta.methods.leaf import kaiming_uniform, leaf
+from jdelta.hosts import backbone
+from jdelta.hosts.linen.interception import Edit, Host, arguments, describe, main_input
+from jdelta.hosts.transformers import attention
+from jdelta.methods.parameter import kaiming_uniform, leaf
+from jdelta.names import common_names
 from jdelta.placed import Find
-from jdelta.structure import ModuleInfo, Structure
-from jdelta.surgery import Path, Tree, name_of
+from jdelta.trees.surgery import Path, Tree, name_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta import backbone, common_names, dtypes, generation, surgery
-from jdelta.axes import Axes
-from jdelta.config import DeltaConfig, require_count, require_positive
+from jdelta.core.axes import Axes
+from jdelta.core.config import DeltaConfig, require_count, require_positive
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.interception import (
+from jdelta.hosts import backbone
+from jdelta.hosts.linen.interception import (
     Edit,
     Frame,
     Host,
@@ -30,10 +31,12 @@ from jdelta.interception import (
     main_output,
     with_main_input,
 )
-from jdelta.methods.leaf import leaf
+from jdelta.hosts.transformers import generation
+from jdelta.methods.parameter import leaf
+from jdelta.names import common_names
 from jdelta.placed import Find, carried
-from jdelta.structure import ModuleInfo, Structure
-from jdelta.surgery import Path
+from jdelta.trees import dtypes, surgery
+from jdelta.trees.surgery import Path
 
 
 @dataclasses.dataclass(frozen=True)

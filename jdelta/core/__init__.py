@@ -1,0 +1,1 @@
+"""What a delta is, apart from any module system: structure, edits, linear maps, methods, configurations."""

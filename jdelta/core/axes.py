@@ -1,0 +1,74 @@
+"""Which axis of which weights the features of an activation come from, so that a delta's leaves can be split alike."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jdelta.core.linear import ConvMap, EinsumMap, MatrixMap, layout
+from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.trees.surgery import Path
+
+
+class Axis(NamedTuple):
+    """One axis of one of the backbone's leaves.
+
+    Attributes:
+      leaf: path of the leaf.
+      number: which of its axes, as the module itself sees it: inside `nn.scan` without the layer axis.
+    """
+
+    leaf: Path
+    number: int
+
+
+Axes = tuple[Axis | None, ...]  # None: an axis that no weights have
+
+
+def of_input(host: ModuleInfo, structure: Structure) -> Axes:
+    """The axes of weights that the features of a module's input meet; of a block, those in the first module in it."""
+    known = _of_weights(host)
+    if known is not None:
+        return known[0]
+    inside = [info for info in structure.below(host.path)[1:] if _width(info, "x") == _width(host, "x")]
+    return next((found[0][-1:] for info in _linear_first(inside) if (found := _of_weights(info))), (None,))
+
+
+def of_output(host: ModuleInfo, structure: Structure) -> Axes:
+    """The axes of weights that the features of an output come from; of a block, those in the last module in it."""
+    known = _of_weights(host)
+    if known is not None:
+        return known[1]
+    inside = [info for info in reversed(structure.below(host.path)[1:]) if _width(info, "y") == _width(host, "y")]
+    return next((found[1][-1:] for info in _linear_first(inside) if (found := _of_weights(info))), (None,))
+
+
+def _of_weights(host: ModuleInfo) -> tuple[Axes, Axes] | None:
+    """The axes of input and output among those of the module's own weights; `None` if that is not known."""
+    linear = layout(host)
+    if linear is None or isinstance(linear, EinsumMap):
+        vector = next((key for key in ("scale", "weight") if key in host.params), None)
+        fits = vector is not None and "kernel" not in host.params and host.params[vector].shape == (_width(host, "y"),)
+        return ((Axis((*host.path, vector), 0),),) * 2 if fits and vector is not None else None
+    axes = tuple(Axis((*host.path, linear.weights), i) for i in range(len(host.params[linear.weights].shape)))
+    match linear:
+        case ConvMap():
+            return axes[-2:-1], axes[-1:]
+        case MatrixMap(transposed=True):
+            return axes[1:], axes[:1]
+        case MatrixMap():
+            return axes[: len(linear.axis)], axes[len(linear.axis) :]
+        case _:
+            return axes[:1], axes[1:]
+
+
+def _linear_first(modules: list[ModuleInfo]) -> list[ModuleInfo]:
+    """In the same order, but normalisations, whose scales are often whole where kernels are split, at the end."""
+    return sorted(modules, key=lambda info: "kernel" not in info.params)
+
+
+def _width(info: ModuleInfo, side: str) -> Any:
+    """The number of features; `None` where there is no array."""
+    try:
+        return getattr(info, side).shape[-1]
+    except (TypeError, IndexError):
+        return None

@@ -1,0 +1,483 @@
+"""Where a module is linear: in which of its leaves, and along which axes. Whoever needs to know asks here.
+
+A module is linear in its leaf `W` if for all inputs and all values of its leaves
+
+    f(x, W + D) − f(x, W) = x · D
+
+where `·` is a product over some axes, a convolution, or a choice of rows. Then, and only then, an update of the weights
+can be added to the module's output, or to its weights, with the same result. That a module has a kernel of two axes
+does not say it: it may apply a non-linearity, or normalise its weights.
+
+Known are modules of exactly the types that are registered, if no field that can change the computation was set. All
+others are tried on random numbers, see `probing`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta.core import probing
+from jdelta.core.structural_key import structural_key
+from jdelta.core.structure import ModuleInfo
+
+# --- the ways in which a module can be linear
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixMap:
+    """A product over some axes of the input, as `nn.Dense` and `nn.DenseGeneral` compute it.
+
+    Attributes:
+      weights: name of the leaf, `(*d_in, *d_out)`; or if it is transposed, `(d_out, d_in)`.
+      axis: the input's axes that are contracted, in the order of the weights. The new ones come last.
+      transposed: whether the output's axis comes first.
+    """
+
+    weights: str = "kernel"
+    axis: tuple[int, ...] = (-1,)
+    transposed: bool = False
+
+    def stored(self, change: jax.Array) -> jax.Array:
+        """A change `(*d_in, *d_out)` as the leaf stores it."""
+        return change.T if self.transposed else change
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`, for a change of the leaf as it is stored."""
+        return jnp.tensordot(x, self.stored(change), (self.axis, tuple(range(len(self.axis)))))
+
+    def free(self, x: tuple[int, ...]) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        met = {axis % len(x) for axis in self.axis}
+        return [axis for axis in range(len(x)) if axis not in met]
+
+
+@dataclasses.dataclass(frozen=True)
+class EinsumMap:
+    """`einsum(equation, x, weights)`. Axes that input, weights and output share, of experts for example, are allowed.
+
+    Attributes:
+      weights: name of the leaf.
+      equation: what is computed.
+    """
+
+    weights: str = "kernel"
+    equation: str = "...i,io->...o"
+
+    @property
+    def shared(self) -> str:
+        """The axes that weights, input and output share."""
+        x_axes, w_axes, y_axes = operands(self.equation)
+        return "".join(axis for axis in w_axes if axis in x_axes and axis in y_axes)
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`."""
+        return jnp.einsum(self.equation, x, change)
+
+    def free(self, x: tuple[int, ...]) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        x_axes, w_axes, _ = operands(self.equation)
+        before, ellipsis, after = x_axes.partition("...")
+        letters = before + " " * (len(x) - len(before) - len(after)) * bool(ellipsis) + after
+        return [i for i, letter in enumerate(letters) if letter not in w_axes]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvMap:
+    """A convolution.
+
+    Attributes:
+      weights: name of the leaf, `(*window, d_in / groups, d_out)`.
+      conv: the fields of an `nn.Conv` that say where its windows lie.
+      groups: of channels.
+    """
+
+    weights: str = "kernel"
+    conv: tuple[tuple[str, Any], ...] = ()
+    groups: int = 1
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`."""
+        fields = {"use_bias": False, "dtype": x.dtype, "feature_group_count": self.groups, **dict(self.conv)}
+        return nn.Conv(change.shape[-1], **fields, parent=None).apply({"params": {"kernel": change}}, x)
+
+    def free(self, x: tuple[int, ...]) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        return list(range(len(x) - len(dict(self.conv)["kernel_size"]) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupMap:
+    """A choice of rows, by ids.
+
+    Attributes:
+      weights: name of the leaf, `(rows, d_out)`.
+    """
+
+    weights: str = "embedding"
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`, where `x` is the ids."""
+        return jnp.take(change, x, axis=0)
+
+    def free(self, x: tuple[int, ...]) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        return list(range(len(x)))
+
+
+LinearMap = MatrixMap | EinsumMap | ConvMap | LookupMap
+
+
+def operands(equation: str) -> tuple[str, str, str]:
+    """The axes of input, weights and output in the equation of an einsum."""
+    inputs, y_axes = equation.replace(" ", "").split("->")
+    x_axes, w_axes = inputs.split(",")
+    return x_axes, w_axes, y_axes
+
+
+# --- what is known
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What is known of a type.
+
+    Attributes:
+      describe: how a module of it is linear. Raises `TypeError` if it is not.
+      plain: the fields of which the computation stays linear whatever they are; others have to have their defaults.
+        `None`: all.
+      alone: whether its input and its own parameters are all that it needs. `None`: that is to be tried.
+    """
+
+    describe: Callable[[ModuleInfo], LinearMap]
+    plain: Collection[str] | None = None
+    alone: bool | None = None
+
+    def is_plain(self, host: ModuleInfo) -> bool:
+        """Whether no field of a module was set that can make it compute something else."""
+        defaults = {field.name: field.default for field in dataclasses.fields(host.type)}
+        others = {} if self.plain is None else {k: v for k, v in host.fields.items() if k not in self.plain}
+        return all(_is_same(value, defaults[key]) for key, value in others.items()) and (
+            self.plain is None or _is_float(host.fields.get("dtype"))
+        )
+
+
+_known: dict[type[nn.Module], _Known] = {}
+_known_by_name: dict[tuple[str, str], _Known] = {}  # of classes that may not be imported yet
+
+
+def register_linear(
+    module_type: type[nn.Module], weights: str = "kernel", equation: str | None = "...i,io->...o"
+) -> None:
+    """Says that the modules of a type are linear in a leaf: `f(x, W + D) − f(x, W) = einsum(equation, x, D)`.
+
+        jdelta.register_linear(MyDense)  # x @ kernel
+        jdelta.register_linear(MyConv1D, equation="...i,oi->...o")  # stored as (d_out, d_in)
+        jdelta.register_linear(MyEinsum, weights="w", equation=None)  # by its field, or by an argument of its call
+
+    LoRA takes them then, and merges into them, without trying whether it is so. It has to hold for all inputs, in
+    training too, and for all fields that the modules are made with. It holds for exactly this type: subclasses
+    are tried, as are modules of types that nobody registered.
+
+    Args:
+      module_type: a class of linen modules.
+      weights: name of the leaf.
+      equation: of the product of the first array argument and the leaf. `None`: modules have it in their field
+        `einsum_str`, or as an argument of their call.
+
+    Raises:
+      TypeError: it is no class of linen modules.
+      ValueError: it is no equation of two operands, or an axis of the leaf is neither in the input nor in the output.
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"register_linear takes a class of linen modules, got {module_type!r}.")
+    if not isinstance(weights, str) or not weights:
+        raise TypeError(f"register_linear: weights is the name of a leaf, got {weights!r}.")
+    if equation is not None and not _is_equation(equation):
+        raise ValueError(
+            f"register_linear: equation is that of an einsum of input and weights, such as '...i,io->...o', in which "
+            f"each axis of the weights is one of the input or of the output; got {equation!r}."
+        )
+
+    def describe(host: ModuleInfo) -> LinearMap:
+        return _by_equation(host, _equation_of(host, weights) if equation is None else equation, weights)
+
+    _known[module_type] = _Known(describe)
+
+
+def register_by_name(module: str, name: str, transposed: bool, plain: Collection[str]) -> None:
+    """Registers a class like `nn.Dense` of a library, which is not imported for this.
+
+    Args:
+      module, name: of the class.
+      transposed: whether its kernel is `(d_out, d_in)`.
+      plain: its fields which do not change that it is linear.
+    """
+    _known_by_name[module, name] = _Known(lambda host: _dense(host, transposed), plain, alone=True)
+
+
+def linear_map(host: ModuleInfo) -> LinearMap:
+    """How a module is linear in one of its leaves.
+
+    Args:
+      host: the module, as a trace of its model saw it. Shapes suffice.
+
+    Raises:
+      TypeError: it is not, or nothing says that it is. The message says what was found, and what to do.
+    """
+    known = _of(host.type)
+    if known is not None and known.is_plain(host):
+        return known.describe(host)
+    return _found(host).linear
+
+
+def runs_alone(host: ModuleInfo) -> bool:
+    """Whether `apply` on a linear module's own parameters and one array gives what the module computes in its model."""
+    known = _of(host.type)
+    if known is not None and known.is_plain(host) and known.alone is not None:
+        return known.alone
+    return _found(host, registered=known is not None and known.is_plain(host)).alone
+
+
+def layout(host: ModuleInfo) -> LinearMap | None:
+    """Which axes of its weights a module's features meet, also if it is not linear; `None` if that is not known."""
+    try:
+        if (known := _of(host.type)) is not None:
+            return known.describe(host)
+        maps = _candidates(host)
+        return maps[0] if len(maps) == 1 else linear_map(host)
+    except TypeError:
+        return None
+
+
+# --- what is tried
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What trying a module gave: how it is linear, or why it is not."""
+
+    maps: tuple[LinearMap, ...]
+    error: str
+    alone: bool
+    host: ModuleInfo  # kept, for keys can hold ids of parts of it
+
+    @property
+    def linear(self) -> LinearMap:
+        if not self.maps:
+            raise TypeError(self.error)
+        return self.maps[0]
+
+
+_tried: collections.OrderedDict[Any, _Found] = collections.OrderedDict()
+_MOST_TRIED = 256
+
+
+def _found(host: ModuleInfo, registered: bool = False) -> _Found:
+    """What trying a module gives; modules that differ in their initialisers alone are tried once."""
+    fields = {key: value for key, value in host.fields.items() if not is_initializer(key, value)}
+    shapes = tuple((key, leaf.shape, leaf.dtype) for key, leaf in host.params.items())
+    key = (registered, shapes, structural_key(dataclasses.replace(host, fields=fields)))
+    if key not in _tried:
+        _tried[key] = _try(host, registered)
+        while len(_tried) > _MOST_TRIED:
+            _tried.popitem(last=False)
+    return _tried[key]
+
+
+def _try(host: ModuleInfo, registered: bool) -> _Found:
+    if registered:
+        return _Found((), "", probing.runs_alone(host), host)
+    try:
+        maps = _candidates(host)
+    except TypeError as error:
+        return _Found((), str(error), False, host)
+    problems = []
+    for linear in maps:
+        if (problem := probing.problem(host, linear)) is None:
+            return _Found((linear,), "", probing.runs_alone(host), host)
+        problems.append(problem)
+    message = (
+        f"it is not known to be linear in {maps[0].weights!r}, and {problems[0]}. Name a linear module inside it, or "
+        f"take an adapter, which goes after any module. If it is linear, jdelta.register_linear({host.type.__name__}) "
+        "says so."
+    )
+    return _Found((), message, False, host)
+
+
+def _candidates(host: ModuleInfo) -> list[LinearMap]:
+    """How a module is linear, if it is. Raises `TypeError` if it cannot be."""
+    maps: list[LinearMap] = []
+    problem = None
+    base = next((known for base in host.type.__mro__ if (known := _of(base)) is not None), None)
+    try:
+        maps += [base.describe(host)] if base is not None else []
+    except TypeError as error:
+        problem = error
+    for weights in host.params:
+        if (equation := _equation_in(host, weights)) is not None:
+            maps.append(_by_equation(host, equation, weights))
+    maps += _by_shape(host) if problem is None else []
+    if maps:
+        return list(dict.fromkeys(maps))
+    if problem is not None:
+        raise problem
+    if "kernel" not in host.params:
+        raise TypeError("this one has no kernel of its own.")
+    _require_floats(host)
+    shape = host.params["kernel"].shape
+    raise TypeError(f"how this one uses its kernel of shape {shape} is unknown. An adapter goes after any module.")
+
+
+def _by_shape(host: ModuleInfo) -> list[LinearMap]:
+    """A product with a kernel of two axes, which are as wide as input and output."""
+    kernel = host.params.get("kernel")
+    if kernel is None or not jnp.issubdtype(host.x.dtype, jnp.inexact):
+        return []
+    widths = (*host.x.shape[-1:], *host.y.shape[-1:])
+    return [MatrixMap(transposed=t) for t in (False, True) if kernel.shape == (widths[::-1] if t else widths)]
+
+
+# --- the types of flax
+
+
+def _dense(host: ModuleInfo, transposed: bool = False) -> LinearMap:
+    _require(host, "kernel")
+    _require_floats(host)
+    return MatrixMap(transposed=transposed)
+
+
+def _dense_general(host: ModuleInfo) -> LinearMap:
+    _require(host, "kernel")
+    _require_floats(host)
+    if host.fields["batch_dims"]:
+        raise TypeError("this one is a DenseGeneral with batch_dims, which are not supported.")
+    axis = host.fields["axis"]
+    # The kernel has the axes in the order of the input, however they are given.
+    return MatrixMap(axis=tuple(sorted([axis] if isinstance(axis, int) else axis, key=lambda i: i % len(host.x.shape))))
+
+
+def _einsum(host: ModuleInfo) -> LinearMap:
+    return _by_equation(host, _equation_of(host, "kernel"), "kernel")
+
+
+def _conv(host: ModuleInfo) -> LinearMap:
+    _require(host, "kernel")
+    _require_floats(host)
+    if host.fields["mask"] is not None:
+        raise TypeError("it does not take masked convolutions: an update of the weights would not be masked.")
+    fields = {
+        key: _hashable(host.fields[key])
+        for key in ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
+    }
+    window = fields["kernel_size"]
+    fields["kernel_size"] = (window,) if isinstance(window, int) else window
+    return ConvMap("kernel", tuple(fields.items()), host.fields["feature_group_count"])
+
+
+def _embed(host: ModuleInfo) -> LinearMap:
+    _require(host, "embedding")
+    return LookupMap()
+
+
+_SHARED = ("use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
+_known |= {
+    nn.Dense: _Known(_dense, {"features", *_SHARED}, alone=True),
+    nn.DenseGeneral: _Known(_dense_general, {"features", "axis", "batch_dims", *_SHARED}, alone=True),
+    nn.Einsum: _Known(_einsum, {"shape", "einsum_str", *_SHARED}, alone=True),
+    nn.Conv: _Known(
+        _conv,
+        {
+            *("features", "kernel_size", "strides", "padding", "input_dilation", "kernel_dilation"),
+            *("feature_group_count", *_SHARED),
+        },
+        alone=True,
+    ),
+    nn.Embed: _Known(_embed, {"num_embeddings", "features", "dtype", "param_dtype", "embedding_init"}, alone=True),
+}
+
+
+def _of(module_type: type) -> _Known | None:
+    """What is known of exactly this type."""
+    if (known := _known.get(module_type)) is not None:
+        return known
+    module, name = module_type.__module__, module_type.__qualname__
+    known = _known_by_name.get((module, name))
+    return known if getattr(sys.modules.get(module), name, None) is module_type else None
+
+
+# --- einsums
+
+
+def _is_equation(text: Any) -> bool:
+    """Whether this is the equation of an einsum of input and weights that is linear in both."""
+    if not isinstance(text, str) or not re.fullmatch(r"[\w.\s]+,[\w\s]+->[\w.\s]+", text):
+        return False
+    x_axes, w_axes, y_axes = operands(text)
+    return all(axis in x_axes + y_axes for axis in w_axes) and len({*w_axes}) == len(w_axes)
+
+
+def _equation_in(host: ModuleInfo, weights: str) -> str | None:
+    """The equation that a module has in its field, or in an argument of its call, and that fits this leaf."""
+    for text in (host.fields.get("einsum_str"), *host.args, *host.kwargs.values()):
+        if _is_equation(text) and len(operands(text)[1]) == len(host.params[weights].shape):
+            return text
+    return None
+
+
+def _equation_of(host: ModuleInfo, weights: str) -> str:
+    _require(host, weights)
+    equation = _equation_in(host, weights)
+    if equation is None:
+        raise TypeError(f"this one has no equation of an einsum of its input and {weights!r}.")
+    return equation
+
+
+def _by_equation(host: ModuleInfo, equation: str, weights: str) -> LinearMap:
+    _require(host, weights)
+    _require_floats(host)
+    x_axes, w_axes, y_axes = operands(equation)
+    if len(w_axes) != (ndim := len(host.params[weights].shape)):
+        raise TypeError(f"{weights!r} has {ndim} axes here, and {len(w_axes)} in {equation!r}.")
+    for i, o in ((w_axes[0], w_axes[1]), (w_axes[1], w_axes[0])) if ndim == 2 else ():
+        if x_axes[-1] == i and y_axes[-1] == o and x_axes[:-1] == y_axes[:-1] and o not in x_axes:
+            return MatrixMap(weights, transposed=w_axes == o + i)
+    return EinsumMap(weights, equation)
+
+
+# --- checks
+
+
+def is_initializer(name: str, value: Any) -> bool:
+    """Whether a field of a module only says how its parameters begin."""
+    return name.endswith("_init") and callable(value)
+
+
+def _require(host: ModuleInfo, weights: str) -> None:
+    if weights not in host.params:
+        raise TypeError(f"this one has no {weights} of its own. Name a linear module inside it.")
+
+
+def _require_floats(host: ModuleInfo) -> None:
+    if not jnp.issubdtype(host.x.dtype, jnp.inexact):
+        raise TypeError(f"it needs floats, and this one takes an array of {host.x.dtype}.")
+
+
+def _is_float(dtype: Any) -> bool:
+    return dtype is None or jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, (int, str, type(None))) and value == default)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,51 @@
+"""Which modules, layers and edits are alike, so that what was found for one need not be found again for the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jdelta.core.structure import ModuleInfo
+from jdelta.hosts.linen.interception import Edit
+from jdelta.trees.surgery import Path
+
+
+def structural_key(value: Any, start: Path = ()) -> Any:
+    """A key that is equal for values which make the same layers: functions are compared by code and closure.
+
+    A key can hold ids of parts of the value, which has to stay alive for as long as the key is in use.
+
+    Args:
+      value: a module, a field of one, an edit, what a trace saw of a module.
+      start: path below which the hosts of edits are named.
+    """
+    if isinstance(value, ModuleInfo):
+        return (value.type, structural_key(value.fields), structural_key((value.args, value.kwargs)))
+    if isinstance(value, Edit):
+        return (value.where, value.host[len(start) :], value.start, value.leaf, structural_key(value.layer))
+    if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        skip = ("parent", "name") if isinstance(value, nn.Module) else ()
+        own = [f.name for f in dataclasses.fields(value) if f.name not in skip]
+        return (type(value), *(structural_key(getattr(value, name, None)) for name in own))
+    if isinstance(value, functools.partial):
+        return (structural_key(value.func), structural_key(value.args), structural_key(value.keywords))
+    if isinstance(value, types.FunctionType):
+        cells = tuple(structural_key(cell.cell_contents) for cell in value.__closure__ or ())
+        return (value.__code__, structural_key(value.__defaults__), cells)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(structural_key(item) for item in value))
+    if isinstance(value, Mapping):
+        return tuple((key, structural_key(item)) for key, item in value.items())
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return (value.shape, value.dtype)
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return (type(value), value)

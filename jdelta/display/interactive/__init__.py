@@ -1,0 +1,201 @@
+"""Choosing modules in a web page: `select_modules`, and `interactive_modify=True` of every method."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+from jdelta.core.config import DeltaConfig
+from jdelta.core.structure import Structure
+from jdelta.delta import METHODS, DeltaModel
+from jdelta.display.interactive import notebook
+from jdelta.display.interactive.cost import Costs, costs, format_arguments
+from jdelta.display.interactive.describe import describe
+from jdelta.display.interactive.server import Refused, Server
+from jdelta.hosts import backbone
+from jdelta.trees import addressing
+
+Take = Callable[[list[str]], None]
+
+
+def select_modules(
+    backbone_model: Any,
+    method: type[DeltaModel] | DeltaConfig | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: bool | int = True,
+    **arguments: Any,
+) -> list[str]:
+    """Shows the model as a tree in a web page, waits, and returns the modules that were chosen there.
+
+        names = jdelta.select_modules(model, jdelta.LoraModel, lora_r=4)
+        delta = jdelta.LoraModel(model, names, lora_r=4)
+
+    The link that is printed carries a random token, without which the server answers nothing; it listens on the
+    loopback address alone, and ends with the first selection. In Jupyter and Colab the page is shown in the notebook.
+    Ctrl-C stops. The model is not changed.
+
+    Args:
+      backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+      method: the method that the modules are for, or its configuration. The page then shows what the selection costs,
+        and which modules cannot take it and why.
+      host: the address to listen at. At another than the loopback address, whoever can read the traffic can answer.
+      port: the port; `True` for the first free one from 8888 on.
+      **arguments: the method's own, see its configuration; also `exclude_modules` and `unfrozen_modules`.
+
+    Returns:
+      The names, in order of execution, as `modified_modules` takes them.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C.
+      OSError: the port is in use, or the address is not this machine's.
+      TypeError, ValueError: the backbone is none, or the method's modules cannot be chosen one by one, or an argument
+        is wrong.
+    """
+    if method is None:
+        if arguments:
+            raise TypeError(f"select_modules: {', '.join(arguments)} belong to a method. Give it too: method=….")
+        structure = backbone.trace(backbone.face_of(backbone_model))
+        return _ask(structure, None, {"": "The whole model has no name to choose it by."}, None, host, port)
+    delta = _unattached(backbone_model, method, arguments)
+
+    def take(names: list[str]) -> None:
+        delta._tried(delta._edits_at(names))
+
+    return choose(delta, port, take, host)
+
+
+def choose(delta: DeltaModel, port: bool | int, take: Take, host: str = "127.0.0.1") -> list[str]:
+    """Shows the page for a delta that is not attached yet, and gives the names to `take` until that raises nothing.
+
+    Raises:
+      ValueError: the modules of this method cannot be chosen one by one.
+    """
+    kind = type(delta)
+    if kind.place is not DeltaModel.place:
+        raise ValueError(
+            f"{kind.__name__} finds its own places or takes pairs of modules, which cannot be chosen one by one in a "
+            "page. Write modified_modules=[…] (see the class), or leave it out for the default positions; "
+            "jdelta.select_modules(model) shows the names."
+        )
+    if kind.edits is DeltaModel.edits:
+        raise ValueError(f"{kind.__name__} does nothing to modules of itself: there is nothing to choose.")
+    found = costs(delta, delta.config.exclude_modules or ())
+    return _ask(delta.structure, delta, dict(found.reasons), found, host, port, take)
+
+
+def _ask(
+    structure: Structure,
+    delta: DeltaModel | None,
+    reasons: dict[str, str],
+    found: Costs | None,
+    host: str,
+    port: bool | int,
+    take: Take = lambda names: None,
+) -> list[str]:
+    page = describe(
+        structure,
+        reasons,
+        found,
+        model=structure[""].type.__name__,
+        method=type(delta).__name__ if delta is not None else "",
+        arguments=format_arguments(delta) if delta is not None else "",
+    )
+    names = [name for name in structure.modules if name]
+
+    def accept(answer: Any) -> list[str]:
+        chosen = patterns_of(_checked(answer, names, reasons), names)
+        take(chosen)
+        return chosen
+
+    limit = 4096 + 2 * len(json.dumps(names))
+    with Server(lambda nonce: document(page, nonce), host, port, limit, *notebook.trust()) as server:
+        _announce(server, page["method"])
+        notebook.show(server)
+        try:
+            chosen = server.wait(accept)
+        except KeyboardInterrupt:
+            print("\nStopped; nothing was chosen, and the model is as it was.", flush=True)
+            raise
+    print(f"modified_modules: {chosen!r}", flush=True)
+    return chosen
+
+
+def document(page: dict[str, Any], nonce: str) -> str:
+    """The whole page: the template with the model's description in it, in which no `<` is left as it was."""
+    template = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    data = json.dumps(page, separators=(",", ":"))  # ASCII, so no U+2028 either
+    for char in "<>&":
+        data = data.replace(char, f"\\u{ord(char):04x}")
+    before, after = template.replace("__NONCE__", nonce).split("__DATA__")
+    return before + data + after
+
+
+def patterns_of(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Patterns that mean exactly these modules: their names, or where another name ends with that, a regex."""
+    endings: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            ending = ".".join(parts[i:])
+            endings[ending] = endings.get(ending, 0) + 1
+    plain = [n if endings[n] == 1 and not n.startswith(addressing.REGEX_MARK) else None for n in chosen]
+    return [p or f"{addressing.REGEX_MARK}^{re.escape(n)}" for p, n in zip(plain, chosen, strict=True)]
+
+
+def _checked(answer: Any, names: Sequence[str], reasons: dict[str, str]) -> list[str]:
+    """The names that a page sent, in order of execution. Raises `Refused` for anything else."""
+    sent = answer.get("modules") if isinstance(answer, dict) else None
+    if not isinstance(sent, list) or not all(isinstance(name, str) for name in sent):
+        raise Refused('The answer is {"modules": [names]}.')
+    if not sent:
+        raise Refused("Nothing is chosen. Choose at least one module.")
+    known = set(names)
+    for name in sent:
+        if name not in known:
+            raise Refused(addressing.nothing_matches(name, names))
+        if name in reasons:
+            raise Refused(f"{name} cannot be chosen: {reasons[name]}")
+    wanted = set(sent)
+    return [name for name in names if name in wanted]
+
+
+def _unattached(backbone_model: Any, method: Any, arguments: dict[str, Any]) -> DeltaModel:
+    """A delta of this method that is on no model yet."""
+    if isinstance(method, DeltaConfig):
+        if arguments:
+            raise TypeError(
+                f"select_modules: a configuration has its arguments already, got also {', '.join(arguments)}."
+            )
+        kind, config = METHODS[method.delta_type], method
+    elif isinstance(method, type) and issubclass(method, DeltaModel):
+        kind, config = method, method.config_class.from_arguments(method.__name__, arguments)
+    else:
+        raise TypeError(f"select_modules: the method is a class such as jdelta.LoraModel or a config, got {method!r}.")
+    if config.modified_modules is not None or config.common_structure:
+        raise ValueError(
+            "select_modules: the page chooses the modules; leave modified_modules and common_structure out."
+        )
+    delta = kind.__new__(kind)
+    delta.config = config
+    delta._begin(backbone_model, None, 0)
+    return delta
+
+
+def _announce(server: Server, method: str) -> None:
+    port, what = server.server_port, f" of {method}" if method else ""
+    remote = f"It listens at {server.host}: whoever can read the traffic on the way can answer.\n"
+    if server.private:
+        remote = (
+            "If Python runs on another machine than your browser, forward the port first, from yours:\n"
+            f"    ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}\n"
+        )
+    print(
+        f"Choose the modules{what} in this page:\n\n    {server.url}\n\n{remote}"
+        "Waiting for the selection; Ctrl-C stops and leaves the model as it is.",
+        flush=True,
+    )

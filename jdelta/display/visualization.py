@@ -1,0 +1,213 @@
+"""A model as a coloured tree: modules, shapes, and what of it trains."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree as RichTree
+
+from jdelta.core.config import as_path, shown
+from jdelta.core.module_tree import Leaf, Node, build, fold, shape
+from jdelta.display.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
+from jdelta.hosts import backbone
+from jdelta.hosts.linen.interception import attachments_of
+from jdelta.trees import surgery
+from jdelta.trees.surgery import Path, Tree
+
+# OpenDelta's colour scheme. The marks say the same without colour.
+STYLES = {
+    "name": "white",
+    "type": "green",
+    "shape": "cyan",
+    "trainable": "bright_blue",
+    "frozen": "bright_black",
+    "folded": "red",
+    "delta": "rgb(175,0,255)",
+}
+MARKS = {"trainable": "+", "frozen": "-", "delta": "Δ"}
+LEGEND = tuple(
+    (kind, f"{MARKS[kind]} {meaning}   ")
+    for kind, meaning in (("trainable", "trainable"), ("frozen", "frozen"), ("delta", "of a delta"))
+)
+Mask: TypeAlias = Tree | Callable[[Tree], Tree]
+
+
+class Visualization:
+    """Shows a backbone, with or without deltas: in the terminal, in notebooks, on a page, or in a paper.
+
+        jdelta.Visualization(model).structure_graph()
+        delta.visualization().to_svg("bert_with_lora.svg")
+
+    In a notebook it shows itself. Modules are in the order in which the tensors flow; repeated layers are one line.
+
+    Args:
+      backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+      mask: what trains: a tree of bools or a function from parameters to one; by default everything.
+
+    Raises:
+      TypeError: it is neither.
+    """
+
+    def __init__(self, backbone_model: Any, mask: Mask | None = None):
+        self._face = backbone.face_of(backbone_model)
+        self._mask = _checked_mask(mask)
+
+    def structure_graph(
+        self, params: Tree | None = None, mask: Mask | None = None, console: Console | None = None
+    ) -> None:
+        """Prints the tree of modules, then the counts.
+
+        Args:
+          params: the parameters to show, shapes suffice; by default the model's own.
+          mask: what trains, in place of the mask given before.
+          console: where to print; by default the terminal.
+        """
+        drawing = self._drawing(params, mask)
+        console = console or Console()
+        console.print(_branch(drawing.tree, None))
+        console.print(Text("\n") + _text(drawing.legend))
+        console.print("\n".join(drawing.counts), highlight=False, markup=False)
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
+    ) -> str:
+        """A page with the tree, whose nodes fold; light or dark as the reader's system is. It loads nothing.
+
+        Args:
+          path: the file to write, if any.
+          params, mask: as in `structure_graph`.
+
+        Returns:
+          The page.
+        """
+        return _written(to_page(self._drawing(params, mask), plain(self._face.kind)), path)
+
+    def to_svg(
+        self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
+    ) -> str:
+        """The tree as a picture on white, of text and lines.
+
+        Args:
+          path: the file to write, if any.
+          params, mask: as in `structure_graph`.
+
+        Returns:
+          The SVG.
+        """
+        return _written(to_svg(self._drawing(params, mask)), path)
+
+    def to_png(self, path: str | os.PathLike[str], params: Tree | None = None, mask: Mask | None = None) -> None:
+        """The tree as a picture on white, of 200 pixels an inch.
+
+        Args:
+          path: the file to write.
+          params, mask: as in `structure_graph`.
+
+        Raises:
+          ModuleNotFoundError: matplotlib is not there; `pip install 'jdelta[plot]'`.
+        """
+        from jdelta.display import plotting  # here, since matplotlib is optional
+
+        plotting.save(plotting.tree(self._drawing(params, mask)), as_path("to_png", path), "png")
+
+    def _repr_html_(self) -> str:
+        return to_html(self._drawing(None, None))
+
+    def _drawing(self, params: Tree | None, mask: Mask | None) -> Drawing:
+        structure = backbone.trace(self._face)
+        params = surgery.shapes(backbone.tree_of(self._face) if params is None else params)
+        mask = self._mask if mask is None else _checked_mask(mask)
+        flags = mask(params) if callable(mask) else mask
+        carried = attachments_of(self._face.module)
+        deltas = {path for a in carried for path in (*a.leaves, *(a.borrowed if a.active else ()))}
+        leaves = _leaves(params, flags, deltas)
+        counts = _counts(list(leaves.values()), params, flags)
+        return Drawing(_line(fold(build(structure, leaves))), LEGEND, counts)
+
+
+def _checked_mask(mask: Any) -> Mask | None:
+    if mask is not None and not isinstance(mask, Mapping) and not callable(mask):
+        raise TypeError(f"a mask is a tree of bools, or a function from parameters to one, got {shown(mask)}.")
+    return mask
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        as_path("to a file", path).write_text(text, encoding="utf-8")
+    return text
+
+
+def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, Leaf]:
+    start = surgery.root(params)
+    trains = surgery.flatten(flags) if flags is not None else {}
+    return {
+        path[len(start) :]: Leaf(
+            path[-1], leaf.shape, str(leaf.dtype), bool(trains.get(path, True)), path[len(start) :] in deltas
+        )
+        for path, leaf in surgery.flatten(params).items()
+        if path[: len(start)] == start and hasattr(leaf, "shape")
+    }
+
+
+def _line(node: Node, delta: bool = False) -> Line:
+    """A module's line, in a delta's colour if it is none of the backbone's; below it its parameters and modules."""
+    parts = tuple(("delta" if kind == "name" and delta else kind, plain(text)) for kind, text in node.label())
+    return Line(parts, (*map(_leaf_line, node.leaves), *(_line(child, _is_delta(child)) for child in node.children)))
+
+
+def _is_delta(node: Node) -> bool:
+    leaves = list(node.all_leaves())
+    return not node.type and bool(leaves) and all(leaf.delta for leaf in leaves)
+
+
+def _leaf_line(leaf: Leaf) -> Line:
+    kind = "delta" if leaf.delta else "trainable" if leaf.trainable else "frozen"
+    mark = MARKS[kind] + (MARKS["trainable"] if leaf.trainable else MARKS["frozen"]) * leaf.delta
+    return Line(((kind, f"{mark} {plain(leaf.name)} {shape(leaf.shape)} {leaf.dtype}"),))
+
+
+def _branch(line: Line, above: RichTree | None) -> RichTree:
+    """The line in rich's tree, and everything below it."""
+    text = _text(line.parts)
+    branch = RichTree(text, guide_style=STYLES["frozen"]) if above is None else above.add(text)
+    for child in line.below:
+        _branch(child, branch)
+    return branch
+
+
+def _text(parts: Iterable[Part]) -> Text:
+    return Text.assemble(*((text, STYLES[kind]) for kind, text in parts))
+
+
+def _counts(leaves: list[Leaf], params: Tree, flags: Tree | None) -> tuple[str, ...]:
+    total = sum(math.prod(leaf.shape) for leaf in leaves)
+    trainable = sum(math.prod(leaf.shape) for leaf in leaves if leaf.trainable)
+    delta = sum(math.prod(leaf.shape) for leaf in leaves if leaf.delta)
+    held = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    chosen = params if flags is None else surgery.partition(params, flags)[0]
+    adam = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(optax.adam(0.0).init, chosen))
+    )
+    return (
+        f"parameters {total:,}",
+        f"trainable  {trainable:,} ({trainable / max(total, 1):.4%})",
+        f"delta      {delta:,} ({delta / max(total, 1):.4%})",
+        f"memory     {size_of(held)} of parameters, {size_of(adam)} of optimizer state (Adam)",
+    )
+
+
+def size_of(count: float) -> str:
+    """Bytes in words: `'85.3 MB'`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

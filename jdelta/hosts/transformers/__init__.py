@@ -1,0 +1,1 @@
+"""What the Flax models of transformers need besides what a linen module does."""

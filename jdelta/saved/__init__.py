@@ -1,0 +1,1 @@
+"""What training leaves behind: folders, the Hub, PEFT's format, and arithmetic."""

@@ -1,0 +1,223 @@
+"""Arithmetic on trained deltas of one backbone: weighted sums, task arithmetic, TIES, DARE, interpolation.
+
+Each leaf holds a *change* or a *value*. A change says how far training went from the backbone, so it can be added,
+weighted and negated: the pairs of LoRA and the biases that BitFit adds are changes. Everything else holds values: the
+leaves of adapters, prefixes and prompts, and the backbone's own leaves that trained, such as a classifier head. Values
+can only be averaged, unless `base` tells what they were before training; their difference from it is a change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import chex
+import numpy as np
+
+from jdelta.core.config import DeltaConfig, as_number, require_name
+from jdelta.methods.bitfit import BitFitConfig
+from jdelta.saved.arithmetic import checks, lora_factors
+from jdelta.saved.arithmetic.checks import Source
+from jdelta.saved.arithmetic.merge_rules import linear, merger, wide
+from jdelta.saved.finetuned import Finetuned
+from jdelta.trees.surgery import Tree
+
+
+def weighted_sum(
+    deltas: Sequence[Source],
+    weights: Sequence[float],
+    combination: str | None = None,
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+    rng: int | chex.PRNGKey = 0,
+    base: Tree | Finetuned | None = None,
+    keep: Sequence[str] = (),
+    name: str | None = None,
+    check_hash: bool | Literal["warn"] = "warn",
+) -> Finetuned:
+    """One delta that does what several do, each as much as its weight says.
+
+        both = jdelta.weighted_sum(["movies/", "tweets/"], [0.7, 0.3], "svd", rank=8, keep=["classifier"])
+        delta = jdelta.AutoDeltaModel.from_finetuned(both, backbone_model=model)
+
+    Negative weights subtract a task (Ilharco et al. 2023, arXiv 2212.04089). The combinations are those of PyTorch
+    PEFT's `add_weighted_adapter`, and give its numbers. For every method there are
+
+    - `linear`: the sum of the leaves. LoRA's two factors are summed apart, each with the root of weight times scale, so
+      that the product has cross terms: two equal deltas at weights of a half do twice what one does.
+    - `magnitude_prune`: the same of the `density` largest entries of each leaf.
+    - `ties`: these, without those that go against the majority's sign, averaged over how many are left
+      (Yadav et al. 2023, arXiv 2306.01708).
+    - `dare_linear`, `dare_ties`: with a random `density` of the entries in place of the largest, divided by it (Yu
+      et al. 2023, arXiv 2311.03099).
+
+    and for LoRA, which may differ in rank then,
+
+    - `cat`: the factors side by side. It is exact, and the ranks add up.
+    - `svd`: the best approximation of the exact sum that has rank `rank`.
+    - `magnitude_prune_svd`, `ties_svd`, `dare_linear_svd`, `dare_ties_svd`: the same as above, but of the products of
+      the factors, which are then approximated in rank `rank`.
+
+    Sums are computed in float64, and have the first delta's dtype. The layers of an `nn.scan` share their leaves, so
+    `density` counts over all of them.
+
+    Args:
+      deltas: what `finetuned` gave, attached deltas, saved folders, or repositories of the Hub.
+      weights: a number for each.
+      combination: one of the above; by default the exact sum: `cat` for LoRA, `linear` for everything else.
+      rank: of the result of the `svd` kind; by default, at each module, the highest rank among the deltas.
+      density: for those that leave entries out: the share that stays, above 0 and at most 1.
+      majority_sign_method: of the `ties` kind: the sign of the sum, `"total"`, or that which most have, `"frequency"`.
+      rng: seed or key of the `dare` kind.
+      base: what values were before training: the backbone's parameters, or `delta.finetuned()` of that time. A leaf
+        that it has is then taken as a change from there, except LoRA's, which is a change anyway. Without it, values
+        can only be averaged, by weights that sum to 1.
+      keep: patterns of the backbone's leaves that are the first delta's in the result, such as the classifier head of
+        its task. The other deltas may have others there, or none.
+      name: the result's name in the tree; by default the first delta's.
+      check_hash: what to do if the deltas were trained on different backbones: `"warn"`, `True` to refuse, `False`
+        for nothing.
+
+    Returns:
+      A delta of the same method, to be saved, attached or loaded. LoRA's update has the scale 1 then.
+
+    Raises:
+      FileNotFoundError, ConnectionError: as `AutoDeltaModel.from_finetuned`.
+      TypeError: something is no delta, or no list of them.
+      ValueError: deltas of different methods, arguments, modules or shapes; a combination that is unknown, that this
+        method does not have, or whose arguments are missing, superfluous or beyond their limits; weights that
+        values cannot have; another backbone, with `check_hash=True`.
+    """
+    if name is not None:
+        require_name(name)
+    found = checks.read_all(deltas)
+    first, numbers = found[0], checks.finite(weights, len(found))
+    kept, pairs = checks.kept_leaves(found, keep), lora_factors.pairs_of(first)
+    if combination is None:
+        combination = "cat" if pairs else "linear"
+    how = checks.combination_of(combination, rank, density, first, bool(pairs))
+    checks.require_alike(found, kept, pairs, any_rank=how.lora != "factors")
+    checks.require_one_backbone(found, kept, check_hash)
+    before = checks.values_before(base, first, pairs)
+    merge = merger(how, density, majority_sign_method, rng)
+
+    values = dict(first.values)
+    for pair in pairs:
+        values |= lora_factors.merged(found, numbers, pair, how, rank, merge)
+    for key in checks.added_up(found, pairs, kept):
+        leaves = [delta.values[key] for delta in found]
+        if key in before or _is_change(first, key):
+            start = before.get(key, np.zeros(()))
+            values[key] = start + merge([wide(leaf) - start for leaf in leaves], numbers)
+        elif how.keep == "all" and math.isclose(sum(numbers), 1, abs_tol=1e-6):
+            values[key] = linear(leaves, numbers)
+        else:
+            asked = f"{combination!r} with weights {', '.join(f'{w:g}' for w in numbers)}"
+            raise ValueError(f"{asked}: {_no_change(first, key)} 'linear' with weights that sum to 1 is their mean.")
+    return _result(first, values, name, lora_factors.at_ranks(first.config, values, pairs))
+
+
+def interpolate(
+    a: Source,
+    b: Source,
+    t: float,
+    *,
+    keep: Sequence[str] = (),
+    name: str | None = None,
+    check_hash: bool | Literal["warn"] = "warn",
+) -> Finetuned:
+    """The delta at `t` on the straight line from one to another, in the space of the leaves: `(1 − t) a + t b`.
+
+        jdelta.interpolate("movies/", "tweets/", 0.5)
+
+    Any method has it, as values can be averaged. Every leaf is taken for itself, LoRA's factors too, so the ends
+    are the deltas themselves, and two equal ones give the same in between. The *update* of LoRA runs along a straight
+    line in `weighted_sum([a, b], [1 - t, t])`.
+
+    Args:
+      a: the delta at 0: as in `weighted_sum`, and the others of this name too.
+      b: the delta at 1.
+      t: where; below 0 and above 1 it extrapolates.
+      keep: patterns of the backbone's leaves that are those of `a` everywhere.
+      name: the result's name in the tree; by default that of `a`.
+      check_hash: what to do if they were trained on different backbones.
+
+    Returns:
+      A delta with the configuration of `a`.
+
+    Raises:
+      FileNotFoundError, ConnectionError, TypeError, ValueError: as `weighted_sum`.
+    """
+    t = as_number("t", t)
+    found = checks.read_all([a, b])
+    first, kept = found[0], checks.kept_leaves(found, keep)
+    weights = checks.finite([1 - t, t], 2)
+    checks.require_alike(found, kept)
+    checks.require_one_backbone(found, kept, check_hash)
+    values = dict(first.values)
+    for key in checks.added_up(found, (), kept):
+        values[key] = linear([delta.values[key] for delta in found], weights)
+    return _result(first, values, name)
+
+
+def negate(
+    delta: Source, *, base: Tree | Finetuned | None = None, keep: Sequence[str] = (), name: str | None = None
+) -> Finetuned:
+    """The delta that undoes another: task negation (Ilharco et al. 2023, arXiv 2212.04089).
+
+        jdelta.negate("toxic/", keep=["classifier"])
+
+    LoRA's update gets the opposite sign, by that of `a`, exactly; so do the biases that BitFit adds. A leaf of `base`
+    goes as far to the other side of it. There is no negative of an adapter, a prefix or a prompt without `base`.
+
+    Args:
+      delta: as in `weighted_sum`, and the others of this name too.
+      base: what values were before training.
+      keep: patterns of the backbone's leaves that stay as they are.
+      name: the result's name in the tree; by default the delta's.
+
+    Returns:
+      A delta with the same configuration.
+
+    Raises:
+      FileNotFoundError, ConnectionError, TypeError: as `weighted_sum`.
+      ValueError: a leaf holds a value that is not in `base`.
+    """
+    (found,) = checks.read_all([delta])
+    kept, pairs = checks.kept_leaves([found], keep), lora_factors.pairs_of(found)
+    before = checks.values_before(base, found, pairs)
+    values = dict(found.values)
+    for pair in pairs:
+        values[f"{pair}.a"] = -values[f"{pair}.a"]
+    for key in checks.added_up([found], pairs, kept):
+        if key in before:
+            values[key] = 2 * before[key] - wide(values[key])
+        elif _is_change(found, key):
+            values[key] = -values[key]
+        else:
+            raise ValueError(f"negate: {_no_change(found, key)}")
+    return _result(found, values, name)
+
+
+def _is_change(found: Finetuned, key: str) -> bool:
+    return isinstance(found.config, BitFitConfig) and not found.inserted and found.is_own(key)
+
+
+def _no_change(found: Finetuned, key: str) -> str:
+    what = f"{key} holds a value and no change. Pass what it was before training as base"
+    if found.is_own(key):
+        return f"{what}; method {found.config.delta_type!r} has no zero to count from."
+    return f"{what}, or {checks.keep_hint(key)} to take it as it is."
+
+
+def _result(
+    first: Finetuned, values: Mapping[str, np.ndarray], name: str | None, config: DeltaConfig | None = None
+) -> Finetuned:
+    """A delta as the first one, with these values in its dtypes."""
+    typed = {key: np.asarray(value).astype(first.values[key].dtype) for key, value in values.items()}
+    result = dataclasses.replace(first, config=config or first.config, values=typed)
+    return result if name is None else result.renamed(name)

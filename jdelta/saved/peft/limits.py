@@ -1,0 +1,104 @@
+"""What jdelta lacks of PEFT, or means otherwise: it is refused, so that nothing is computed differently in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flax import linen as nn
+
+from jdelta.core.config import as_type, require_positive_int, shown
+from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.names import common_names
+from jdelta.saved.peft.names import CONFIG, PROMPT
+
+# The fields that are read, or that change nothing once the values are there. Others that are set are refused.
+_COMMON = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    *("task_type", "modules_to_save"),
+}
+_VIRTUAL = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
+_KNOWN = {
+    "LORA": {
+        *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "bias"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("runtime_config", "megatron_core", "qalora_group_size"),
+    },
+    "PREFIX_TUNING": {*_VIRTUAL, "encoder_hidden_size", "prefix_projection", "init_weights"},
+    "PROMPT_TUNING": {
+        *_VIRTUAL,
+        *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    },
+}
+_NEEDED = {
+    "LORA": ("r", "lora_alpha"),
+    "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads"),
+    "PROMPT_TUNING": ("num_virtual_tokens",),
+}
+_TYPES: dict[str, Any] = {
+    "peft_type": str,
+    **dict.fromkeys(("r", "num_virtual_tokens", "token_dim", "num_attention_heads"), int),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
+    "use_rslora": bool,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "modules_to_save": tuple[str, ...] | None,
+    "bias": Literal["none", "all", "lora_only"],
+    "init_lora_weights": bool | str | None,
+}
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the backbone's weights alone
+
+
+def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, those that are read each of its type.
+
+    Raises:
+      TypeError, ValueError: a field is missing or odd, or asks for something that jdelta lacks. The message names it.
+    """
+    fields = {key: as_type(key, value, _TYPES[key]) if key in _TYPES else value for key, value in given.items()}
+    kind = fields["peft_type"]
+    if kind not in _KNOWN:
+        raise ValueError(f"peft_type={shown(kind)} is none that jdelta reads. It reads: {', '.join(_KNOWN)}.")
+    for field in _NEEDED[kind]:
+        if field not in fields:
+            raise ValueError(f"{CONFIG} lacks {field!r}, which {kind} needs.")
+        if isinstance(fields[field], int):
+            require_positive_int(field, fields[field])
+    for field, value in fields.items():
+        if value and field not in _COMMON and field not in _KNOWN[kind]:
+            raise ValueError(
+                f"{field}={shown(value)} asks for something that jdelta's {kind} has not. If PEFT can merge the "
+                "adapter into the weights, merge it there and load the model."
+            )
+    if (init := fields.get("init_lora_weights")) not in _INITS:
+        raise ValueError(
+            f"init_lora_weights={shown(init)} changed the weights of the backbone before training, and jdelta does not "
+            "repeat that. Save it as a plain LoRA: save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)."
+        )
+    return fields
+
+
+def require_same_lora(host: ModuleInfo | None, name: str) -> None:
+    """Raises `ValueError` where LoRA in PEFT and in jdelta are two things. `name` is PyTorch's."""
+    if host is None:
+        raise ValueError(f"LoRA at {name!r}: in Flax, this module is not called, and cannot carry a delta.")
+    if issubclass(host.type, nn.Embed) and name.rpartition(".")[2] == "shared":
+        raise ValueError(
+            f"LoRA at {name!r}: PyTorch's encoder and decoder hold the shared embedding under names of their own, so "
+            "that LoRA there changes nothing in PEFT, and in jdelta it would. Leave that module out."
+        )
+    if host.fields.get("feature_group_count", 1) > 1:
+        raise ValueError(f"LoRA at {name!r}: PEFT splits it otherwise than jdelta in a convolution of groups.")
+
+
+def require_no_cross_attention(structure: Structure) -> None:
+    """Raises `ValueError` for an encoder-decoder, where the version of PEFT decides what a prefix means."""
+    cross = common_names.known(structure, ["crossattn"])
+    if cross:
+        raise ValueError(
+            f"prefix tuning of a model with cross-attention, at {cross[0].name}: which rows of {PROMPT} are whose "
+            "differs between versions of PEFT, and newer ones leave cross-attention out. Only models without can "
+            "exchange a prefix."
+        )

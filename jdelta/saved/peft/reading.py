@@ -1,0 +1,352 @@
+"""From PEFT: its files become a delta.
+
+Which modules carry LoRA is read off the tensors' names, so that it does not matter how `target_modules` and its like
+describe them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from jdelta.auto import AutoDeltaModel
+from jdelta.core import parsing
+from jdelta.core.config import DeltaConfig, as_type
+from jdelta.delta import DeltaModel
+from jdelta.hosts import backbone
+from jdelta.methods.lora import LoraConfig
+from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
+from jdelta.names import common_names
+from jdelta.saved import folder, hub
+from jdelta.saved.finetuned import Finetuned, listing
+from jdelta.saved.peft.keys import normalized
+from jdelta.saved.peft.limits import known_fields, require_no_cross_attention, require_same_lora
+from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
+from jdelta.trees import addressing, dtypes, fingerprint, freezing, processes, regexes, surgery
+from jdelta.trees.surgery import Tree
+
+Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's, ("…query", "a"); "" is the only host
+
+
+def from_peft(
+    source: str | os.PathLike[str],
+    backbone_model: Any,
+    name: str | None = None,
+    revision: str | None = None,
+    keep_dtype: bool = False,
+) -> DeltaModel:
+    """Attaches an adapter that PyTorch PEFT saved, with its values and with what else was trained with it.
+
+        delta = jdelta.from_peft("out/", backbone_model=model)
+
+    LoRA (of any rank pattern, on dense layers, convolutions and embeddings), prefix tuning and prompt tuning become a
+    `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does in the same call: a prefix shifts
+    positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and trained biases
+    go into the backbone's leaves, and train further with the delta. Keys may hold the adapter's name, and what
+    torch.compile and data parallelism put around the model. Two things differ: PEFT returns a prompt's positions among
+    the outputs, and in its `generate`, padding before the input counts as positions after a prompt.
+
+    Args:
+      source: a folder, or `"user/name"` on the Hub.
+      backbone_model: the Flax model of the same class; a backbone without its head, or with one, will do as well.
+      name: the delta's name in the tree; by default that of its method.
+      revision: branch, tag or commit of the repository.
+      keep_dtype: whether the delta's own leaves have the dtype of the file. By default they become float32, as PEFT
+        loads them: in less, most steps of an optimizer are rounded away. The backbone's own leaves always keep the
+        dtype that they have in the model, as in PEFT; if that rounds what is in the file, a warning says so.
+
+    Raises:
+      FileNotFoundError: no such folder or repository, or one of the two files is not in it.
+      PermissionError, ConnectionError: of the Hub.
+      TypeError: the backbone is none, or the source is no path.
+      ValueError: a file is damaged, asks for something that jdelta lacks (the message names the field), or does not
+        fit the model. The model is then as it was.
+    """
+    as_type("keep_dtype", keep_dtype, bool)
+    face = backbone.face_of(backbone_model)
+    if face.params is None:
+        raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
+    names = Names.of(backbone.trace(face), getattr(backbone_model, "base_model_prefix", ""))
+
+    def found() -> tuple[Path, dict[str, Any], Tensors]:
+        path = hub.fetch(source, revision, (CONFIG, TENSORS))
+        return path, *read(path, names)
+
+    path, fields, tensors = processes.together(found, _checksum) if processes.spread(face.params) else found()
+    try:
+        fields = known_fields(fields)
+        for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+            if len(fields.get(field) or ()) > len(names.modules) + len(tensors) + 100:
+                raise ValueError(
+                    f"{field} has {len(fields[field]):,} patterns, and the file has {len(tensors)} tensors."
+                )
+        with backbone.unchanged_on_error(face), regexes.limited():
+            adapter = _READERS[fields["peft_type"]](fields, tensors, names)
+            return _attached(adapter, backbone_model, name, keep_dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _checksum(found: tuple[Path, dict[str, Any], Tensors]) -> str:
+    _, fields, tensors = found
+    return json.dumps([fields, {name: fingerprint.digest(value) for name, value in sorted(tensors.items())}])
+
+
+def read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors of a folder, of which a model of these names has some for each of its parts.
+
+    Raises:
+      FileNotFoundError: one of the files is missing.
+      ValueError: one of them is damaged.
+    """
+    return folder.steadily(path, lambda: _read(path, names))
+
+
+def _read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if not (path / CONFIG).is_file():
+        path = folder.left_ready(path, CONFIG)
+    for file in (CONFIG, TENSORS):
+        if not (path / file).is_file():
+            raise FileNotFoundError(
+                f"{path} holds no PEFT adapter: {file} is missing; {folder.found_in(path)}. (An adapter_model.bin is a "
+                "pickle, which can run code and is not read: load it with PEFT, and call save_pretrained, which writes "
+                "safetensors.)"
+            )
+    fields = parsing.json_object(path / CONFIG)
+    if "peft_type" not in fields:
+        raise ValueError(f"{path / CONFIG} is no configuration of PEFT: it has no 'peft_type'.")
+    return fields, parsing.tensors(path / TENSORS, 8 * parsing.header_limit([*names.modules, *names.leaves]))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapter:
+    """An adapter in jdelta's terms.
+
+    Attributes:
+      config: of the method.
+      leaves: the delta's own leaves.
+      saved: the backbone's leaves that the file holds, in PyTorch's layout.
+      trains: which of them train.
+      modules_to_save: PEFT's patterns of some of these.
+    """
+
+    config: DeltaConfig
+    leaves: Leaves
+    saved: Tensors
+    trains: frozenset[str]
+    modules_to_save: Sequence[str]
+
+
+def _attached(adapter: _Adapter, backbone_model: Any, name: str | None, keep_dtype: bool) -> DeltaModel:
+    for (host, leaf), value in adapter.leaves.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{leaf!r} of the adapter at {host or 'the model'!r} is {value.dtype}, and no float.")
+    delta = AutoDeltaModel.from_config(adapter.config, backbone_model, name=name)
+    shapes, values = shapes_of(delta.shapes()), {}
+    for (host, leaf), value in adapter.leaves.items():
+        key = f"{host or delta.targets[0]}.{delta.name}.{leaf}"
+        values[key] = fitted(value, shapes.get(key, value.shape))
+    wide = {key: value.astype(np.float32) for key, value in values.items()}
+    saved = _news(adapter, delta.backbone_model.params, shapes_of(delta.structure.params))
+    delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)
+    if keep_dtype:
+        params = delta.backbone_model.params
+        paths = {surgery.name_of(path): (*surgery.root(params), *path) for path in delta.paths}
+        delta.backbone_model.params = surgery.replaced(params, {paths[key]: value for key, value in values.items()})
+    if saved:
+        delta.freeze_module(
+            [freezing.DELTAS, *_patterns(saved, adapter.modules_to_save, shapes_of(delta.structure.params))]
+        )
+    return delta
+
+
+def _news(adapter: _Adapter, params: Tree, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The backbone's leaves that train, or that the file has other values of; PEFT saves some that are as they were.
+
+    In the dtype that they have in the model.
+    """
+    leaves = surgery.flatten(surgery.parameters(params))
+    have = {surgery.name_of(path): meta.unbox(leaf) for path, leaf in leaves.items() if path}
+    news, rounded = {}, []
+    for name, tensor in adapter.saved.items():
+        value, old = fitted(to_flax(tensor) if name.endswith(".kernel") else tensor, shapes[name]), have[name]
+        if dtypes.takes_steps(value.dtype) and not dtypes.is_fixed(old):
+            value, given = value.astype(old.dtype), value
+            if not np.array_equal(value.astype(given.dtype), given):
+                rounded.append(f"{name} ({given.dtype} to {value.dtype})")
+        known = not isinstance(old, jax.ShapeDtypeStruct) and np.array_equal(value, processes.to_host(old))
+        if name in adapter.trains or not known:
+            news[name] = value
+    if rounded:
+        warnings.warn(
+            f"from_peft: the model's dtype rounds what is saved of {listing(rounded)}, as in PEFT. To keep it, cast "
+            "the model before, for example model.params = model.to_fp32(model.params).",
+            stacklevel=4,
+        )
+    return news
+
+
+def _patterns(saved: Collection[str], entries: Sequence[str], leaves: Collection[str]) -> list[str]:
+    """Patterns that mean exactly these of the leaves: the entries of `modules_to_save` that do, and names."""
+    patterns, rest = [], set(saved)
+    for entry in dict.fromkeys(entries):
+        hits = {leaf for leaf in leaves if addressing.matches_at_or_above(leaf, entry)}
+        if hits and hits <= {*saved}:
+            patterns.append(entry)
+            rest -= hits
+    return [*patterns, *(_exact(name, leaves) for name in sorted(rest))]
+
+
+# --- each method
+
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+
+
+def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    rest = {}
+    for key, tensor in normalized(tensors, "base_model.model.", names).items():
+        if match := _FACTOR.fullmatch(key):
+            factors.setdefault(match[1], {})[match[2].lower()] = to_flax(tensor)
+        else:
+            rest[key] = tensor
+    hosts = {name: names.module(name) for name in factors}
+    for name, pair in factors.items():
+        if pair.keys() != {"a", "b"}:
+            raise ValueError(f"of LoRA at {name!r} there is only lora_{pair.popitem()[0].upper()}.")
+        require_same_lora(names.structure.modules.get(hosts[name]), name)
+    if not hosts:
+        raise ValueError(
+            f"{TENSORS} holds no LoRA: no key has lora_A or lora_B in it. It holds "
+            f"{listing(sorted(tensors)) or 'nothing'}."
+        )
+    r, alpha = fields["r"], fields["lora_alpha"]
+    ranks = {hosts[name]: _by_pattern(fields.get("rank_pattern"), name, r) for name in hosts}
+    alphas = {hosts[name]: _by_pattern(fields.get("alpha_pattern"), name, alpha) for name in hosts}
+    for name, pair in factors.items():
+        if (a := pair["a"].shape[-1:]) != (b := pair["b"].shape[-2:-1]) or a != (ranks[hosts[name]],):
+            raise ValueError(
+                f"LoRA at {name!r} has rank {ranks[hosts[name]]} by r and rank_pattern in {CONFIG}, and its tensors "
+                f"have {a[0] if a else 'none'} in lora_A and {b[0] if b else 'none'} in lora_B."
+            )
+    patterns = {host: _exact(host, names.structure.modules) for host in hosts.values()}
+    config = LoraConfig(
+        modified_modules=tuple(patterns.values()),
+        lora_r=r,
+        lora_alpha=alpha,
+        lora_dropout=fields.get("lora_dropout", 0.0),
+        rank_pattern={patterns[host]: rank for host, rank in ranks.items() if rank != r} or None,
+        alpha_pattern={patterns[host]: value for host, value in alphas.items() if value != alpha} or None,
+        use_rslora=fields.get("use_rslora", False),
+    )
+    leaves = {(hosts[name], letter): value for name, pair in factors.items() for letter, value in pair.items()}
+    return _with_saved(config, leaves, rest, fields, names)
+
+
+def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
+    require_no_cross_attention(names.structure)
+    layers = [info.name for info in common_names.resolve(names.structure, ["attn"])]
+    rest = dict(normalized(tensors, "base_model.", names))
+    rows, tokens = _prompt(rest), fields["num_virtual_tokens"]
+    heads, wanted = fields["num_attention_heads"], (tokens, 2 * len(layers) * fields["token_dim"])
+    if rows.shape != wanted or fields["token_dim"] % heads:
+        raise ValueError(
+            f"{PROMPT} has shape {rows.shape}. With num_virtual_tokens={tokens}, token_dim={fields['token_dim']} and "
+            f"num_attention_heads={heads}, a model of {len(layers)} attention layers needs {wanted}."
+        )
+    pairs = rows.reshape(tokens, len(layers), 2, heads, -1).transpose(1, 2, 0, 3, 4)
+    patterns = tuple(_exact(name, names.structure.modules) for name in layers)
+    config = PrefixConfig(
+        modified_modules=patterns, prefix_token_num=tokens, reparameterize=False, shift_positions=True
+    )
+    leaves = {(h, leaf): pairs[i, j] for i, h in enumerate(layers) for j, leaf in enumerate(("keys", "values"))}
+    return _with_saved(config, leaves, rest, fields, names)
+
+
+def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
+    rest = dict(normalized(tensors, "base_model.", names))
+    tokens = fields["num_virtual_tokens"]
+    rows = _prompt(rest)[:tokens]  # for an encoder-decoder PEFT saves twice as many, and computes with the first
+    if len(rows) < tokens:
+        raise ValueError(f"{PROMPT} has {len(rows)} rows, and num_virtual_tokens={tokens}.")
+    tables = common_names.resolve(names.structure, ["embeddings"])
+    pools = any(has_pooler(names.structure, info) for info in tables[:1])
+    if not pools and (fields.get("task_type") == "SEQ_CLS" or any(n.endswith("pooler") for n in names.modules)):
+        raise ValueError(
+            "PEFT pools the prompt's first position, and in this model no module does that by itself, so that jdelta "
+            "would pool the input's."
+        )
+    config = SoftPromptConfig(soft_token_num=tokens, token_init=False, pool_prompt=pools)
+    return _with_saved(config, {("", "embedding"): rows}, rest, fields, names)
+
+
+_READERS = {"LORA": _lora, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _soft_prompt}
+
+
+def _with_saved(
+    config: DeltaConfig, leaves: Leaves, rest: Tensors, fields: Mapping[str, Any], names: Names
+) -> _Adapter:
+    """The adapter with the backbone's leaves that the file holds besides."""
+    entries = addressing.checked(fields.get("modules_to_save") or ())
+    biases = fields.get("bias", "none") != "none"
+    saved, trains = {}, set()
+    for key, tensor in rest.items():
+        if ".original_module." in key or _is_double(key, rest):  # the former is what PEFT keeps of before
+            continue
+        plain = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")  # the latter in older files
+        name = names.leaf(plain)
+        saved[name] = tensor
+        to_save = any(addressing.matches_at_or_above(plain, entry) for entry in entries)
+        if to_save and name.rpartition(".")[0] in names.structure.tied:
+            raise ValueError(
+                f"modules_to_save={list(entries)!r} trains the embedding {plain!r} apart from the head, and in this "
+                "model the head computes with it. Load a model with tie_word_embeddings=False."
+            )
+        if to_save or (biases and name.endswith(".bias")):
+            trains.add(name)
+    return _Adapter(config, leaves, saved, frozenset(trains), entries)
+
+
+def _is_double(key: str, rest: Tensors) -> bool:
+    """Whether the file holds a tensor by a shorter name too: with `bias="all"`, biases of modules to save."""
+    module, _, inside = key.partition(".modules_to_save.")
+    return any(f"{module}.{short}" in rest for short in (inside, inside.partition(".")[2]) if short)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """What PEFT reads from a pattern for a module: regexes that match up to the end, from the start or after a dot."""
+    found = (value for key, value in (patterns or {}).items() if _regex(key).fullmatch(name))
+    return next(found, otherwise)
+
+
+@functools.lru_cache(maxsize=4096)
+def _regex(key: str) -> regexes.Regex:
+    return regexes.Regex(rf"(.*\.)?({key})$", written=key)
+
+
+def _prompt(rest: dict[str, np.ndarray]) -> np.ndarray:
+    """Takes the prompt out of the tensors."""
+    if PROMPT not in rest:
+        raise ValueError(f"{TENSORS} lacks {PROMPT!r}; it holds {listing(sorted(rest)) or 'nothing'}.")
+    rows = rest.pop(PROMPT)
+    if rows.ndim != 2:
+        raise ValueError(f"{PROMPT} has shape {rows.shape}, and a table has two axes.")
+    return rows
+
+
+def _exact(name: str, names: Iterable[str]) -> str:
+    """A pattern that means this name and no other."""
+    return f"[r]^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name

@@ -1,0 +1,268 @@
+"""To PEFT: a delta becomes the files that PEFT saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import save
+
+from jdelta.core.linear import ConvMap, EinsumMap, LookupMap, MatrixMap, linear_map
+from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.methods.lora import LoraConfig
+from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
+from jdelta.names import common_names
+from jdelta.saved import folder
+from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing
+from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
+from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, modules_of, shapes_of, to_torch, torch_leaf, torch_name
+
+Written = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]) -> None:
+    """Writes a delta as PyTorch PEFT saves it; the rest is as in `DeltaModel.to_peft`.
+
+    Args:
+      found: the trained delta, a prefix as it is without its network.
+      structure: the modules of its backbone.
+      path: the folder.
+
+    Raises:
+      OSError: as `folder.replace`. Nothing has changed then.
+      ValueError: PEFT has no such method, or cannot train those leaves of the backbone's.
+    """
+    writer = _WRITERS.get(found.config.delta_type)
+    if writer is None:
+        raise ValueError(
+            f"PEFT has no method for {found.config.delta_type!r}. It takes: {', '.join(_WRITERS)}; save_finetuned "
+            "saves every delta."
+        )
+    if found.inserted:
+        raise ValueError(f"PEFT has no place for layers that were put in by hand, at {listing(found.inserted)}.")
+    if "" in found.targets:
+        raise ValueError("PEFT changes modules inside a model, and this delta sits on the model itself.")
+    fields, tensors = writer(found, structure)
+    base = (found.backbone or BackboneInfo("")).name or None
+    fields = {"base_model_name_or_path": base, "task_type": None, "inference_mode": True} | fields
+    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    files = {
+        TENSORS: save(contiguous, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    folder.replace(path, files, CONFIG)
+
+
+def _write_lora(found: Finetuned, structure: Structure) -> Written:
+    config: LoraConfig = found.config  # type: ignore[assignment]
+    shapes = shapes_of(structure.params)
+    tensors: dict[str, np.ndarray] = {}
+    for host in found.targets:
+        info = structure[host]
+        require_same_lora(info, torch_name(host))
+        a, b = (found.values[f"{host}.{found.name}.{leaf}"] for leaf in "ab")
+        if any(shapes[f"{host}.{key}"] != leaf.shape for key, leaf in info.params.items()):
+            raise ValueError(f"LoRA at {host} has leaves for several layers (nn.scan), and PEFT has a module for each.")
+        tensors |= _factors(info, a, b)
+    modules, biases = _trained(found, structure)
+    saved = {torch_leaf(name): _in_torch(name, found.values[name], structure) for name in (*modules, *biases)}
+    for host in found.targets:  # PEFT puts LoRA in the place of its host, which then is inside
+        if f"{host}.bias" in biases:
+            saved[f"{torch_name(host)}.base_layer.bias"] = saved.pop(f"{torch_name(host)}.bias")
+    of_hosts = {f"{host}.bias" for host in found.targets}
+    r, alpha = config.lora_r, config.lora_alpha
+    own = {f"^{re.escape(torch_name(host))}": host for host in found.targets}
+    fields = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "rank_pattern": {key: config.rank_of(host) for key, host in own.items() if config.rank_of(host) != r},
+        "alpha_pattern": {
+            key: _whole(config.alpha_of(host)) for key, host in own.items() if config.alpha_of(host) != alpha
+        },
+        "target_modules": [torch_name(host) for host in found.targets],
+        "fan_in_fan_out": any(_is_transposed(structure[host]) for host in found.targets),
+        "modules_to_save": _owners(modules) or None,
+        "bias": "none" if not biases else "lora_only" if biases <= of_hosts else "all",
+    }
+    return fields, {f"base_model.model.{key}": value for key, value in (tensors | saved).items()}
+
+
+def _is_transposed(host: ModuleInfo) -> bool:
+    linear = linear_map(host)
+    return isinstance(linear, MatrixMap) and linear.transposed
+
+
+def _factors(host: ModuleInfo, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    """PEFT's tensors of the LoRA at a module."""
+    name = torch_name(host.name)
+    linear = linear_map(host)
+    if isinstance(linear, LookupMap):
+        return {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T}
+    if isinstance(linear, ConvMap):
+        ones = (1,) * (a.ndim - 2)
+        return {f"{name}.lora_A.weight": to_torch(a), f"{name}.lora_B.weight": b.T.reshape(*b.shape[::-1], *ones)}
+    if isinstance(linear, EinsumMap) and linear.shared:
+        raise ValueError(f"LoRA at {name}: PEFT has no module with weights for each row, as {linear.equation!r} has.")
+    r = len(b)
+    return {f"{name}.lora_A.weight": a.reshape(-1, r).T, f"{name}.lora_B.weight": b.reshape(r, -1).T}
+
+
+def _write_prefix(found: Finetuned, structure: Structure) -> Written:
+    require_no_cross_attention(structure)
+    layers = [info.name for info in common_names.resolve(structure, ["attn"])]
+    if missing := sorted({*layers} ^ {*found.targets}):
+        raise ValueError(
+            f"PEFT has a prefix in every attention layer, {len(layers)} in this model; this one is in "
+            f"{len(found.targets)} modules. They differ at {listing(missing)}."
+        )
+    assert isinstance(found.config, PrefixConfig)
+    if not found.config.shift_positions:
+        _warn_of_other_numbers(found, "counts a prefix as positions", "shift_positions")
+    rows = [found.values[f"{host}.{found.name}.{leaf}"] for host in layers for leaf in ("keys", "values")]
+    tokens, heads, width = rows[0].shape
+    fields = {
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": False,
+        "encoder_hidden_size": heads * width,
+        "num_layers": len(layers),
+        "num_attention_heads": heads,
+        "token_dim": heads * width,
+    }
+    return _write_virtual(found, structure, fields, np.stack(rows, 1).reshape(tokens, -1))
+
+
+def _write_soft_prompt(found: Finetuned, structure: Structure) -> Written:
+    (host,) = found.targets
+    assert isinstance(found.config, SoftPromptConfig)
+    if has_pooler(structure, structure[host]) and not found.config.pool_prompt:
+        _warn_of_other_numbers(found, "pools the prompt's first position", "pool_prompt")
+    rows = found.values[f"{host}.{found.name}.embedding"]
+    fields = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", "token_dim": rows.shape[1]}
+    return _write_virtual(found, structure, fields, rows)
+
+
+def _warn_of_other_numbers(found: Finetuned, does: str, field: str) -> None:
+    warnings.warn(
+        f"to_peft: PEFT {does}, and delta {found.name!r} was trained without that, so that PEFT computes other numbers "
+        f"with it. Train it with {field}=True.",
+        stacklevel=4,
+    )
+
+
+# What PEFT calls a task by the end of a model's class; and the heads that it then saves with a prompt.
+_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "LMHeadModel": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "MTModel": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "Model": ("FEATURE_EXTRACTION", ()),
+}
+
+
+def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any], rows: np.ndarray) -> Written:
+    """What prefix tuning and prompt tuning have in common."""
+    kind = (found.backbone or BackboneInfo("")).kind
+    task, heads = next((value for end, value in _TASKS.items() if kind.endswith(end)), (None, ()))
+    if task is None:
+        raise ValueError(f"PEFT needs to know the task of a prompt, and {kind!r} does not tell.")
+    modules, biases = _trained(found, structure)
+    if biases:
+        raise ValueError(f"PEFT trains no biases with a prompt; here {listing(sorted(biases))} trained.")
+    saves = [name for name in modules_of(structure) if name.endswith(heads)]
+    for name in saves:
+        if not any(leaf.startswith(f"{name}.") for leaf in modules):
+            raise ValueError(
+                f"for {task}, PEFT saves {name!r} with a prompt, and this delta does not train it. Call "
+                f"freeze_module(exclude=['deltas', {name!r}]) before."
+            )
+    saved = {f"base_model.{torch_leaf(n)}": _in_torch(n, found.values[n], structure) for n in modules}
+    shared = {
+        "task_type": task,
+        "num_virtual_tokens": len(rows),
+        "num_transformer_submodules": 1,
+        # of a head with modules inside, PEFT adds the name of the whole, and fails on both
+        "modules_to_save": _owners(next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules) or None,
+    }
+    return fields | shared, {PROMPT: rows, **saved}
+
+
+_WRITERS: dict[str, Callable[[Finetuned, Structure], Written]] = {
+    "lora": _write_lora,
+    "prefix": _write_prefix,
+    "soft_prompt": _write_soft_prompt,
+}
+
+
+def _trained(found: Finetuned, structure: Structure) -> tuple[set[str], set[str]]:
+    """The backbone's leaves that trained: those of whole modules, and single biases.
+
+    Raises:
+      ValueError: others, which PEFT cannot train.
+    """
+    leaves = shapes_of(structure.params)
+    trained = leaves.keys() & found.values.keys()
+    other = {*map(_owner, leaves.keys() - trained), *found.targets}
+    partly = {name[:i] for name in other for i in _ends(name)}
+    whole = {leaf for leaf in trained if _owner(leaf) not in partly}
+    biases = {leaf for leaf in trained - whole if leaf.endswith(".bias")}
+    if odd := sorted(trained - whole - biases):
+        raise ValueError(
+            f"PEFT trains whole modules without a delta of their own, and biases; this delta trains {listing(odd)}. "
+            "Choose others with freeze_module."
+        )
+    owners = set(map(_owner, whole))
+    for name in sorted(owners):
+        if name in structure.tied:
+            raise ValueError(
+                f"the head computes with the embedding {name!r}, and PEFT would train it apart from the head."
+            )
+        if lone := [module for module in modules_of(structure) if module.endswith(name) and module not in owners]:
+            raise ValueError(
+                f"PEFT takes the ends of names: with {name!r} it would train {listing(lone)} too. Train these as well."
+            )
+    return whole, biases
+
+
+def _ends(name: str) -> list[int]:
+    """Where the names of the modules around this one end, and its own."""
+    return [i for i in range(len(name) + 1) if name[i : i + 1] in (".", "")]
+
+
+def _owner(leaf: str) -> str:
+    """The name of the module that a leaf belongs to."""
+    return leaf.rpartition(".")[0]
+
+
+def _owners(leaves: Iterable[str]) -> list[str]:
+    """The names, in PyTorch, of the modules that leaves belong to; not of those inside another."""
+    owners = {_owner(leaf) for leaf in leaves}
+    outer = [name for name in owners if not any(name[:i] in owners - {name} for i in _ends(name))]
+    return sorted(map(torch_name, outer))
+
+
+def _in_torch(name: str, value: np.ndarray, structure: Structure) -> np.ndarray:
+    """A leaf of the backbone's in PyTorch's layout."""
+    if not name.endswith(".kernel"):
+        return value
+    info = structure.modules.get(_owner(name))
+    if value.ndim != 2 and not (info and issubclass(info.type, nn.Conv)):
+        raise ValueError(f"{name!r} has shape {value.shape}, and PyTorch has no dense layer with so many axes.")
+    return to_torch(value)
+
+
+def _whole(number: float) -> float:
+    """The number, as an `int` if it is one."""
+    return int(number) if number == int(number) else number

@@ -1,0 +1,1 @@
+"""Faster or leaner forms of parts of a backbone, which compute the same."""

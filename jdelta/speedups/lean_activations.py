@@ -1,0 +1,145 @@
+"""Activation functions that keep nothing but their input for the backward pass: opt-in, and undoable."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta.hosts import backbone
+from jdelta.hosts.linen.interception import Edit, Host
+from jdelta.hosts.linen.patches import globals_of, patched
+from jdelta.speedups.patch import Alteration, altered, tried, unaltered
+
+_NAME = "lean.activations"  # a delta's name has no dot
+
+# Those of transformers that keep more than one array. ReLU and tanh keep one.
+_LEANER = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu", "swish")
+
+
+def lean_activations(model: Any) -> Alteration:
+    """Lets GELU and SiLU keep their input alone for the backward pass, and compute the rest there again.
+
+        lean = jdelta.lean_activations(model)
+        print(lean)  # 12 modules: bert.encoder.layer.[0-11].intermediate
+        lean.undo()
+
+    JAX keeps one or two more arrays of an activation's size, the widest in a transformer; PyTorch keeps the input.
+    With LoRA on MiniLM, and fused attention, this saves 30 % of a step's temporary memory.
+
+    The computation is the model's own; but on a CPU in float32 the exact GELU is computed from `erf`, where
+    `jax.nn.gelu` takes `erfc`, at which XLA is slower: the results differ by rounding.
+
+    Changed is every module that takes its activation by name from transformers: all its families do. In a module of
+    your own write `jax.checkpoint(nn.gelu)`. A function that `jax.jit` compiled before keeps what it was compiled
+    with, here and after `undo`.
+
+    Args:
+      model: a Flax model of transformers, or a `jdelta.Backbone` of one of its modules, with or without deltas.
+
+    Returns:
+      What was changed, and the way back.
+
+    Raises:
+      RuntimeError: its activations are lean already.
+      TypeError: it is no such model.
+      ValueError: no module of it uses such an activation.
+    """
+    face = unaltered(
+        model, _NAME, "lean_activations: the activations of this model are lean already. Call undo() first."
+    )
+    structure = backbone.trace(face)
+    uses = {info.path: _Use() for info in structure}
+    tried(face, structure, _NAME, lambda info: _Lean(uses[info.path], info.type))
+    targets = [info for info in structure if uses[info.path].seen]
+    if not targets:
+        raise ValueError(
+            f"lean_activations: nothing in {face.kind} can be changed; no module takes {', '.join(_LEANER)} by name "
+            "from transformers. In a module of your own write jax.checkpoint(nn.gelu)."
+        )
+    edits = [Edit(info.path, "around", _Lean(_Use(), info.type)) for info in targets]
+    return altered(face, _NAME, edits, "modules", targets)
+
+
+class _Use:
+    """Whether an activation was used while this was active."""
+
+    seen = False
+
+
+_active: contextvars.ContextVar[_Use | None] = contextvars.ContextVar("use", default=None)
+
+
+class _Lean(nn.Module):
+    """Runs a module with lean activations.
+
+    Attributes:
+      use: whether there are any.
+      host_type: the module's class.
+    """
+
+    use: _Use
+    host_type: type[nn.Module]
+
+    @nn.nowrap
+    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        token = _active.set(self.use)
+        try:
+            return host(*args, **kwargs)
+        finally:
+            _active.reset(token)
+
+    @nn.nowrap
+    @contextlib.contextmanager
+    def during_run(self) -> Iterator[None]:
+        """While the model runs, transformers' names mean functions that delegate, unless lean ones are asked for.
+
+        Not only while the module runs: it takes its activation in `setup`, before.
+        """
+        files = [*globals_of(self.host_type), vars(sys.modules.get("transformers.modeling_flax_utils", object))]
+        tables = {id(table): table for file in files if isinstance(table := file.get("ACT2FN"), dict)}
+        with contextlib.ExitStack() as stack:
+            for table in tables.values():
+                for name in _LEANER:
+                    if name in table:
+                        stack.enter_context(patched(table, name, _delegating))
+            yield
+
+
+def _delegating(own: Callable[[jax.Array], jax.Array]) -> _Activation:
+    return _Activation(own, _compiled(own))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(own: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Kept, or every call without `jax.jit` would trace it again."""
+    return jax.jit(jax.checkpoint(own))
+
+
+class _Activation:
+    def __init__(self, own: Callable[[jax.Array], jax.Array], again: Callable[[jax.Array], jax.Array]):
+        self._own = own
+        self._again = again
+        self._exact_gelu = isinstance(own, functools.partial) and own.keywords == {"approximate": False}
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        use = _active.get()
+        if use is None:
+            return self._own(x)
+        use.seen = True
+        quicker = self._exact_gelu and x.dtype == jnp.float32 and jax.default_backend() == "cpu"
+        return _gelu(x) if quicker else self._again(x)
+
+
+@jax.jit
+@jax.checkpoint
+def _gelu(x: jax.Array) -> jax.Array:
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))

@@ -1,0 +1,123 @@
+"""A change of how a model computes what it computes: opt-in, without parameters, and undoable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+from flax import linen as nn
+
+from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.hosts import backbone
+from jdelta.hosts.linen.interception import Attachment, Edit, attachments_of, bare, instrument
+
+
+class Alteration:
+    """What was changed, and the way back.
+
+    Attributes:
+      targets: the names of the modules that were changed, in the order of execution.
+      left: name to reason of those that were left alone.
+    """
+
+    def __init__(
+        self, face: backbone.Face, attachment: Attachment, what: str, targets: Sequence[str], left: Mapping[str, str]
+    ):
+        self._face = face
+        self._attachment = attachment
+        self._what = what
+        self.targets = list(targets)
+        self.left = dict(left)
+
+    def undo(self) -> None:
+        """Gives back the model's own computation.
+
+        Raises:
+          RuntimeError: that was done already.
+        """
+        carried = attachments_of(self._face.module)
+        rest = [attachment for attachment in carried if attachment is not self._attachment]
+        if len(rest) == len(carried):
+            raise RuntimeError("undo: this was undone already.")
+        self._face.module = instrument(self._face.module, rest)
+
+    def __repr__(self) -> str:
+        left = f"; left: {reasons(self.left)}" if self.left else ""
+        return f"{len(self.targets)} {self._what}: {', '.join(_folded(self.targets))}{left}"
+
+
+def unaltered(model: object, name: str, message: str) -> backbone.Face:
+    """The model's face, if it carries no alteration of this name.
+
+    Args:
+      model: a Flax model of transformers, or a `jdelta.Backbone`.
+      name: of the attachment. It has a dot in it, which that of a delta has not.
+      message: of the error otherwise.
+
+    Raises:
+      RuntimeError: it carries one.
+      TypeError: it is no such model.
+    """
+    face = backbone.face_of(model)
+    if any(attachment.name == name for attachment in attachments_of(face.module)):
+        raise RuntimeError(message)
+    return face
+
+
+def tried(face: backbone.Face, structure: Structure, name: str, layer: Callable[[ModuleInfo], nn.Module]) -> None:
+    """One abstract run of the bare model with such a layer around every module."""
+    edits = tuple(Edit(info.path, "around", layer(info)) for info in structure)
+    module = instrument(bare(face.module), [Attachment(name, edits)])
+    jax.eval_shape(lambda: face.init(module, jax.random.key(0)))
+
+
+def altered(
+    face: backbone.Face,
+    name: str,
+    edits: Iterable[Edit],
+    what: str,
+    targets: Iterable[ModuleInfo],
+    left: Mapping[str, str] | None = None,
+) -> Alteration:
+    """Makes the model run these edits.
+
+    Args:
+      face: the model.
+      name: of the attachment.
+      edits: what it does.
+      what: the kind of the modules, in the plural.
+      targets: those that are changed.
+      left: name to reason of those that are not.
+    """
+    attachment = Attachment(name, tuple(edits))
+    face.module = instrument(face.module, [*attachments_of(face.module), attachment])
+    return Alteration(face, attachment, what, [info.name for info in targets], left or {})
+
+
+# --- names
+
+
+def reasons(left: Mapping[str, str]) -> str:
+    """The names by their reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(_folded(names))} ({reason})" for reason, names in by_reason.items())
+
+
+def _folded(names: Iterable[str]) -> list[str]:
+    """Names that differ in one number, as one: `'layer.[0-11].attention'`."""
+    runs: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        number = re.search(r"(?<![^.])\d+(?![^.])", name)
+        key = (name[: number.start()], name[number.end() :]) if number else (name or "the root module", "")
+        runs.setdefault(key, []).extend([int(number[0])] if number else [])
+    return [start + _range(numbers) + end for (start, end), numbers in runs.items()]
+
+
+def _range(numbers: list[int]) -> str:
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"[{numbers[0]}-{numbers[-1]}]" if whole else f"[{','.join(map(str, numbers))}]"

@@ -1,0 +1,130 @@
+"""What trains and what is frozen, as masks over parameter trees and as optax wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+
+from jdelta.trees import addressing, dtypes, surgery
+from jdelta.trees.surgery import Path, Tree
+
+DELTAS = "deltas"  # in a list of patterns: all leaves of all attached deltas
+
+
+def trained_paths(
+    leaves: Mapping[Path, Any],
+    exclude: Sequence[str],
+    deltas: Collection[Path] = (),
+    never: Collection[Path] = (),
+    fixed: Collection[Path] = (),
+) -> set[Path]:
+    """The paths of what trains.
+
+    Args:
+      leaves: path to leaf of all parameters; shapes suffice.
+      exclude: what is excluded from freezing: patterns of modules or leaves (everything below a match trains, so
+        `["bias"]` is BitFit), and the word `"deltas"`.
+      deltas: paths of the leaves that the word means.
+      never: paths of leaves that do not train even so.
+      fixed: likewise, since their dtype cannot be trained. Those are also known by the dtypes in `leaves`.
+
+    Raises:
+      TypeError: `exclude` is a bare string.
+      ValueError: an invalid regex, or a pattern that matches nothing, or nothing that can train.
+    """
+    names = {path: surgery.name_of(path) for path in leaves}
+    fixed = {path for path in names if path in fixed or dtypes.is_fixed(leaves[path])}
+    chosen: set[Path] = set()
+    patterns = addressing.checked(exclude)
+    if DELTAS in patterns:
+        chosen.update(path for path in names if path in deltas)
+    for pattern in patterns:
+        if pattern == DELTAS:
+            continue
+        hits = [path for path, name in names.items() if addressing.matches_at_or_above(name, pattern)]
+        if not hits:
+            above = [name.rpartition(".")[0] for name in names.values()]
+            raise ValueError(addressing.nothing_matches(pattern, [*filter(None, above), *names.values()]))
+        if fixed.issuperset(hits):
+            raise ValueError(
+                f"{pattern!r} means {names[hits[0]]!r}, which holds {_dtype(leaves[hits[0]])}. Only floats of 16 bits "
+                "and more train."
+            )
+        chosen.update(hits)
+    return chosen - fixed - {*never}
+
+
+def mask_of(params: Tree, trained: Collection[Path]) -> Tree:
+    """A tree of bools like `params`, `True` at these paths, which are without the collection's name."""
+    start, empty = surgery.root(params), surgery.empty_node
+    marked = {(*start, *path) for path in trained}
+    leaves = surgery.flatten(params)
+    return surgery.unflatten({p: v if v is empty else p in marked for p, v in leaves.items()}, like=params)
+
+
+def parameters_of(params: Tree) -> dict[Path, Any]:
+    """Path to leaf of the parameters in a tree, without other collections and the name of theirs."""
+    leaves, start = surgery.flatten(params), surgery.root(params)
+    return {path[len(start) :]: leaf for path, leaf in leaves.items() if path[: len(start)] == start}
+
+
+def passed_over(params: Tree, exclude: Sequence[str]) -> list[str]:
+    """The names of leaves that patterns mean, and that do not train since their dtype cannot be trained."""
+    start = surgery.root(params)
+    names = [
+        surgery.name_of(path[len(start) :])
+        for path, leaf in surgery.flatten(params).items()
+        if path[: len(start)] == start and leaf is not surgery.empty_node and dtypes.is_fixed(leaf)
+    ]
+    return [name for name in names if any(addressing.matches_at_or_above(name, pattern) for pattern in exclude)]
+
+
+def freeze_except(
+    tx: optax.GradientTransformation | optax.MultiSteps, mask: Tree | Callable[[Tree], Tree]
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer for the whole tree that moves only what the mask marks, and keeps state only for that.
+
+    Frozen leaves do not change by one bit, whatever `tx` does (weight decay, say): their update is -0.0, the number
+    that leaves every float as it is under addition. optax's own `set_to_zero` gives +0.0, which turns -0.0 into 0.0.
+    A state that was made for other leaves is a `RuntimeError`.
+
+    Args:
+      tx: the optimizer of the trainable leaves, or anything that has its `init` and `update`.
+      mask: a tree of bools, as `mask_of` gives it, or a function from a tree to such a tree.
+    """
+
+    def labels(tree: Tree) -> Tree:
+        return jax.tree.map(lambda trains: "train" if trains else "freeze", mask(tree) if callable(mask) else mask)
+
+    inner = optax.multi_transform({"train": tx, "freeze": optax.stateless(_no_update)}, labels)
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        try:
+            return inner.update(updates, state, params, **extra)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            fitting = jax.eval_shape(inner.init, updates if params is None else params)
+            if jax.tree.structure(fitting) == jax.tree.structure(state):  # type: ignore[operator]
+                raise
+            raise RuntimeError(
+                "this optimizer's state was made for other leaves than those that train now. Make it anew: "
+                "state = tx.init(params)."
+            ) from error
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _no_update(updates: Any, params: Any = None) -> Any:
+    del params
+    # Of leaves that are no floats, `jax.grad(…, allow_int=True)` gives gradients of a dtype that nothing adds to.
+    return jax.tree.map(
+        lambda u: jnp.zeros(u.shape, bool) if u.dtype == jax.dtypes.float0 else jnp.full_like(u, -0.0), updates
+    )
+
+
+def _dtype(leaf: Any) -> str:
+    return str(getattr(meta.unbox(leaf), "dtype", "no floats"))
