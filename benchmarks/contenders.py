@@ -122,7 +122,7 @@ def filled(tree: Tree, values: Mapping[Path, np.ndarray]) -> Tree:
 
 
 def with_qwix(sizes: Sizes) -> Training:
-    """LoRA by qwix on the linen module of the Hugging Face model; the classifier trains too."""
+    """LoRA by qwix on the linen module of the Hugging HostAdapter model; the classifier trains too."""
     import qwix
 
     model = FlaxBertForSequenceClassification(sizes.config(), _do_init=False)

@@ -2,6 +2,7 @@
 
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
 from jdelta.core.config import DeltaConfig
+from jdelta.core.edits import CallEdit
 from jdelta.core.linear import register_linear
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
@@ -9,7 +10,6 @@ from jdelta.display.interactive import select_modules
 from jdelta.display.movement import Movement
 from jdelta.display.visualization import Visualization
 from jdelta.hosts.backbone import Backbone
-from jdelta.hosts.linen.interception import Edit
 from jdelta.hosts.transformers import linear_types as _transformers_linear
 from jdelta.hosts.transformers import repairs as _transformers_repair
 from jdelta.methods.adapter import AdapterConfig, AdapterModel
@@ -40,11 +40,11 @@ __all__ = [
     "Backbone",
     "BitFitConfig",
     "BitFitModel",
+    "CallEdit",
     "CompacterConfig",
     "CompacterModel",
     "DeltaConfig",
     "DeltaModel",
-    "Edit",
     "Finetuned",
     "LoraConfig",
     "LoraModel",

@@ -127,20 +127,20 @@ class AutoDeltaModel:
           ConnectionError: no such folder, and the Hub cannot be reached.
           TypeError, ValueError: as `DeltaModel.load_finetuned`. The model is then as it was.
         """
-        face = backbone.face_of(backbone_model)
-        found = source if isinstance(source, Finetuned) else read_delta(source, revision, face.params)
+        adapter = backbone.adapt(backbone_model)
+        found = source if isinstance(source, Finetuned) else read_delta(source, revision, adapter.params)
         if found.inserted:
             raise ValueError(
                 f"delta {found.name!r} has layers that were put in by hand, at {listing(found.inserted)}. Put them "
                 "into this model in the same way, and call load_finetuned on that delta."
             )
-        _require_few_patterns(found, len(backbone.trace(face).modules) + len(found.values))
-        if name is None and taken(found.name, backbone_model, backbone.trace(face)) is None:
+        _require_few_patterns(found, len(backbone.trace(adapter).modules) + len(found.values))
+        if name is None and taken(found.name, backbone_model, backbone.trace(adapter)) is None:
             named_like_a_leaf = any(
                 leaf.split(".").count(found.name) > 1 for leaf in found.values if found.is_own(leaf)
             )
             name = None if named_like_a_leaf else found.name  # earlier versions allowed it
-        with backbone.unchanged_on_error(face), regexes.limited():
+        with backbone.unchanged_on_error(adapter), regexes.limited():
             kind = METHODS[found.config.delta_type]
             delta = kind._of_saved(found, backbone_model, name)
             delta.load_finetuned(found, check_hash=check_hash)

@@ -14,11 +14,12 @@ import optax
 from flax import linen as nn
 
 from jdelta.core.config import CONFIGS, DeltaConfig, as_path
+from jdelta.core.edits import CallEdit
 from jdelta.core.random_keys import as_key
 from jdelta.display.movement import Movement, measured, tabulated
 from jdelta.display.visualization import Visualization
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import Edit, attachments_of, with_made
+from jdelta.hosts.linen.instrument import attachments_of, with_made
 from jdelta.kept import Kept
 from jdelta.saved.finetuned import Finetuned
 from jdelta.scale import sharding
@@ -43,7 +44,7 @@ class DeltaModel(Kept):
             default_modified_modules = ("ff.w2",)
 
             def edits(self, host, structure):
-                yield jdelta.Edit(host.path, "after", Scale(), leaf=(self.name,))
+                yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name,))
 
     Args:
       backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
@@ -107,7 +108,7 @@ class DeltaModel(Kept):
             self.config = dataclasses.replace(self.config, modified_modules=tuple(names))
             self._put_at(names)
 
-        with backbone.unchanged_on_error(self._face):
+        with backbone.unchanged_on_error(self._adapter):
             interactive.choose(self, port, take)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -229,7 +230,8 @@ class DeltaModel(Kept):
     def __repr__(self) -> str:
         states = {"removed": self._removed, "merged": self.merged, "attached": self.attached, "detached": True}
         state = next(state for state, holds in states.items() if holds)
-        return f"<{type(self).__name__} {self.name!r} on {len(self.targets)} modules of {self._face.kind}, {state}>"
+        place = f"{len(self.targets)} modules of {self._adapter.class_name}"
+        return f"<{type(self).__name__} {self.name!r} on {place}, {state}>"
 
     def init(self, rng: int | chex.PRNGKey, params: Tree | None = None) -> Tree:
         """Fresh values of the delta's own leaves, as a tree to be grafted into the backbone's.
@@ -246,7 +248,7 @@ class DeltaModel(Kept):
           ValueError: the method starts from the backbone's values, and there are none.
         """
         own = self._only_own(self._init_model(as_key(rng)))
-        return self._started(own, self._face.params if params is None else params)
+        return self._started(own, self._adapter.params if params is None else params)
 
     # --- how it is split over a mesh
 
@@ -276,7 +278,7 @@ class DeltaModel(Kept):
           ValueError: a leaf of the backbone has no spec, or one that does not fit its shape or the mesh, or there are
             several meshes. The message names the leaf.
         """
-        carried = attachments_of(self._face.module)
+        carried = attachments_of(self._adapter.module)
         return sharding.partition_specs(specs, self._tree(None), carried, self._structure, mesh)
 
     def shardings(self, specs: Tree, mesh: jax.sharding.Mesh | None = None) -> Tree:
@@ -296,7 +298,7 @@ class DeltaModel(Kept):
         Raises:
           TypeError, ValueError: as `partition_specs`; also if there is no mesh.
         """
-        carried = attachments_of(self._face.module)
+        carried = attachments_of(self._adapter.module)
         return sharding.shardings(specs, self._tree(None), carried, self._structure, mesh)
 
     def own(self, tree: Tree) -> Tree:
@@ -460,13 +462,13 @@ class DeltaModel(Kept):
         for host in self._structure.find([name] if isinstance(name, str) else name):
             number = sum(edit.host == host.path and edit.layer is not None for edit in own.edits)
             leaf = (self.name, str(number)) if number else (self.name,)
-            edits.append(Edit(host.path, where, layer, start=begin.path if begin else None, leaf=leaf))
+            edits.append(CallEdit(host.path, where, layer, span_input=begin.path if begin else None, leaf=leaf))
         self._put([*own.edits, *edits])
         self._inserted += [surgery.name_of(edit.host) for edit in edits]
 
     def _init_model(self, rng: chex.PRNGKey) -> Tree:
         own = dataclasses.replace(self._attachment, active=True)
-        return self._run_init([own if a.name == own.name else a for a in attachments_of(self._face.module)], rng)
+        return self._run_init([own if a.name == own.name else a for a in attachments_of(self._adapter.module)], rng)
 
 
 def _arguments(config: DeltaConfig) -> dict[str, Any]:

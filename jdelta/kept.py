@@ -13,7 +13,7 @@ from flax.core import meta
 
 from jdelta.core import merging
 from jdelta.core.config import DeltaConfig, as_path, as_type
-from jdelta.hosts.linen.interception import attachments_of, with_made
+from jdelta.hosts.linen.instrument import attachments_of, with_made
 from jdelta.placed import Placed
 from jdelta.saved import hub
 from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing, misfits, require_check_hash, require_same
@@ -63,9 +63,9 @@ class Kept(Placed):
     def _finetuned(self, params: Tree | None) -> Finetuned:
         own, tree, config = self._active("saved"), self._values(params), self.config
         trains = surgery.flatten(surgery.parameters(self._mask_of(tree)))
-        deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}
+        deltas = {path for a in attachments_of(self._adapter.module) for path in a.leaves}
         backbone = [path for path, flag in trains.items() if path not in deltas and flag is not surgery.empty_node]
-        if own.source is not None and (simple := self.folded()) is not None:
+        if own.generator is not None and (simple := self.folded()) is not None:
             config, (tree, own) = simple, self._written(tree)
         leaves = surgery.flatten(surgery.parameters(tree))
         wanted = [*own.leaves, *(path for path in backbone if trains[path])]
@@ -80,7 +80,7 @@ class Kept(Placed):
             targets=tuple(self.targets),
             exclude=self._exclude,
             inserted=tuple(self._inserted),
-            backbone=BackboneInfo(self._face.kind, self._face.origin, fingerprint.fingerprint(frozen)),
+            backbone=BackboneInfo(self._adapter.class_name, self._adapter.source_repo, fingerprint.fingerprint(frozen)),
             own=frozenset(map(surgery.name_of, own.leaves)),
         )
 
@@ -203,7 +203,7 @@ class Kept(Placed):
         if odd := misfits(found, {path: own_shapes[path] for path in own.leaves}, leaves):
             raise ValueError(f"delta {self.name!r} cannot be loaded: {listing(odd)}.")
         if check_hash:
-            deltas = {path for a in attachments_of(self._face.module) for path in a.leaves}
+            deltas = {path for a in attachments_of(self._adapter.module) for path in a.leaves}
             rest = {
                 name: leaves[path]
                 for name, path in paths.items()
@@ -225,8 +225,8 @@ class Kept(Placed):
         self._initial = None
         start = surgery.root(tree)
         loaded = surgery.replaced(tree, {(*start, *paths[name]): value for name, value in found.values.items()})
-        if params is None and self._face.params is not None:
-            self._face.params = loaded
+        if params is None and self._adapter.params is not None:
+            self._adapter.params = loaded
         return loaded
 
     def merge(self, params: Tree | None = None) -> Tree:
@@ -251,7 +251,7 @@ class Kept(Placed):
             the head, or an update of weights that are no floats of 16 bits and more. The message names the modules.
         """
         own, tree = self._active("merged"), self._values(params)
-        start, attachments = surgery.root(tree), attachments_of(self._face.module)
+        start, attachments = surgery.root(tree), attachments_of(self._adapter.module)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError("merge: the values are elsewhere. Pass the tree that holds them: delta.merge(params).")
         self._require_whole(tree, "merge")
@@ -267,10 +267,10 @@ class Kept(Placed):
             return surgery.unflatten({p: leaf for p, leaf in leaves.items() if p not in own_leaves} | new, like=tree)
         new |= {path: leaf for path, leaf in self._borrowed(tree).items()}
         self._switch(active=False)
-        before = surgery.flatten(self._face.params)
+        before = surgery.flatten(self._adapter.params)
         self._unmerged = {path: (before.get(path), leaf) for path, leaf in new.items()}
-        self._face.params = surgery.unflatten({**before, **new}, like=tree)
-        return self._face.params
+        self._adapter.params = surgery.unflatten({**before, **new}, like=tree)
+        return self._adapter.params
 
     def unmerge(self) -> None:
         """Takes the delta out of the weights again, which then have the bits that they had, and attaches it.
@@ -281,13 +281,13 @@ class Kept(Placed):
         """
         if not self.merged:
             raise RuntimeError(f"delta {self.name!r} is not merged.")
-        surgery.require_alive(self._face.params)
+        surgery.require_alive(self._adapter.params)
         if any(surgery.is_deleted(original) for original, _ in self._unmerged.values()):
             raise RuntimeError(
                 "unmerge: the weights from before merging were donated to a jitted function, and so deleted. Load the "
                 "backbone afresh."
             )
-        leaves = surgery.flatten(self._face.params)
+        leaves = surgery.flatten(self._adapter.params)
         for path, (_, merged) in self._unmerged.items():
             if leaves.get(path) is not merged and not _same_bits(leaves.get(path), merged):
                 raise ValueError(
@@ -296,7 +296,7 @@ class Kept(Placed):
                 )
         back = leaves | {path: original for path, (original, _) in self._unmerged.items()}
         back = {path: leaf for path, leaf in back.items() if leaf is not None}
-        self._face.params = surgery.unflatten(back, like=self._face.params)
+        self._adapter.params = surgery.unflatten(back, like=self._adapter.params)
         self._unmerged = {}
         self._switch(active=True)
 
@@ -318,7 +318,11 @@ class Kept(Placed):
             if odd := sorted({*here} ^ {*there}):
                 side = "the saved one does not" if odd[0] in here else "the saved one does"
                 kind = found.backbone.kind if found.backbone is not None else ""
-                on = f" (on {kind}; this is {self._face.kind})" if kind not in ("", self._face.kind) else ""
+                on = (
+                    f" (on {kind}; this is {self._adapter.class_name})"
+                    if kind not in ("", self._adapter.class_name)
+                    else ""
+                )
                 raise ValueError(
                     f"delta {self.name!r} {what} {len(here)} modules, the saved one{on} {what} {len(there)}; at "
                     f"{odd[0]}, {side}. Attach with the saved delta's modified_modules, or with "

@@ -21,10 +21,11 @@ from flax import linen as nn
 from flax.core import meta
 
 from jdelta.core.config import DeltaConfig, require_name
+from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.random_keys import as_key
 from jdelta.core.structure import ModuleInfo, Structure, require_open
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import Attachment, Edit, attachments_of, instrument, with_made
+from jdelta.hosts.linen.instrument import attachments_of, instrument, with_made
 from jdelta.names import common_names
 from jdelta.saved.finetuned import Finetuned, listing, misfits
 from jdelta.trees import addressing, dtypes, fingerprint, freezing, memory, surgery
@@ -40,7 +41,7 @@ class _NamedLikeALeaf(ValueError):
 _held: weakref.WeakSet[Placed] = weakref.WeakSet()  # every delta that somebody holds
 _lock = threading.Lock()
 _COMMON = {field.name for field in dataclasses.fields(DeltaConfig)}  # the arguments that every method has
-LEFT_BEHIND = "left.behind"  # the name of what stays of deltas that are gone; no delta has a dot in its name
+AFTER_MERGE = "after.merge"  # the name of what stays of deltas that are gone; no delta has a dot in its name
 
 
 def carried(backbone_model: Any) -> list[Attachment]:
@@ -48,15 +49,15 @@ def carried(backbone_model: Any) -> list[Attachment]:
     with _lock:
         put = [delta for delta in _held if "_shapes" in vars(delta)]  # others are being made, or failed
     names = {delta.name for delta in put if delta.backbone_model is backbone_model and delta._removed is None}
-    attachments = attachments_of(backbone.face_of(backbone_model).module)
+    attachments = attachments_of(backbone.adapt(backbone_model).module)
     return without(attachments, [a for a in attachments if not a.active and a.name not in names])
 
 
 def without(attachments: Sequence[Attachment], gone: Sequence[Attachment]) -> list[Attachment]:
     """The attachments without some that are off. What merging may have left behind in their hosts is still run."""
     rest = [a for a in attachments if a not in gone]
-    edits = {edit.host: edit for a in gone for edit in a.edits if hasattr(edit.layer, "left_behind")}
-    return [Attachment(LEFT_BEHIND, tuple(edits.values()), active=False), *rest] if edits else rest
+    edits = {edit.host: edit for a in gone for edit in a.edits if hasattr(edit.layer, "after_merge")}
+    return [Attachment(AFTER_MERGE, tuple(edits.values()), active=False), *rest] if edits else rest
 
 
 def taken(name: str, backbone_model: Any, structure: Structure) -> str | None:
@@ -68,7 +69,7 @@ def taken(name: str, backbone_model: Any, structure: Structure) -> str | None:
     if name in parts.union(*(info.path for info in structure)):
         return f"{name!r} is the name of a part of this backbone. Choose another name for the delta."
     for a in attachments:
-        if name in {key for path in (*a.leaves, *a.made) for key in path}:
+        if name in {key for path in (*a.leaves, *a.generated) for key in path}:
             return f"{name!r} is the name of a part of delta {a.name!r}. Choose another name."
     return None
 
@@ -107,7 +108,7 @@ class Placed:
 
     # --- what a method says
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
         """What this method does at a module that it was pointed at. Override it.
 
         Raises:
@@ -115,7 +116,7 @@ class Placed:
         """
         return ()
 
-    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[CallEdit]:
         """The edits at all modules that the patterns mean. Override it for a method whose modules come in pairs."""
         for host in find(patterns) if patterns else ():
             try:
@@ -165,7 +166,7 @@ class Placed:
 
     @cached_property
     def _structure(self) -> Structure:
-        return backbone.trace(self._face)
+        return backbone.trace(self._adapter)
 
     @property
     def attached(self) -> bool:
@@ -180,7 +181,7 @@ class Placed:
     @property
     def targets(self) -> list[str]:
         """The names of the modules this delta sits on, in the order of execution."""
-        hosts = {edit.host for edit in (self._removed or self._attachment).edits if not edit.helps}
+        hosts = {edit.host for edit in (self._removed or self._attachment).edits if not edit.auxiliary}
         return [info.name for info in self._structure if info.path in hosts]
 
     @property
@@ -230,7 +231,7 @@ class Placed:
             self._switch(active=False)
         own, others = self._attachment, carried(self.backbone_model)
         rest = without(others, [own]) if self._was_merged else [a for a in others if a.name != self.name]
-        self._face.module = instrument(self._face.module, rest)
+        self._adapter.module = instrument(self._adapter.module, rest)
         self._removed = own
         self._kept.clear()
         self._unmerged.clear()
@@ -240,8 +241,8 @@ class Placed:
     def _begin(self, backbone_model: Any, name: str | None, rng: int | chex.PRNGKey) -> None:
         """Everything but the modules that it goes to; `config` is there already. Nothing of the model changes."""
         self.backbone_model = backbone_model
-        self._face = backbone.face_of(backbone_model)
-        self._structure = backbone.trace(self._face)
+        self._adapter = backbone.adapt(backbone_model)
+        self._structure = backbone.trace(self._adapter)
         self._rng = as_key(rng)
         self.name = self._free_name(name)
         self._is_named = name is not None  # by the user
@@ -253,7 +254,7 @@ class Placed:
         self._initial: dict[Path, str] | None = {}  # digests of own leaves at initialisation; None: values were loaded
         self._kept: dict[Path, Any] = {}  # values to put back: on detach the backbone's, on attach the delta's
 
-    def _edits_at(self, patterns: Sequence[str], common: bool = False) -> list[Edit]:
+    def _edits_at(self, patterns: Sequence[str], common: bool = False) -> list[CallEdit]:
         """What the method does at the modules that the patterns mean, but for what `exclude_modules` takes out."""
         asked: list[ModuleInfo] = []
         find = self._finder(common, self.config.exclude_modules or ())
@@ -268,7 +269,7 @@ class Placed:
         means = f"{type(self).__name__}: none of the modules that {list(patterns)} mean gets a change from it"
         if patterns and not wanted:
             raise ValueError(f"{means}.")
-        if patterns and not any(not edit.helps for edit in edits):
+        if patterns and not any(not edit.auxiliary for edit in edits):
             raise ValueError(f"{means}: exclude_modules={list(self.config.exclude_modules or ())} leaves nothing.")
         if not common:
             self._require_each_changed(asked, wanted)
@@ -276,18 +277,20 @@ class Placed:
             self._check_patterns(field, edits)
         return edits
 
-    def _without_excluded(self, edits: Iterable[Edit]) -> list[Edit]:
-        """Those whose module is neither excluded nor below one that is. What only helps others stays."""
+    def _without_excluded(self, edits: Iterable[CallEdit]) -> list[CallEdit]:
+        """Those whose module is neither excluded nor below one that is. What only auxiliary others stays."""
         self._structure.find((), self.config.exclude_modules or ())  # raises if a pattern means nothing
-        return [edit for edit in edits if edit.helps or not self._is_excluded(_changed_name(edit))]
+        return [edit for edit in edits if edit.auxiliary or not self._is_excluded(_changed_name(edit))]
 
     def _is_excluded(self, name: str) -> bool:
         """Whether a module is excluded, or below one that is."""
         return any(addressing.matches_at_or_above(name, p) for p in self.config.exclude_modules or ())
 
-    def _require_each_changed(self, asked: Sequence[ModuleInfo], edits: Sequence[Edit]) -> None:
+    def _require_each_changed(self, asked: Sequence[ModuleInfo], edits: Sequence[CallEdit]) -> None:
         """Raises `ValueError` if the method does nothing at or below a module that was named."""
-        changed = {path for edit in edits if not edit.helps for path in (edit.host, edit.start) if path is not None}
+        changed = {
+            path for edit in edits if not edit.auxiliary for path in (edit.host, edit.span_input) if path is not None
+        }
         around = {path[:i] for path in changed for i in range(len(path) + 1)}
         if odd := list({info.path: info for info in asked if info.path not in around}.values()):
             names = ", ".join(f"{info.name} ({info.type.__name__})" for info in odd[:3])
@@ -297,9 +300,9 @@ class Placed:
                 "name them in exclude_modules."
             )
 
-    def _check_patterns(self, field: str, edits: Sequence[Edit]) -> None:
+    def _check_patterns(self, field: str, edits: Sequence[CallEdit]) -> None:
         """Raises `ValueError` if a pattern of modified modules counts for none of them."""
-        left = list(dict.fromkeys(surgery.name_of(edit.host) for edit in edits if not edit.helps))
+        left = list(dict.fromkeys(surgery.name_of(edit.host) for edit in edits if not edit.auxiliary))
         names = left
         for pattern in getattr(self.config, field) or ():
             if not any(addressing.matches(name, pattern) for name in names):
@@ -357,15 +360,15 @@ class Placed:
             self.name = self._free_name(None, but=self.name)
             self._put(self._edits_at(patterns, common))
 
-    def _warn_of_twin(self, edits: Sequence[Edit]) -> None:
+    def _warn_of_twin(self, edits: Sequence[CallEdit]) -> None:
         """Warns if an attached delta is the same up to its values, however the patterns of its modules are written."""
 
-        def what(config: DeltaConfig, edits: Sequence[Edit]) -> Any:
+        def what(config: DeltaConfig, edits: Sequence[CallEdit]) -> Any:
             arguments = config.to_dict()
             own = {key: arguments[key] for key in arguments if key not in _COMMON}
             return own, {edit.host for edit in edits}
 
-        carried = [a for a in attachments_of(self._face.module) if a.active and a.config is not None]
+        carried = [a for a in attachments_of(self._adapter.module) if a.active and a.config is not None]
         twins = [a.name for a in carried if edits and what(a.config, a.edits) == what(self.config, edits)]
         if twins:
             warnings.warn(
@@ -376,9 +379,9 @@ class Placed:
                 stacklevel=4,
             )
 
-    def _put(self, edits: Sequence[Edit]) -> None:
+    def _put(self, edits: Sequence[CallEdit]) -> None:
         """Makes these the delta's edits. All that can fail comes first; then model and parameters change."""
-        surgery.require_alive(self._face.params)
+        surgery.require_alive(self._adapter.params)
         draft, index, everything = self._tried(edits)
         edits, others = draft[index].edits, carried(self.backbone_model)
         known = {path for path in surgery.flatten(self._structure.params)}
@@ -388,7 +391,7 @@ class Placed:
         draft[index], own = self._attachment_of(edits, shapes)
         self._require_room(own)
 
-        module, params = self._face.module, self._face.params
+        module, params = self._adapter.module, self._adapter.params
         after = params
         if params is not None:
             have = surgery.flatten(params)
@@ -396,24 +399,24 @@ class Placed:
             after = surgery.graft(params, self._initial_values(draft, fresh, params)) if fresh else params
         start = surgery.root(everything)
         try:
-            self._face.module = instrument(module, draft)
+            self._adapter.module = instrument(module, draft)
             if params is not None:
-                self._face.params = after
+                self._adapter.params = after
                 self._kept = {p: _copy(leaf) for p, leaf in self._borrowed(after).items()} | self._kept
-            if not draft[index].made:
-                self._face.known["tree"] = (self._face.module, everything)
+            if not draft[index].generated:
+                self._adapter.cache["tree"] = (self._adapter.module, everything)
             self._mask_of(self._tree(None))
             self._warn_of_fixed(self._unfrozen, "unfrozen_modules")
         except Exception:
-            self._face.module = module
+            self._adapter.module = module
             if params is not None:
-                self._face.params = params
+                self._adapter.params = params
             raise
         self._shapes = surgery.unflatten({(*start, *path): shape for path, shape in own.items()})
         if params is not None and self._initial is not None:
             self._initial |= _digests(surgery.parameters(after), fresh)
 
-    def _tried(self, edits: Sequence[Edit]) -> tuple[list[Attachment], int, Tree]:
+    def _tried(self, edits: Sequence[CallEdit]) -> tuple[list[Attachment], int, Tree]:
         """What the model would carry with these edits, which of it they are, and its leaves' shapes.
 
         Nothing changes; raises what can be wrong with the edits.
@@ -425,7 +428,7 @@ class Placed:
             raise RuntimeError(f"delta {self.name!r} is detached; call attach() before changing it.")
         self._check(edits, others)
         draft = [*others[:index], Attachment(self.name, tuple(edits)), *others[index + 1 :]]
-        ran: set[Edit] = set()
+        ran: set[CallEdit] = set()
         try:
             everything = jax.eval_shape(lambda key: self._run_init(draft, key, ran), self._rng)
         except Exception as error:  # flax has kinds of its own, and a layer may raise anything
@@ -453,12 +456,12 @@ class Placed:
                     f"and it has {old.shape}. A layer has to return the shape that the next module takes."
                 )
 
-    def _check(self, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
-        spans = any(edit.start is not None for edit in edits)
+    def _check(self, edits: Sequence[CallEdit], others: Sequence[Attachment]) -> None:
+        spans = any(edit.span_input is not None for edit in edits)
         order = {info.path: i for i, info in enumerate(self._structure)} if spans else {}
         trains = any(edit.where == "train" for edit in edits)
         held = surgery.flatten(surgery.parameters(self._tree(None))) if trains else {}
-        lent = {path: a.name for a in others if a.name != self.name for path in a.borrowed}
+        lent = {path: a.name for a in others if a.name != self.name for path in a.unfrozen_backbone}
         for edit in edits:
             host = self._structure[surgery.name_of(edit.host)]
             require_open(host)
@@ -475,8 +478,10 @@ class Placed:
                 continue
             if edit.where == "around" and not getattr(type(edit.layer).__call__, "nowrap", False):
                 raise TypeError(f"{type(edit.layer).__name__} goes around modules: mark its __call__ with nn.nowrap.")
-            if edit.start is not None and order[edit.start] > order[edit.host]:
-                raise ValueError(f"the span starts at {surgery.name_of(edit.start)}, which runs after {host.name}.")
+            if edit.span_input is not None and order[edit.span_input] > order[edit.host]:
+                raise ValueError(
+                    f"the span starts at {surgery.name_of(edit.span_input)}, which runs after {host.name}."
+                )
             for side in {"before": "x", "after": "y", "parallel": "y"}.get(edit.where, ""):
                 what = "takes" if side == "x" else "returns"
                 try:
@@ -494,7 +499,7 @@ class Placed:
             found = self._saved.renamed(self.name)
             if odd := misfits(found, own, surgery.flatten(surgery.parameters(self._tree(None)))):
                 raise ValueError(f"delta {found.name!r} cannot be loaded: {listing(odd)}.")
-        held = jax.tree.leaves(self._face.params)
+        held = jax.tree.leaves(self._adapter.params)
         values = bool(held) and not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held)
         memory.require_room(f"{type(self).__name__}: the leaves of delta {self.name!r}", own.values(), values)
 
@@ -513,7 +518,9 @@ class Placed:
                     f"{min(taken)!r}. Take that one off, and give it another name."
                 )
 
-    def _attachment_of(self, edits: Sequence[Edit], shapes: Mapping[Path, Any]) -> tuple[Attachment, dict[Path, Any]]:
+    def _attachment_of(
+        self, edits: Sequence[CallEdit], shapes: Mapping[Path, Any]
+    ) -> tuple[Attachment, dict[Path, Any]]:
         """The attachment of these edits, whose layers have leaves of these shapes; and the shapes of its own leaves."""
         source, own = self.shared(shapes), dict(shapes)
         made: tuple[Path, ...] = ()
@@ -525,8 +532,8 @@ class Placed:
         fixed = frozenset(path for path in own if self.frozen(path))
         return Attachment(self.name, tuple(edits), tuple(own), True, fixed, source, made, self.config), own
 
-    def _run_init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, ran: set[Edit] | None = None) -> Tree:
-        return self._face.init(instrument(self._face.module, attachments, ran), rng)
+    def _run_init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, ran: set[CallEdit] | None = None) -> Tree:
+        return self._adapter.init(instrument(self._adapter.module, attachments, ran), rng)
 
     def _initial_values(self, attachments: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
         """Values of new leaves; shapes, where the backbone's own are."""
@@ -563,7 +570,7 @@ class Placed:
                 f"delta {self.name!r} was removed from its model. Attach a new one; AutoDeltaModel.from_finetuned "
                 "attaches one that was saved."
             )
-        found = [a for a in attachments_of(self._face.module) if a.name == self.name]
+        found = [a for a in attachments_of(self._adapter.module) if a.name == self.name]
         if not found:
             raise RuntimeError(f"the model does not carry delta {self.name!r}: its module was replaced. Attach anew.")
         return found[0]
@@ -577,7 +584,7 @@ class Placed:
         return own
 
     def _tree(self, params: Tree | None) -> Tree:
-        return backbone.tree_of(self._face) if params is None else params
+        return backbone.tree_of(self._adapter) if params is None else params
 
     def _values(self, params: Tree | None) -> Tree:
         """`_tree`, to be read. Raises `RuntimeError` if it was donated."""
@@ -603,8 +610,8 @@ class Placed:
 
     def _trained(self, leaves: Mapping[Path, Any]) -> set[Path]:
         """The paths of what trains now among these leaves."""
-        own, attachments = self._attachment, attachments_of(self._face.module)
-        never = {path for a in attachments for path in a.fixed}
+        own, attachments = self._attachment, attachments_of(self._adapter.module)
+        never = {path for a in attachments for path in a.frozen}
         held = surgery.flatten(surgery.parameters(self._tree(None)))
         fixed = {path for path, leaf in held.items() if dtypes.is_fixed(leaf)}
         if self._exclude is None:
@@ -615,7 +622,7 @@ class Placed:
 
     def _trained_in_model(self, params: Tree) -> set[Path]:
         """The paths of what trains now in the model, and in a tree that may hold more, such as merged biases."""
-        active = [path for a in attachments_of(self._face.module) if a.active for path in a.leaves]
+        active = [path for a in attachments_of(self._adapter.module) if a.active for path in a.leaves]
         float_leaf = jax.ShapeDtypeStruct((), jnp.float32)
         leaves = freezing.parameters_of(params) | surgery.flatten(self._structure.params)
         return self._trained(leaves | dict.fromkeys(active, float_leaf))
@@ -641,7 +648,7 @@ class Placed:
         leaves = freezing.parameters_of(params)
         trains = self._trained(leaves)
         own = [path for path in self._attachment.leaves if path in trains]
-        borrowed = [path for path in self._attachment.borrowed if path in trains]
+        borrowed = [path for path in self._attachment.unfrozen_backbone if path in trains]
         before = {path: _kept_value(self._kept, path) for path in borrowed}
         values = [meta.unbox(leaves[path]) for path in (*own, *borrowed)]
         if not values or not all(map(_has_value, [*values, *before.values()])):
@@ -653,7 +660,7 @@ class Placed:
     def _borrowed(self, params: Tree) -> dict[Path, Any]:
         """The backbone's own leaves that train with this delta."""
         flat, start = surgery.flatten(params), surgery.root(params)
-        return {(*start, *path): flat[(*start, *path)] for path in self._attachment.borrowed}
+        return {(*start, *path): flat[(*start, *path)] for path in self._attachment.unfrozen_backbone}
 
     def _switch(self, active: bool) -> None:
         own = self._attachment
@@ -664,7 +671,7 @@ class Placed:
         attachments = [
             dataclasses.replace(a, active=active) if a.name == self.name else a for a in carried(self.backbone_model)
         ]
-        params = self._face.params
+        params = self._adapter.params
         if params is not None:
             surgery.require_alive(params)
             flat, start = surgery.flatten(params), surgery.root(params)
@@ -681,26 +688,26 @@ class Placed:
                 flat = {path: leaf for path, leaf in flat.items() if path not in set(leaves)}
             flat.update(self._kept)
             keep = {path: _copy(leaf) for path, leaf in keep.items()}
-            self._face.params = surgery.unflatten(flat, like=params)
+            self._adapter.params = surgery.unflatten(flat, like=params)
             self._kept = keep
-        self._face.module = instrument(self._face.module, attachments)
+        self._adapter.module = instrument(self._adapter.module, attachments)
 
     def _write_out(self, params: Tree | None, config: DeltaConfig) -> Tree:
         """Puts what the source makes into the tree in place of its parameters. `config` is then the delta's own."""
         own = self._attachment
-        if own.source is None or not own.active:
-            raise ValueError(f"delta {self.name!r} {'is detached' if own.source else 'has nothing to fold'}.")
+        if own.generator is None or not own.active:
+            raise ValueError(f"delta {self.name!r} {'is detached' if own.generator else 'has nothing to fold'}.")
         tree = self._values(params)
         untrained = self._is_untrained(tree)
         folded, written = self._written(tree)
         self._initial = _digests(surgery.parameters(folded), written.leaves) if untrained else None
-        others = attachments_of(self._face.module)
+        others = attachments_of(self._adapter.module)
         written = dataclasses.replace(written, config=config)
-        self._face.module = instrument(self._face.module, [written if a.name == own.name else a for a in others])
+        self._adapter.module = instrument(self._adapter.module, [written if a.name == own.name else a for a in others])
         self.config = config
         self._shapes = surgery.shapes(_select(folded, written.leaves))
-        if params is None and self._face.params is not None:
-            self._face.params = folded
+        if params is None and self._adapter.params is not None:
+            self._adapter.params = folded
         return folded
 
     def _written(self, tree: Tree) -> tuple[Tree, Attachment]:
@@ -711,10 +718,10 @@ class Placed:
         rest = {path: leaf for path, leaf in surgery.flatten(tree).items() if path[: len(start)] != start}
         written = surgery.unflatten(rest | {(*start, *path): leaf for path, leaf in leaves.items()}, like=tree)
         kept = tuple(path for path in own.leaves if path[0] != self.name)
-        return written, dataclasses.replace(own, leaves=(*kept, *own.made), source=None, made=())
+        return written, dataclasses.replace(own, leaves=(*kept, *own.generated), generator=None, generated=())
 
 
-def _changed_name(edit: Edit) -> str:
+def _changed_name(edit: CallEdit) -> str:
     """The name of the module that an edit changes: where its leaf trains, or its host."""
     return surgery.name_of((*edit.host, *edit.leaf)[:-1] if edit.where == "train" else edit.host)
 

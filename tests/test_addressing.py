@@ -9,7 +9,7 @@ from jdelta.hosts import backbone
 def distilbert():
     return list(
         backbone.trace(
-            backbone.face_of(build("distilbert", "FlaxDistilBertModel", {"n_layers": 11}, _do_init=False))
+            backbone.adapt(build("distilbert", "FlaxDistilBertModel", {"n_layers": 11}, _do_init=False))
         ).modules
     )
 
@@ -17,7 +17,7 @@ def distilbert():
 @pytest.fixture(scope="module")
 def roberta():
     config = {"num_hidden_layers": 11}
-    return list(backbone.trace(backbone.face_of(build("roberta", "FlaxRobertaModel", config, _do_init=False))).modules)
+    return list(backbone.trace(backbone.adapt(build("roberta", "FlaxRobertaModel", config, _do_init=False))).modules)
 
 
 def test_end_match_of_one_layer_is_not_that_of_layer_ten(distilbert):

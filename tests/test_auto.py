@@ -215,7 +215,7 @@ def define():
             default_modified_modules = ("ff.w2",)
 
             def edits(self, host, structure):
-                yield jdelta.Edit(host.path, "after", Scale(getattr(self.config, "start", 1.0)), leaf=(self.name,))
+                yield jdelta.CallEdit(host.path, "after", Scale(getattr(self.config, "start", 1.0)), leaf=(self.name,))
 
         return ScaleModel
 

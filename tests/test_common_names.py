@@ -91,7 +91,7 @@ def traced(case):
     for patch in spies:
         patch.start()
     try:
-        return backbone.trace(backbone.face_of(model)), paths
+        return backbone.trace(backbone.adapt(model)), paths
     finally:
         for patch in spies:
             patch.stop()
@@ -260,7 +260,7 @@ def test_the_widths_are_those_of_the_configuration(case):
 def test_query_and_output_projection_are_told_apart_by_their_widths(name):
     """Where the heads together are not as wide as the model, at 2 × 12, a mix-up would show."""
     changes = {"head_dim": 12} if "Gemma" in name else {"d_kv": 12}
-    structure = backbone.trace(backbone.face_of(zoo.build(name, changes, _do_init=False)))
+    structure = backbone.trace(backbone.adapt(zoo.build(name, changes, _do_init=False)))
     assert {width(info) for info in resolve(structure, ["attn.q", "crossattn.q"])} == {24}
     assert {(info.x.shape[-1], width(info)) for info in resolve(structure, ["attn.proj", "crossattn.proj"])} == {
         (24, HIDDEN)

@@ -49,8 +49,8 @@ class MineModel(jdelta.DeltaModel):
     delta_type = "mine"
 
     def edits(self, host, structure):
-        yield jdelta.Edit(host.path, "before", Shift(), leaf=(self.name, "before"))
-        yield jdelta.Edit(host.path, "after", Scale(), leaf=(self.name, "after"))
+        yield jdelta.CallEdit(host.path, "before", Shift(), leaf=(self.name, "before"))
+        yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name, "after"))
 
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 24)))  # so many that LoRA's product is fused

@@ -34,7 +34,7 @@ class ScaleModel(jdelta.DeltaModel):
     delta_type = "scale_of_a_test"
 
     def edits(self, host, structure):
-        yield jdelta.Edit(host.path, "after", Scale(), leaf=(self.name,))
+        yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name,))
 
 
 X = jnp.ones((2, 3))

@@ -31,7 +31,7 @@ class ScaleBelow(jdelta.DeltaModel):
         for info in structure.below(()):
             if any(info.name.endswith(pattern) for pattern in patterns):
                 yield from (
-                    jdelta.Edit(below.path, "after", Scale(), leaf=(self.name,))
+                    jdelta.CallEdit(below.path, "after", Scale(), leaf=(self.name,))
                     for below in structure.below(info.path)
                     if below.type is nn.Dense
                 )

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 from jdelta.saved import folder
 from jdelta.saved.finetuned import _checksum
 from jdelta.trees import fingerprint, surgery

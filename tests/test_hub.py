@@ -29,7 +29,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 
 import jdelta
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 from jdelta.saved import folder, hub
 from jdelta.saved.finetuned import Finetuned
 

@@ -33,7 +33,7 @@ from jdelta.trees import surgery
 def counts(delta):
     """How many parameters train, and how many there are, as the attached model has them."""
     flags = surgery.flatten(surgery.parameters(delta.trainable_mask()))
-    leaves = surgery.flatten(surgery.parameters(backbone.tree_of(backbone.face_of(delta.backbone_model))))
+    leaves = surgery.flatten(surgery.parameters(backbone.tree_of(backbone.adapt(delta.backbone_model))))
     sizes = {path: leaf.size for path, leaf in leaves.items() if leaf is not surgery.empty_node}
     return sum(size for path, size in sizes.items() if flags[path]), sum(sizes.values())
 
@@ -44,7 +44,7 @@ def abstract(layers=2):
 
 
 def names_of(model):
-    return [info.name for info in backbone.trace(backbone.face_of(model)) if info.name]
+    return [info.name for info in backbone.trace(backbone.adapt(model)) if info.name]
 
 
 def costs_of(method, model, **arguments):
@@ -149,7 +149,7 @@ def test_a_method_of_ones_own_is_measured_and_its_misfits_have_a_reason(bert):
     class WidenModel(jdelta.DeltaModel):
         def edits(self, host, structure):
             layer = Widen() if host.name == "classifier" else nn.Dense(host.y.shape[-1])
-            yield jdelta.Edit(host.path, "after", layer, leaf=(self.name,))
+            yield jdelta.CallEdit(host.path, "after", layer, leaf=(self.name,))
 
     found = costs_of(WidenModel, bert)
     assert "shape (1, 3)" in found.reasons["classifier"]

@@ -343,7 +343,7 @@ def test_axe_finds_no_violation(start, scheme, width):
 @pytest.fixture(scope="module")
 def model_page(browser):
     """A page on a model of two stacks, whose names end alike, with its names in Python."""
-    names = backbone.trace(backbone.face_of(build("t5", "FlaxT5ForConditionalGeneration", {"num_layers": 12})))
+    names = backbone.trace(backbone.adapt(build("t5", "FlaxT5ForConditionalGeneration", {"num_layers": 12})))
     description = interactive.describe(names, {}, None, model="T5", method="", arguments="")
     with Server(lambda nonce: interactive.document(description, nonce), "127.0.0.1", True) as server:
         page = browser.new_page()

@@ -14,7 +14,7 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 

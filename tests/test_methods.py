@@ -228,7 +228,7 @@ def test_a_delta_method_of_the_users_own_is_a_short_class():
         delta_type = "scale"
 
         def edits(self, host, structure):
-            yield jdelta.Edit(host.path, "after", Scale(), leaf=(self.name,))
+            yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name,))
 
     backbone, delta, before = attach(nn.Dense(4), X, ScaleModel)
     assert (backbone(X) == before).all()

@@ -17,7 +17,7 @@ from flax.linen import transforms
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts.linen.patches import original_of, patched
+from jdelta.hosts.patches import original_of, patched
 
 X = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(1, 3, 8)
 FILE = """

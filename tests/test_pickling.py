@@ -15,7 +15,7 @@ from test_composition import IDS, METHODS, attach, backbone
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts.linen.pickling import packed, unpacked
+from jdelta.core.pickling import packed, unpacked
 
 X = np.linspace(-1.0, 1.0, 8, dtype=np.float32).reshape(2, 4)
 
@@ -111,7 +111,7 @@ class PickledScaleModel(jdelta.DeltaModel):
     delta_type = "pickled_scale"
 
     def edits(self, host, structure):
-        yield jdelta.Edit(host.path, "after", Scale(), leaf=(self.name,))
+        yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name,))
 
 
 def test_a_method_of_the_users_own():
@@ -177,7 +177,7 @@ def test_copies_are_as_before(copied):
     assert type(copied(model.module)) is type(model.module)
     assert np.array_equal(logits(other), logits(model))
     delta.detach()
-    assert jdelta.hosts.linen.interception.attachments_of(other.module)[0].active
+    assert jdelta.hosts.linen.instrument.attachments_of(other.module)[0].active
 
 
 FAMILIES = {

@@ -37,7 +37,7 @@ from parity import TOLERANCE, assert_close, loss_of, peft, torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import jdelta
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 
 pytestmark = pytest.mark.parity
 
@@ -174,7 +174,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     delta = jdelta.PrefixModel(
         model, modified_modules=hosts, prefix_token_num=TOKENS, reparameterize=case.projection, **dims
     )
-    order = attachments_of(model.module)[0].source.leaves if case.projection else ()
+    order = attachments_of(model.module)[0].generator.leaves if case.projection else ()
     values = {path: in_order_of(order, path, leaf.value()) for path, leaf in leaves.items()}
     expected = {
         path: in_order_of(order, path, leaf.gradient(g)) for (path, leaf), g in zip(leaves.items(), grads, strict=True)

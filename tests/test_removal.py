@@ -13,7 +13,7 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 
 
 class Net(nn.Module):
@@ -204,7 +204,7 @@ def test_cycles_of_attaching_and_detaching_leave_nothing(net):
         del delta
         if i in (4, 8):
             gc.collect()
-            counts.append((len(Net.__subclasses__()), len(attachments_of(net.module)), len(net.known)))
+            counts.append((len(Net.__subclasses__()), len(attachments_of(net.module)), len(net.cache)))
     assert counts[0] == counts[1]
 
 

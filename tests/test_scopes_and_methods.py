@@ -342,7 +342,7 @@ def test_an_around_layer_chooses_the_element():
         delta_type = "chosen"
 
         def edits(self, host, structure):
-            yield jdelta.Edit(host.path, "around", Second(), leaf=(self.name,))
+            yield jdelta.CallEdit(host.path, "around", Second(), leaf=(self.name,))
 
     x = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
     backbone = backbone_of(Returning(lambda y: (None, y, y)), x)

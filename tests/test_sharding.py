@@ -215,7 +215,7 @@ class Scale(nn.Module):
     def __call__(self, y):
         return y * self.param("scale", nn.initializers.ones, (y.shape[-1],))
 
-    def follows(self, host, x, y):
+    def sharding_axes(self, host, x, y):
         return {"scale": y}
 
 

@@ -11,7 +11,7 @@ from jdelta.hosts import backbone
 
 
 def structure_of(model):
-    return backbone.trace(backbone.face_of(model))
+    return backbone.trace(backbone.adapt(model))
 
 
 def test_modules_come_as_the_tensors_flow():

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax.core import meta
 
+from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.linen.interception import Attachment, Edit
 from jdelta.trees import dtypes, surgery
 from jdelta.trees.surgery import Path, Tree
 
@@ -21,7 +21,7 @@ def folded(params: Tree, name: str, attachments: Sequence[Attachment], structure
 
     A layer that can be folded has a method `fold(host, weights, own)`: from the host as the trace saw it, the host's
     own leaves and the layer's, it returns those of the host's leaves that change, and those that it needs besides. Such
-    a layer has a method `left_behind()` too: the layer that runs these leaves, if the host has them, while the delta is
+    a layer has a method `after_merge()` too: the layer that runs these leaves, if the host has them, while the delta is
     off. Else `movement` can measure the layer, and merging refuses it.
 
     Args:
@@ -60,13 +60,13 @@ def folded(params: Tree, name: str, attachments: Sequence[Attachment], structure
     return changed
 
 
-def _wraps(edit: Edit) -> bool:
+def _wraps(edit: CallEdit) -> bool:
     """Whether later edits of the same host do not see the host itself."""
     return edit.where not in ("parallel", "train")
 
 
 def _fold(
-    edit: Edit, host: ModuleInfo, leaves: Mapping[Path, Any], earlier: str | None, structure: Structure
+    edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any], earlier: str | None, structure: Structure
 ) -> dict[Path, Any]:
     if not foldable(edit):
         raise ValueError(NO_CHANGE.format(type(edit.layer).__name__))
@@ -77,7 +77,7 @@ def _fold(
     new = fold(edit, host, leaves)
     require_steps(host, new, leaves)
     lacking = sorted(new.keys() - host.params.keys())
-    if lacking and not hasattr(edit.layer, "left_behind"):
+    if lacking and not hasattr(edit.layer, "after_merge"):
         raise ValueError(f"it would have to go into a {lacking[0]}, and the module has none.")
     boxes = {key: leaves[(*host.path, *(edit.leaf if key in lacking else ()), key)] for key in new}
     return {(*host.path, key): surgery.in_place_of(boxes[key], value) for key, value in new.items()}
@@ -93,12 +93,12 @@ def require_steps(host: ModuleInfo, keys: Iterable[str], leaves: Mapping[Path, A
             )
 
 
-def foldable(edit: Edit) -> bool:
+def foldable(edit: CallEdit) -> bool:
     """Whether a layer changes the weights of its host: it has a `fold`, and takes the host's own input."""
-    return hasattr(edit.layer, "fold") and edit.start in (None, edit.host)
+    return hasattr(edit.layer, "fold") and edit.span_input in (None, edit.host)
 
 
-def fold(edit: Edit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[str, jax.Array]:
+def fold(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[str, jax.Array]:
     """What the layer's `fold` returns for its host, also inside a scan, where leaves have more axes than a host sees.
 
     Args:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from jdelta.core.arguments import arguments, is_array, main_input, main_output, with_main_input
 from jdelta.core.structure import ModuleInfo
-from jdelta.hosts.linen.interception import arguments, is_array, main_input, main_output, with_main_input
 
 Shape = tuple[int, ...]
 

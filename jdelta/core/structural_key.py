@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo
-from jdelta.hosts.linen.interception import Edit
 from jdelta.trees.surgery import Path
 
 
@@ -27,8 +27,8 @@ def structural_key(value: Any, start: Path = ()) -> Any:
     """
     if isinstance(value, ModuleInfo):
         return (value.type, structural_key(value.fields), structural_key((value.args, value.kwargs)))
-    if isinstance(value, Edit):
-        return (value.where, value.host[len(start) :], value.start, value.leaf, structural_key(value.layer))
+    if isinstance(value, CallEdit):
+        return (value.where, value.host[len(start) :], value.span_input, value.leaf, structural_key(value.layer))
     if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         skip = ("parent", "name") if isinstance(value, nn.Module) else ()
         own = [f.name for f in dataclasses.fields(value) if f.name not in skip]

@@ -14,8 +14,8 @@ import numpy as np
 from flax.core import meta
 
 from jdelta.core import merging
+from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.linen.interception import Attachment, Edit
 from jdelta.trees import processes, surgery
 from jdelta.trees.dtypes import takes_steps
 from jdelta.trees.surgery import Path, Tree
@@ -66,7 +66,7 @@ def measured(
     if not attachment.edits:
         raise ValueError(f"delta {attachment.name!r} changes nothing yet: put layers in first.")
     leaves = surgery.flatten(params)
-    hosts: dict[Path, list[Edit]] = {}
+    hosts: dict[Path, list[CallEdit]] = {}
     for edit in attachment.edits:
         if edit.where != "train" and not merging.foldable(edit):
             raise ValueError(
@@ -111,7 +111,7 @@ def tabulated(movements: Mapping[str, np.ndarray]) -> Movement:
 
 
 def _movement(
-    module: ModuleInfo, edits: Sequence[Edit], leaves: Mapping[Path, Any], pretrained: Mapping[Path, Any]
+    module: ModuleInfo, edits: Sequence[CallEdit], leaves: Mapping[Path, Any], pretrained: Mapping[Path, Any]
 ) -> np.ndarray:
     """The movement of one module, `()`, or `(layers,)` if its leaves hold several."""
     after = {(*module.path, key): _in_float32(leaves[(*module.path, key)]) for key in module.params}

@@ -18,7 +18,7 @@ from jdelta.core.config import as_path, shown
 from jdelta.core.module_tree import Leaf, Node, build, fold, shape
 from jdelta.display.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree
 
@@ -57,7 +57,7 @@ class Visualization:
     """
 
     def __init__(self, backbone_model: Any, mask: Mask | None = None):
-        self._face = backbone.face_of(backbone_model)
+        self._adapter = backbone.adapt(backbone_model)
         self._mask = _checked_mask(mask)
 
     def structure_graph(
@@ -88,7 +88,7 @@ class Visualization:
         Returns:
           The page.
         """
-        return _written(to_page(self._drawing(params, mask), plain(self._face.kind)), path)
+        return _written(to_page(self._drawing(params, mask), plain(self._adapter.class_name)), path)
 
     def to_svg(
         self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
@@ -122,12 +122,12 @@ class Visualization:
         return to_html(self._drawing(None, None))
 
     def _drawing(self, params: Tree | None, mask: Mask | None) -> Drawing:
-        structure = backbone.trace(self._face)
-        params = surgery.shapes(backbone.tree_of(self._face) if params is None else params)
+        structure = backbone.trace(self._adapter)
+        params = surgery.shapes(backbone.tree_of(self._adapter) if params is None else params)
         mask = self._mask if mask is None else _checked_mask(mask)
         flags = mask(params) if callable(mask) else mask
-        carried = attachments_of(self._face.module)
-        deltas = {path for a in carried for path in (*a.leaves, *(a.borrowed if a.active else ()))}
+        carried = attachments_of(self._adapter.module)
+        deltas = {path for a in carried for path in (*a.leaves, *(a.unfrozen_backbone if a.active else ()))}
         leaves = _leaves(params, flags, deltas)
         counts = _counts(list(leaves.values()), params, flags)
         return Drawing(_line(fold(build(structure, leaves))), LEGEND, counts)

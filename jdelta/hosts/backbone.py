@@ -1,4 +1,4 @@
-"""One face for every model that a delta can be put on: its module, its parameters, and an abstract run."""
+"""One adapter for every model that a delta can be put on: its module, its parameters, and an abstract run."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta.core import structure
+from jdelta.core.edits import Attachment
+from jdelta.core.pickling import packed, unpacked
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.linen.interception import Attachment, attachments_of, bare, instrument
-from jdelta.hosts.linen.pickling import packed, unpacked
+from jdelta.hosts.linen.instrument import attachments_of, bare, instrument
+from jdelta.hosts.linen.trace import trace as trace_of
 from jdelta.hosts.transformers import model as pretrained
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Tree
 
 
-class Face(Protocol):
+class HostAdapter(Protocol):
     """What the rest of jdelta asks of a backbone."""
 
     module: nn.Module
     params: Tree | None  # None: the user holds them elsewhere
 
     @property
-    def known(self) -> Known:
+    def cache(self) -> Cache:
         """What the newest traces found."""
         ...
 
     @property
-    def kind(self) -> str:
+    def class_name(self) -> str:
         """The name of its class."""
         ...
 
     @property
-    def origin(self) -> str:
+    def source_repo(self) -> str:
         """Where it was loaded from, a folder or a repository of the Hub; `""` if nobody knows."""
         ...
 
@@ -49,11 +50,11 @@ class Face(Protocol):
         ...
 
 
-class Known(dict[str, tuple[nn.Module, Any]]):
+class Cache(dict[str, tuple[nn.Module, Any]]):
     """What the newest traces found, by what it is, and of which module. A copy or a pickle is empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Known, ()
+        return Cache, ()
 
 
 class Backbone:
@@ -79,7 +80,7 @@ class Backbone:
       ValueError: the dummy inputs do not fit the module, or the parameters do not.
     """
 
-    origin: str = ""
+    source_repo: str = ""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Backbone:
             if given is not None and not isinstance(given, Mapping):
                 raise TypeError(f"Backbone: {name} is a dict, got {_kind(given)}.")
         self.module = module
-        self.known = Known()
+        self.cache = Cache()
         self._rngs = dict(rngs or {})
         self._kwargs = dict(dummy_kwargs or {})
         self._whole = params is not None and bool(surgery.root(params))
@@ -123,7 +124,7 @@ class Backbone:
         vars(self).update(state, module=unpacked(state["module"]))
 
     @property
-    def kind(self) -> str:
+    def class_name(self) -> str:
         """The name of the module's class."""
         return type(self.module).__name__
 
@@ -138,8 +139,8 @@ class Backbone:
         surgery.require_alive(tree)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise ValueError(
-                f"this backbone of {self.kind} holds the shapes of its parameters and no values. Pass the tree that "
-                "holds them, params=…, or set its params; module.init makes random ones."
+                f"this backbone of {self.class_name} holds the shapes of its parameters and no values. Pass the tree "
+                "that holds them, params=…, or set its params; module.init makes random ones."
             )
         variables = tree if surgery.root(tree) else {"params": tree}
         return self.module.apply(variables, *args, rngs=rngs, **kwargs)
@@ -176,8 +177,8 @@ class Backbone:
         raise ValueError(message) from problem
 
 
-class _PretrainedFace:
-    """A `transformers.FlaxPreTrainedModel` seen as a `Face`."""
+class _PretrainedAdapter:
+    """A `transformers.FlaxPreTrainedModel` seen as a `HostAdapter`."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -203,15 +204,15 @@ class _PretrainedFace:
         self._model.params = params
 
     @property
-    def known(self) -> Known:
-        return vars(self._model).setdefault("_jdelta_known", Known())
+    def cache(self) -> Cache:
+        return vars(self._model).setdefault("_jdelta_cache", Cache())
 
     @property
-    def kind(self) -> str:
+    def class_name(self) -> str:
         return type(self._model).__name__
 
     @property
-    def origin(self) -> str:
+    def source_repo(self) -> str:
         return getattr(self._model.config, "_name_or_path", "") or ""
 
     def init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
@@ -224,8 +225,8 @@ def _made(module_class: type[nn.Module], attachments: Sequence[Attachment], *arg
     return instrument(module_class(*args, **kwargs), attachments)
 
 
-def face_of(backbone_model: Any) -> Face:
-    """The face of a backbone.
+def adapt(backbone_model: Any) -> HostAdapter:
+    """The adapter of a backbone.
 
     Raises:
       TypeError: it is neither a Flax model of transformers nor a `jdelta.Backbone`.
@@ -233,7 +234,7 @@ def face_of(backbone_model: Any) -> Face:
     if isinstance(backbone_model, Backbone):
         return backbone_model
     if _is_instance(backbone_model, "transformers.modeling_flax_utils", "FlaxPreTrainedModel"):
-        return _PretrainedFace(backbone_model)
+        return _PretrainedAdapter(backbone_model)
     if isinstance(backbone_model, nn.Module):
         name = type(backbone_model).__name__
         raise TypeError(
@@ -246,25 +247,25 @@ def face_of(backbone_model: Any) -> Face:
     raise TypeError(message)
 
 
-def trace(face: Face) -> Structure:
+def trace(adapter: HostAdapter) -> Structure:
     """The structure of the backbone alone, without the deltas that it carries."""
-    module = bare(face.module)
-    return _known(face, "structure", module, lambda: structure.trace(lambda: face.init(module, _key()), type(module)))
+    module = bare(adapter.module)
+    return _cached(adapter, "structure", module, lambda: trace_of(lambda: adapter.init(module, _key()), type(module)))
 
 
-def tree_of(face: Face) -> Tree:
+def tree_of(adapter: HostAdapter) -> Tree:
     """The backbone's parameters with those of the attached deltas; their shapes, where the user holds the values."""
-    if face.params is not None:
-        return face.params
-    module = face.module
-    return _known(face, "tree", module, lambda: jax.eval_shape(lambda: face.init(module, _key())))
+    if adapter.params is not None:
+        return adapter.params
+    module = adapter.module
+    return _cached(adapter, "tree", module, lambda: jax.eval_shape(lambda: adapter.init(module, _key())))
 
 
-def _known(face: Face, what: str, module: nn.Module, find: Callable[[], Any]) -> Any:
-    of, found = face.known.get(what, (None, None))
+def _cached(adapter: HostAdapter, what: str, module: nn.Module, find: Callable[[], Any]) -> Any:
+    of, found = adapter.cache.get(what, (None, None))
     if of is not module:
         found = find()
-        face.known[what] = (module, found)
+        adapter.cache[what] = (module, found)
     return found
 
 
@@ -277,15 +278,15 @@ def positions(info: ModuleInfo) -> range | None:
 
 
 @contextlib.contextmanager
-def unchanged_on_error(face: Face) -> Iterator[None]:
+def unchanged_on_error(adapter: HostAdapter) -> Iterator[None]:
     """Whatever is raised inside, the backbone has the module and the parameters that it had."""
-    module, params = face.module, face.params
+    module, params = adapter.module, adapter.params
     try:
         yield
     except BaseException:
-        face.module = module
+        adapter.module = module
         if params is not None:
-            face.params = params
+            adapter.params = params
         raise
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import jax
 
 from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.hosts.linen.interception import Edit
 from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
 
 
@@ -59,7 +59,7 @@ class AdapterModel(DeltaModel):
     config_class = AdapterConfig
     default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
         config: AdapterConfig = self.config
         layer = Adapter(config.bottleneck_dim, non_linearity=config.non_linearity, zero_up=config.zero_up)
-        yield Edit(host.path, "after", layer, leaf=(self.name,))
+        yield CallEdit(host.path, "after", layer, leaf=(self.name,))

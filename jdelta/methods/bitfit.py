@@ -13,9 +13,9 @@ from flax import linen as nn
 
 from jdelta.core.axes import Axes
 from jdelta.core.config import DeltaConfig
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.hosts.linen.interception import Edit
 from jdelta.methods.parameter import leaf
 
 
@@ -39,11 +39,11 @@ class Bias(nn.Module):
         return dict(own) if bias is None else {"bias": (bias + own["bias"]).astype(bias.dtype)}
 
     @nn.nowrap
-    def left_behind(self) -> tuple[str, nn.Module]:
+    def after_merge(self) -> tuple[str, nn.Module]:
         """The leaf that a host may have got by merging, and the layer that runs it."""
         return "bias", HostBias()
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """The bias follows the axis of the host's output."""
         return {"bias": y[-1:]}
 
@@ -69,9 +69,9 @@ class BitFitModel(DeltaModel):
     config_class = BitFitConfig
     default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj", "block")
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
         for info in structure.below(host.path):
             if "bias" in info.params:
-                yield Edit(info.path, "train", leaf=("bias",))
+                yield CallEdit(info.path, "train", leaf=("bias",))
             elif info.params.keys() & {"kernel", "scale", "weight"} or info.closed:  # closed: an error that says why
-                yield Edit(info.path, "after", Bias(), leaf=(self.name,))
+                yield CallEdit(info.path, "after", Bias(), leaf=(self.name,))

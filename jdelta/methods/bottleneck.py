@@ -70,7 +70,7 @@ class Bottleneck(nn.Module):
         y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(*products.rows(x.shape[:-1]), x.shape[-1]))))
         return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], y.shape[-1])
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """Which axes of the backbone's weights the layer's own follow; those of the middle are whole."""
         down: dict[str, Axes] = {"down.kernel": (*x[-1:], None), "down.bias": (None,)}
         return down | {"up.kernel": (None, *y[-1:]), "up.bias": y[-1:]}

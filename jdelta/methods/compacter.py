@@ -17,9 +17,9 @@ from flax import linen as nn
 
 from jdelta.core.axes import Axes
 from jdelta.core.config import DeltaConfig, require_positive, require_positive_int
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.hosts.linen.interception import Edit
 from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.parameter import leaf
@@ -133,7 +133,7 @@ class Compacter(nn.Module):
         z = NON_LINEARITIES[c.non_linearity](down(y.reshape(*products.rows(y.shape[:-1]), y.shape[-1])))
         return y + up(z).reshape(y.shape)
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """The bias of `up` follows the axis of the host's output. The rules and factors of the weights are whole: they
         are small, and each goes into all of the weight."""
         return {"up.bias": y[-1:]}
@@ -181,7 +181,7 @@ class CompacterModel(DeltaModel):
     config_class = CompacterConfig
     default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
         config: CompacterConfig = self.config
         d, n = host.y.shape[-1], config.hypercomplex_division
         width = reduced(d, config.reduction_factor)
@@ -192,7 +192,7 @@ class CompacterModel(DeltaModel):
                 f"hypercomplex_division={n} has to divide the hidden size {d} and the bottleneck {width} = {d} // "
                 f"reduction_factor {config.reduction_factor}. Take one of {divisors}, or another reduction_factor."
             )
-        yield Edit(host.path, "after", Compacter(width, config), leaf=(self.name,))
+        yield CallEdit(host.path, "after", Compacter(width, config), leaf=(self.name,))
 
     def shared(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
         wanted = {"phm_rule": self.config.shared_phm_rule, "W": self.config.shared_W_phm}

@@ -19,6 +19,7 @@ from flax.core import meta
 
 from jdelta.core.axes import Axes, Axis
 from jdelta.core.config import DeltaConfig, require_positive_int, require_probability
+from jdelta.core.edits import CallEdit
 from jdelta.core.linear import (
     ConvMap,
     EinsumMap,
@@ -32,7 +33,6 @@ from jdelta.core.linear import (
 )
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.hosts.linen.interception import Edit
 from jdelta.methods import products
 from jdelta.methods.parameter import kaiming_uniform, leaf
 from jdelta.methods.products import folded, folding_is_cheaper, rows
@@ -121,7 +121,7 @@ class Lora(nn.Module):
         return self.up(z, own["b"]).reshape(*x.shape[:-n], *self.features)
 
     @nn.nowrap
-    def joined(self, host: nn.Module, x: jax.Array, deterministic: bool = True) -> jax.Array | None:
+    def fused_with_host(self, host: nn.Module, x: jax.Array, deterministic: bool = True) -> jax.Array | None:
         """What a bound host and the layer compute together, where that is cheaper than one beside the other.
 
         Only in float32: in less, a small update would be lost in the rounding of the weights.
@@ -171,7 +171,7 @@ class Lora(nn.Module):
         """What `a` and `b` add to the weights, `(*d_in, *features)`, in float32."""
         return self.scale * jnp.tensordot(own["a"].astype(jnp.float32), own["b"].astype(jnp.float32), 1)
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """Which axes of the backbone's weights those of `a` and `b` follow."""
         return {"a": (*x, None), "b": (None, *y)}
 
@@ -219,7 +219,7 @@ class LoraConv(Lora):
     """
 
     linear: ConvMap = ConvMap()
-    joined = None
+    fused_with_host = None
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -233,7 +233,7 @@ class LoraConv(Lora):
         z, b = z.reshape(*z.shape[:-1], groups, -1), b.reshape(self.rank, groups, -1)
         return self.scale * jnp.einsum("...gr,rgo->...go", z, b).reshape(*z.shape[:-2], *self.features)
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         window = len(host.params[self.linear.weights].shape) - 2
         return {"a": (*[None] * window, *x, None), "b": (None, *y)}
 
@@ -248,7 +248,7 @@ class LoraEmbed(Lora):
 
     num_embeddings: int = 0
     dtype: Any = jnp.float32
-    joined = None
+    fused_with_host = None
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -269,7 +269,7 @@ class LoraEinsum(Lora):
 
     linear: EinsumMap = EinsumMap()
     sizes: tuple[int, ...] = ()
-    joined = None
+    fused_with_host = None
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -288,7 +288,7 @@ class LoraEinsum(Lora):
         equation = f"{a_axes},{b_axes}->{operands(self.linear.equation)[1]}"
         return self.scale * jnp.einsum(equation, own["a"].astype(jnp.float32), own["b"].astype(jnp.float32))
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         path, w_axes = (*host.path, self.linear.weights), operands(self.linear.equation)[1]
         own = {name: Axis(path, i) for i, name in enumerate(w_axes)}
         a_axes, b_axes = self._factors()
@@ -319,12 +319,12 @@ class LoraModel(DeltaModel):
     config_class = LoraConfig
     default_modified_modules = ("attn.q", "attn.v", "conv")  # conv: of ResNet and its like
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
         try:
             layer = self._layer(host)
         except TypeError as error:
             raise TypeError(f"{error}{_instead(host, structure)}") from error
-        yield Edit(host.path, "parallel", layer, leaf=(self.name,))
+        yield CallEdit(host.path, "parallel", layer, leaf=(self.name,))
 
     def _layer(self, host: ModuleInfo) -> Lora:
         config: LoraConfig = self.config

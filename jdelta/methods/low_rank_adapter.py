@@ -14,9 +14,9 @@ from flax import linen as nn
 
 from jdelta.core.axes import Axes
 from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.hosts.linen.interception import Edit
 from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.parameter import leaf
@@ -100,7 +100,7 @@ class LowRankAdapter(nn.Module):
         z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(*products.rows(y.shape[:-1]), y.shape[-1])))
         return y + up(z).reshape(y.shape)
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """`left` of `down`, and `right` and the bias of `up`, follow the axis of the host's output."""
         return {"down.left": (*x[-1:], None), "up.right": (None, *y[-1:]), "up.bias": y[-1:]}
 
@@ -119,6 +119,6 @@ class LowRankAdapterModel(DeltaModel):
     config_class = LowRankAdapterConfig
     default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
         width = reduced(host.y.shape[-1], self.config.reduction_factor)
-        yield Edit(host.path, "after", LowRankAdapter(width, self.config), leaf=(self.name,))
+        yield CallEdit(host.path, "after", LowRankAdapter(width, self.config), leaf=(self.name,))

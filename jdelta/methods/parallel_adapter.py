@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 
 from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
-from jdelta.hosts.linen.interception import Edit
 from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
 from jdelta.placed import Find
 
@@ -56,7 +56,7 @@ class ParallelAdapterModel(DeltaModel):
     config_class = ParallelAdapterConfig
     default_modified_modules = ("attn", "attn", "ff.w1", "ff.w2")
 
-    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[CallEdit]:
         if isinstance(patterns, str) or len(patterns) % 2:
             raise ValueError(
                 f"ParallelAdapterModel takes pairs of patterns, from and to; got {patterns!r}. "
@@ -69,7 +69,7 @@ class ParallelAdapterModel(DeltaModel):
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{type(self).__name__} from {first.name} to {last.name}: {error}") from error
 
-    def _span(self, start: ModuleInfo, end: ModuleInfo) -> Edit:
+    def _span(self, start: ModuleInfo, end: ModuleInfo) -> CallEdit:
         if not jnp.issubdtype(start.x.dtype, jnp.floating):
             raise TypeError(f"the first takes an array of {start.x.dtype}; needs floats.")
         if start.x.shape[:-1] != end.y.shape[:-1]:
@@ -82,7 +82,7 @@ class ParallelAdapterModel(DeltaModel):
             scale=config.scaled,
             zero_up=config.zero_up,
         )
-        return Edit(end.path, "parallel", layer, start=start.path, leaf=(self.name,))
+        return CallEdit(end.path, "parallel", layer, span_input=start.path, leaf=(self.name,))
 
 
 def _pair(

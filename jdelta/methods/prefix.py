@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta.core.arguments import arguments, main_input
 from jdelta.core.axes import Axes, Axis, of_output
 from jdelta.core.config import DeltaConfig, require_count, require_positive_int
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import Edit, Host, arguments, describe, main_input
+from jdelta.hosts.linen.calls import describe
+from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import attention
 from jdelta.methods.parameter import kaiming_uniform, leaf
 from jdelta.names import common_names
@@ -86,7 +89,7 @@ class PrefixLayer(nn.Module):
         keys, values = (leaf(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
         return jnp.repeat(keys, groups, axis=1), jnp.repeat(values, groups, axis=1)
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """Keys and values are split by heads, as far as the weights that project keys are."""
         return dict.fromkeys(("keys", "values"), (None, self.key_axis, None))
 
@@ -168,23 +171,23 @@ class PrefixModel(DeltaModel):
     config_class = PrefixConfig
     default_modified_modules = ("attn",)
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
         if not any(attention.computes_attention(info.type) for info in structure.below(host.path)):
             raise TypeError("it computes no attention that a prefix could join.")
         keys = [info for info in self._key_projections if info.path[: len(host.path)] == host.path][:1]
         key_width = keys[0].y.shape[-1] if keys else None
         key_axis = of_output(keys[0], structure)[0] if keys else None
         layer = PrefixLayer(self.config.prefix_token_num, key_width, key_axis)
-        yield Edit(host.path, "around", layer, leaf=(self.name,))
+        yield CallEdit(host.path, "around", layer, leaf=(self.name,))
 
-    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[CallEdit]:
         edits = list(super().place(structure, find, patterns))
         yield from edits
         if self.config.shift_positions:
             taking = {edit.host: _taking_positions(structure, edit.host) for edit in edits}
             for info in {info.path: info for info in taking.values()}.values():
                 layer = ShiftedPositions(self.config.prefix_token_num, backbone.positions(info))
-                yield Edit(info.path, "around", layer, leaf=(self.name,), helps=True)
+                yield CallEdit(info.path, "around", layer, leaf=(self.name,), auxiliary=True)
 
     @functools.cached_property
     def _key_projections(self) -> list[ModuleInfo]:

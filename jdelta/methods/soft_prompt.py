@@ -15,22 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta.core.arguments import arguments, is_array, main_input, main_output, with_main_input
 from jdelta.core.axes import Axes
 from jdelta.core.config import DeltaConfig, require_count, require_positive
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import (
-    Edit,
-    Frame,
-    Host,
-    arguments,
-    describe,
-    is_array,
-    main_input,
-    main_output,
-    with_main_input,
-)
+from jdelta.hosts.linen.calls import Frame, describe
+from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import generation
 from jdelta.methods.parameter import leaf
 from jdelta.names import common_names
@@ -89,7 +82,7 @@ class PromptTable(nn.Module):
         """The prompt, `(tokens, features)`."""
         return leaf(self, "embedding", self._uniform, (len(self.prompt_ids), self.features))
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """The prompt is split by features, as the word embedding is."""
         return {"embedding": (None, *y[-1:])}
 
@@ -284,7 +277,7 @@ class SoftPromptModel(DeltaModel):
     config_class = SoftPromptConfig
     default_modified_modules = ("embeddings",)
 
-    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[Edit]:
+    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[CallEdit]:
         hosts = [info for info in find(patterns) if jnp.issubdtype(info.x.dtype, jnp.integer)]
         if not hosts:
             raise TypeError(f"SoftPromptModel: the modules that {list(patterns)} mean take no token ids.")
@@ -303,18 +296,18 @@ class SoftPromptModel(DeltaModel):
             )
         ids = self._ids(host)
         table = PromptTable(ids, host.y.shape[-1], self.config.init_range)
-        yield Edit(host.path, "around", table, leaf=(self.name,), outermost=True)
+        yield CallEdit(host.path, "around", table, leaf=(self.name,), outermost=True)
         reads = [info for info in structure if _attends_to_encoder(info) and info not in callers]
         decoders = [info for info in reads if not _within(structure, info, [top, *reads])]
         around = Prompted(ids, entry, None if decoders or self.config.pool_prompt else exit, backbone.positions(top))
-        yield Edit(top.path, "around", around, leaf=(self.name,), helps=True)
+        yield CallEdit(top.path, "around", around, leaf=(self.name,), auxiliary=True)
         if self.config.pool_prompt:
             pooled = PromptPooled(len(ids), exit, tuple(info.path for info in self._poolers(structure, exit)))
-            yield Edit((), "around", pooled, leaf=(self.name, "pooled"), helps=True)
+            yield CallEdit((), "around", pooled, leaf=(self.name, "pooled"), auxiliary=True)
         for info in decoders:
-            yield Edit(info.path, "around", MaskGrown(), leaf=(self.name,), helps=True)
+            yield CallEdit(info.path, "around", MaskGrown(), leaf=(self.name,), auxiliary=True)
         if decoders:
-            yield Edit((), "around", EncoderStatesCut(top.path), leaf=(self.name,), helps=True)
+            yield CallEdit((), "around", EncoderStatesCut(top.path), leaf=(self.name,), auxiliary=True)
 
     def _poolers(self, structure: Structure, exit: Path) -> list[ModuleInfo]:
         found = _poolers(structure, exit)

@@ -1,4 +1,4 @@
-"""Deltas on the Hugging Face Hub."""
+"""Deltas on the Hugging HostAdapter Hub."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A layer says which axes of the backbone's weights its own axes follow, in a method
 
-    def follows(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
+    def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         return {"a": (*x, None), "b": (None, *y)}
 
 where `x` and `y` are the axes of weights that the features of its input and output have, one for `nn.Dense`. It
@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 
 from jdelta.core import axes, merging
 from jdelta.core.axes import Axes, Axis
+from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.structure import Structure
-from jdelta.hosts.linen.interception import Attachment, Edit
 from jdelta.trees import addressing, surgery
 from jdelta.trees.surgery import Path, Tree, empty_node
 
@@ -296,7 +296,7 @@ class _Split:
     structure: Structure
     sizes: Mapping[str, int] | None
 
-    def specs_of(self, edit: Edit) -> dict[Path, P]:
+    def specs_of(self, edit: CallEdit) -> dict[Path, P]:
         """The specs of the leaves of one edit's layer, as far as it says what they follow."""
         found: dict[Path, P] = {}
         followed = self._followed(edit)
@@ -307,13 +307,13 @@ class _Split:
                 found[path] = self._allowed(self.shapes[path], self._with_layers(own, path, leaf))
         return found
 
-    def _followed(self, edit: Edit) -> Mapping[str, Axes]:
-        if not hasattr(edit.layer, "follows"):
+    def _followed(self, edit: CallEdit) -> Mapping[str, Axes]:
+        if not hasattr(edit.layer, "sharding_axes"):
             return {}
-        host, start = (self.structure[surgery.name_of(path)] for path in (edit.host, edit.start or edit.host))
+        host, start = (self.structure[surgery.name_of(path)] for path in (edit.host, edit.span_input or edit.host))
         x = axes.of_output(host, self.structure) if edit.where == "after" else axes.of_input(start, self.structure)
         y = axes.of_input(host, self.structure) if edit.where == "before" else axes.of_output(host, self.structure)
-        return edit.layer.follows(host, x, y)  # type: ignore[union-attr]
+        return edit.layer.sharding_axes(host, x, y)  # type: ignore[union-attr]
 
     def _with_layers(self, followed: Axes, path: Path, leaf: Path | None) -> list[_Followed]:
         """What each axis of a delta's leaf follows; those of the layers in `nn.scan` are as in `leaf`."""

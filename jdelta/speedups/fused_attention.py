@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta.core.edits import CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import Edit, Host
+from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import attention
 from jdelta.speedups.patch import Alteration, altered, reasons, tried, unaltered
 
@@ -56,22 +57,24 @@ def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None =
     """
     if implementation is not None and str(implementation) not in ("cudnn", "xla"):
         raise ValueError(f"fused_attention: implementation is 'cudnn', 'xla' or None, got {implementation!r}.")
-    face = unaltered(model, _NAME, "fused_attention: the attention of this model is fused already. Call undo() first.")
-    structure = backbone.trace(face)
-    kernels = _tried(face, structure, implementation)
+    adapter = unaltered(
+        model, _NAME, "fused_attention: the attention of this model is fused already. Call undo() first."
+    )
+    structure = backbone.trace(adapter)
+    kernels = _tried(adapter, structure, implementation)
     targets = [info for info in structure if info.path in kernels and kernels[info.path].used]
     left = {info.name: kernels[info.path].reason for info in structure if info.path in kernels and info not in targets}
     if not targets:
         found = f"left alone: {reasons(left)}" if left else "no module calls Flax's dot_product_attention_weights"
-        raise ValueError(f"fused_attention: nothing in {face.kind} can be changed; {found}.")
+        raise ValueError(f"fused_attention: nothing in {adapter.class_name} can be changed; {found}.")
     once: set[str] = set()
     edits = [
-        Edit(info.path, "around", _Fused(Kernel(info, once, implementation), info.caller is not None))
+        CallEdit(info.path, "around", _Fused(Kernel(info, once, implementation), info.caller is not None))
         for info in targets
     ]
     callers = dict.fromkeys(info.caller for info in targets if info.caller is not None)
-    edits += [Edit(path, "around", _WeightsMade(), helps=True) for path in callers]
-    return altered(face, _NAME, edits, "attention modules", targets, left)
+    edits += [CallEdit(path, "around", _WeightsMade(), auxiliary=True) for path in callers]
+    return altered(adapter, _NAME, edits, "attention modules", targets, left)
 
 
 # --- the modules
@@ -169,11 +172,13 @@ class Kernel:
             warnings.warn(message, stacklevel=2)
 
 
-def _tried(face: backbone.Face, structure: Structure, kind: Implementation | None) -> dict[tuple[str, ...], Kernel]:
+def _tried(
+    adapter: backbone.HostAdapter, structure: Structure, kind: Implementation | None
+) -> dict[tuple[str, ...], Kernel]:
     """The kernels of the modules that compute attention, after one abstract run of the model."""
     kernels = {info.path: Kernel(info, set(), kind, trying=True) for info in structure}
     # Around all modules: the innermost is the one whose own code computes attention.
-    tried(face, structure, _NAME, lambda info: _Fused(kernels[info.path]))
+    tried(adapter, structure, _NAME, lambda info: _Fused(kernels[info.path]))
     return {path: kernel for path, kernel in kernels.items() if kernel.used or kernel.reason}
 
 

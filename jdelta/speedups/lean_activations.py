@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta.core.edits import CallEdit
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import Edit, Host
-from jdelta.hosts.linen.patches import globals_of, patched
+from jdelta.hosts.linen.running import Host
+from jdelta.hosts.patches import globals_of, patched
 from jdelta.speedups.patch import Alteration, altered, tried, unaltered
 
 _NAME = "lean.activations"  # a delta's name has no dot
@@ -53,20 +54,20 @@ def lean_activations(model: Any) -> Alteration:
       TypeError: it is no such model.
       ValueError: no module of it uses such an activation.
     """
-    face = unaltered(
+    adapter = unaltered(
         model, _NAME, "lean_activations: the activations of this model are lean already. Call undo() first."
     )
-    structure = backbone.trace(face)
+    structure = backbone.trace(adapter)
     uses = {info.path: _Use() for info in structure}
-    tried(face, structure, _NAME, lambda info: _Lean(uses[info.path], info.type))
+    tried(adapter, structure, _NAME, lambda info: _Lean(uses[info.path], info.type))
     targets = [info for info in structure if uses[info.path].seen]
     if not targets:
         raise ValueError(
-            f"lean_activations: nothing in {face.kind} can be changed; no module takes {', '.join(_LEANER)} by name "
-            "from transformers. In a module of your own write jax.checkpoint(nn.gelu)."
+            f"lean_activations: nothing in {adapter.class_name} can be changed; no module takes {', '.join(_LEANER)} "
+            "by name from transformers. In a module of your own write jax.checkpoint(nn.gelu)."
         )
-    edits = [Edit(info.path, "around", _Lean(_Use(), info.type)) for info in targets]
-    return altered(face, _NAME, edits, "modules", targets)
+    edits = [CallEdit(info.path, "around", _Lean(_Use(), info.type)) for info in targets]
+    return altered(adapter, _NAME, edits, "modules", targets)
 
 
 class _Use:

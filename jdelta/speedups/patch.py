@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 from flax import linen as nn
 
+from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import Attachment, Edit, attachments_of, bare, instrument
+from jdelta.hosts.linen.instrument import attachments_of, bare, instrument
 
 
 class Alteration:
@@ -22,9 +23,14 @@ class Alteration:
     """
 
     def __init__(
-        self, face: backbone.Face, attachment: Attachment, what: str, targets: Sequence[str], left: Mapping[str, str]
+        self,
+        adapter: backbone.HostAdapter,
+        attachment: Attachment,
+        what: str,
+        targets: Sequence[str],
+        left: Mapping[str, str],
     ):
-        self._face = face
+        self._adapter = adapter
         self._attachment = attachment
         self._what = what
         self.targets = list(targets)
@@ -36,19 +42,19 @@ class Alteration:
         Raises:
           RuntimeError: that was done already.
         """
-        carried = attachments_of(self._face.module)
+        carried = attachments_of(self._adapter.module)
         rest = [attachment for attachment in carried if attachment is not self._attachment]
         if len(rest) == len(carried):
             raise RuntimeError("undo: this was undone already.")
-        self._face.module = instrument(self._face.module, rest)
+        self._adapter.module = instrument(self._adapter.module, rest)
 
     def __repr__(self) -> str:
         left = f"; left: {reasons(self.left)}" if self.left else ""
         return f"{len(self.targets)} {self._what}: {', '.join(_folded(self.targets))}{left}"
 
 
-def unaltered(model: object, name: str, message: str) -> backbone.Face:
-    """The model's face, if it carries no alteration of this name.
+def unaltered(model: object, name: str, message: str) -> backbone.HostAdapter:
+    """The model's adapter, if it carries no alteration of this name.
 
     Args:
       model: a Flax model of transformers, or a `jdelta.Backbone`.
@@ -59,23 +65,25 @@ def unaltered(model: object, name: str, message: str) -> backbone.Face:
       RuntimeError: it carries one.
       TypeError: it is no such model.
     """
-    face = backbone.face_of(model)
-    if any(attachment.name == name for attachment in attachments_of(face.module)):
+    adapter = backbone.adapt(model)
+    if any(attachment.name == name for attachment in attachments_of(adapter.module)):
         raise RuntimeError(message)
-    return face
+    return adapter
 
 
-def tried(face: backbone.Face, structure: Structure, name: str, layer: Callable[[ModuleInfo], nn.Module]) -> None:
+def tried(
+    adapter: backbone.HostAdapter, structure: Structure, name: str, layer: Callable[[ModuleInfo], nn.Module]
+) -> None:
     """One abstract run of the bare model with such a layer around every module."""
-    edits = tuple(Edit(info.path, "around", layer(info)) for info in structure)
-    module = instrument(bare(face.module), [Attachment(name, edits)])
-    jax.eval_shape(lambda: face.init(module, jax.random.key(0)))
+    edits = tuple(CallEdit(info.path, "around", layer(info)) for info in structure)
+    module = instrument(bare(adapter.module), [Attachment(name, edits)])
+    jax.eval_shape(lambda: adapter.init(module, jax.random.key(0)))
 
 
 def altered(
-    face: backbone.Face,
+    adapter: backbone.HostAdapter,
     name: str,
-    edits: Iterable[Edit],
+    edits: Iterable[CallEdit],
     what: str,
     targets: Iterable[ModuleInfo],
     left: Mapping[str, str] | None = None,
@@ -83,7 +91,7 @@ def altered(
     """Makes the model run these edits.
 
     Args:
-      face: the model.
+      adapter: the model.
       name: of the attachment.
       edits: what it does.
       what: the kind of the modules, in the plural.
@@ -91,8 +99,8 @@ def altered(
       left: name to reason of those that are not.
     """
     attachment = Attachment(name, tuple(edits))
-    face.module = instrument(face.module, [*attachments_of(face.module), attachment])
-    return Alteration(face, attachment, what, [info.name for info in targets], left or {})
+    adapter.module = instrument(adapter.module, [*attachments_of(adapter.module), attachment])
+    return Alteration(adapter, attachment, what, [info.name for info in targets], left or {})
 
 
 # --- names

@@ -59,7 +59,7 @@ def select_modules(
     if method is None:
         if arguments:
             raise TypeError(f"select_modules: {', '.join(arguments)} belong to a method. Give it too: method=….")
-        structure = backbone.trace(backbone.face_of(backbone_model))
+        structure = backbone.trace(backbone.adapt(backbone_model))
         return _ask(structure, None, {"": "The whole model has no name to choose it by."}, None, host, port)
     delta = _unattached(backbone_model, method, arguments)
 

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
+from jdelta.core.arguments import is_array
+from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.structural_key import structural_key
 from jdelta.core.structure import ModuleInfo
 from jdelta.delta import DeltaModel
 from jdelta.hosts import backbone
-from jdelta.hosts.linen.interception import Attachment, Edit, attachments_of, instrument, is_array
+from jdelta.hosts.linen.instrument import attachments_of, instrument
 from jdelta.trees import addressing, dtypes, surgery
 from jdelta.trees.surgery import Path
 
@@ -63,14 +65,14 @@ def costs(method: DeltaModel, exclude: Sequence[str] = ()) -> Costs:
       method: a delta that is not attached yet; its `edits` say what a module gets.
       exclude: patterns of modules that are left out.
     """
-    structure, face = method._structure, method._face
-    tree = surgery.flatten(surgery.parameters(backbone.tree_of(face)))
+    structure, adapter = method._structure, method._adapter
+    tree = surgery.flatten(surgery.parameters(backbone.tree_of(adapter)))
     sizes = {path: math.prod(meta.unbox(leaf).shape) for path, leaf in tree.items() if leaf is not surgery.empty_node}
     patterns = [p for p in method.config.unfrozen_modules or () if p != "deltas"]
     able = {p for p in sizes if not dtypes.is_fixed(tree[p])}
     unfrozen = {p for p in able if any(addressing.matches_at_or_above(surgery.name_of(p), q) for q in patterns)}
 
-    others = attachments_of(face.module)
+    others = attachments_of(adapter.module)
     measure = _Measure(method)
     leaves: dict[str, Shapes] = {}
     borrowed: dict[str, list[Path]] = {}
@@ -134,7 +136,7 @@ class _Measure:
         self._known: dict[Any, list[Shapes] | Exception] = {}
         self._alive: list[Any] = []  # keys can hold ids of parts of these
 
-    def __call__(self, info: ModuleInfo, edits: Sequence[Edit]) -> Shapes:
+    def __call__(self, info: ModuleInfo, edits: Sequence[CallEdit]) -> Shapes:
         found: Shapes = {}
         self._alive.append(edits)
         outside = [edit for edit in edits if edit.layer is not None and edit.where in ("around", "replace")]
@@ -149,7 +151,9 @@ class _Measure:
             if edit.layer is None:
                 continue
             host = self._method._structure.modules[surgery.name_of(edit.host)]
-            start = self._method._structure.modules[surgery.name_of(edit.host if edit.start is None else edit.start)]
+            start = self._method._structure.modules[
+                surgery.name_of(edit.host if edit.span_input is None else edit.span_input)
+            ]
             x, y = (start.x if edit.where in ("before", "parallel") else host.y), host.y
             wanted = x.shape if edit.where == "before" else y.shape
             key = (structural_key(edit.layer), x.shape, x.dtype, wanted)
@@ -168,7 +172,7 @@ class _Measure:
             raise known
         return known
 
-    def _run(self, info: ModuleInfo, edits: Sequence[Edit]) -> list[Shapes]:
+    def _run(self, info: ModuleInfo, edits: Sequence[CallEdit]) -> list[Shapes]:
         """The host is run by itself; if it cannot be, in its model."""
         start = info.path if all(edit.host[: len(info.path)] == info.path for edit in edits) else ()
         try:
@@ -186,15 +190,15 @@ class _Measure:
             rows.append({p[len(at) :]: tuple(leaf.shape[skip:]) for p, leaf in own.items()})
         return rows
 
-    def _in_model(self, edits: Sequence[Edit]) -> Any:
-        others = [a for a in attachments_of(self._method._face.module) if a.active]
+    def _in_model(self, edits: Sequence[CallEdit]) -> Any:
+        others = [a for a in attachments_of(self._method._adapter.module) if a.active]
         mine = Attachment(self._method.name, tuple(edits))
         try:
             return jax.eval_shape(lambda key: self._method._run_init([*others, mine], key), jax.random.key(0))
         except Exception as error:  # whatever the model's own code says to such a layer is the reason
             raise ValueError(str(error)) from error
 
-    def _with_axes(self, edit: Edit, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _with_axes(self, edit: CallEdit, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*self._axes.get(edit.host, ()), *shape)
 
     @functools.cached_property
@@ -204,7 +208,7 @@ class _Measure:
         leaves = surgery.flatten(meta.unbox(surgery.parameters(structure.params)))
         if all(leaves[(*i.path, key)].shape == leaf.shape for i in structure for key, leaf in i.params.items()):
             return {}
-        edits = tuple(Edit(info.path, "around", _Mark(), leaf=(self._method.name,)) for info in structure)
+        edits = tuple(CallEdit(info.path, "around", _Mark(), leaf=(self._method.name,)) for info in structure)
         mine = Attachment(self._method.name, edits)
         tree = jax.eval_shape(lambda key: self._method._run_init([mine], key), jax.random.key(0))
         marks = surgery.flatten(surgery.parameters(tree))
@@ -233,7 +237,7 @@ def _layer_shapes(layer: nn.Module, x: jax.ShapeDtypeStruct, wanted: tuple[int, 
     return [{path: leaf.shape for path, leaf in surgery.flatten(variables.get("params", {})).items()}]
 
 
-def _host_alone(info: ModuleInfo, edits: Sequence[Edit], name: str) -> Any:
+def _host_alone(info: ModuleInfo, edits: Sequence[CallEdit], name: str) -> Any:
     module = instrument(info.type(**info.fields, parent=None), [Attachment(name, tuple(edits))])
     leaves, treedef = jax.tree.flatten((info.args, info.kwargs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
@@ -245,7 +249,7 @@ def _host_alone(info: ModuleInfo, edits: Sequence[Edit], name: str) -> Any:
     return jax.eval_shape(run, arrays)
 
 
-def _moved(edit: Edit, start: Path) -> Edit:
+def _moved(edit: CallEdit, start: Path) -> CallEdit:
     return dataclasses.replace(edit, host=edit.host[len(start) :])
 
 

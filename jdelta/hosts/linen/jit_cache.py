@@ -17,7 +17,7 @@ from typing import Any
 from flax import linen as nn
 from flax.linen import transforms
 
-from jdelta.hosts.linen import patches
+from jdelta.hosts import patches
 
 Mark = Callable[[nn.Module], Hashable]
 

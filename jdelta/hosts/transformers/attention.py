@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import attention as flax_attention
 
-from jdelta.hosts.linen import patches
-from jdelta.hosts.linen.interception import Frame, main_input, main_output, with_main_input, with_main_output
+from jdelta.core.arguments import main_input, main_output, with_main_input, with_main_output
+from jdelta.hosts import patches
+from jdelta.hosts.linen.calls import Frame
 
 _WEIGHTS = "dot_product_attention_weights"
 _BLOCK_SPARSE = "bigbird_block_sparse_attention"

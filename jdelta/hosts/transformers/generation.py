@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 
 _prompted: contextvars.ContextVar[bool] = contextvars.ContextVar("prompted", default=False)
 
@@ -27,7 +27,7 @@ def prompt_is_in() -> bool:
 
 def prompt_ids(module: nn.Module) -> list[int]:
     """The ids of all active prompts, in the order in which the model is to see them."""
-    edits = [edit for a in reversed(attachments_of(module)) if a.active for edit in a.edits if not edit.helps]
+    edits = [edit for a in reversed(attachments_of(module)) if a.active for edit in a.edits if not edit.auxiliary]
     return [i for edit in edits for i in getattr(edit.layer, "prompt_ids", ())]
 
 

@@ -6,7 +6,7 @@ import functools
 import warnings
 from typing import Any
 
-from jdelta.hosts.linen.interception import attachments_of
+from jdelta.hosts.linen.instrument import attachments_of
 from jdelta.hosts.transformers import generation
 from jdelta.trees import surgery
 

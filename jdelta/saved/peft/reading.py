@@ -76,16 +76,16 @@ def from_peft(
         fit the model. The model is then as it was.
     """
     as_type("keep_dtype", keep_dtype, bool)
-    face = backbone.face_of(backbone_model)
-    if face.params is None:
+    host_adapter = backbone.adapt(backbone_model)
+    if host_adapter.params is None:
         raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
-    names = Names.of(backbone.trace(face), getattr(backbone_model, "base_model_prefix", ""))
+    names = Names.of(backbone.trace(host_adapter), getattr(backbone_model, "base_model_prefix", ""))
 
     def found() -> tuple[Path, dict[str, Any], Tensors]:
         path = hub.fetch(source, revision, (CONFIG, TENSORS))
         return path, *read(path, names)
 
-    path, fields, tensors = processes.together(found, _checksum) if processes.spread(face.params) else found()
+    path, fields, tensors = processes.together(found, _checksum) if processes.spread(host_adapter.params) else found()
     try:
         fields = known_fields(fields)
         for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
@@ -93,7 +93,7 @@ def from_peft(
                 raise ValueError(
                     f"{field} has {len(fields[field]):,} patterns, and the file has {len(tensors)} tensors."
                 )
-        with backbone.unchanged_on_error(face), regexes.limited():
+        with backbone.unchanged_on_error(host_adapter), regexes.limited():
             adapter = _READERS[fields["peft_type"]](fields, tensors, names)
             return _attached(adapter, backbone_model, name, keep_dtype)
     except (TypeError, ValueError) as error:

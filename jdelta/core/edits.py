@@ -1,0 +1,96 @@
+"""What a delta does to a backbone, as data: edits of calls, and all of them that go by one name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from flax import linen as nn
+
+from jdelta.core.pickling import packed, unpacked
+from jdelta.trees.surgery import Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CallEdit:
+    """One change at one host module.
+
+    Attributes:
+      host: path of the module that is changed; the layer's parameters live below it.
+      where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`, or what the layer's
+        `fused_with_host(host, x)` returns, if it has that and it is not `None`; `"replace"`, `layer(*args, **kwargs)`
+        in place of the host; `"around"`, `layer(host, *args, **kwargs)`, where `host` is a
+        `Host` and `__call__` is `nn.nowrap`, so that modules which a compact host makes stay its own; `"train"`, no
+        computation: the host's own leaf `leaf` trains with the delta.
+      layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument. If
+        it has a method `during_run`, the whole model runs inside the context that this gives.
+      span_input: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
+      leaf: path below the host: of the layer's parameters, or of the leaf that trains.
+      auxiliary: whether it only auxiliary another edit, and its host is none of the delta's targets.
+      outermost: whether it goes around all other edits of its host, whenever those were attached.
+      needs: a leaf of the host's own without which it does nothing.
+    """
+
+    host: Path
+    where: Literal["after", "before", "parallel", "replace", "around", "train"]
+    layer: nn.Module | None = None
+    span_input: Path | None = None
+    leaf: Path = ()
+    auxiliary: bool = False
+    outermost: bool = False
+    needs: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "layer": packed(self.layer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, layer=unpacked(state["layer"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Attachment:
+    """A delta as the model knows it.
+
+    Attributes:
+      name: its name in the tree.
+      edits: what it does.
+      leaves: paths of its leaves in the tree.
+      active: whether the model runs it.
+      frozen: those of its leaves that never train.
+      generator: a module whose parameters are the leaves below `(name,)`, and which makes from them, once a run, leaves
+        of the hosts that are not in the tree: `generator() -> {path: array}`.
+      generated: the paths of what the generator makes.
+      config: its method's arguments.
+    """
+
+    name: str
+    edits: tuple[CallEdit, ...]
+    leaves: tuple[Path, ...] = ()
+    active: bool = True
+    frozen: frozenset[Path] = frozenset()
+    generator: nn.Module | None = None
+    generated: tuple[Path, ...] = ()
+    config: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "generator": packed(self.generator)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, generator=unpacked(state["generator"]))
+
+    @property
+    def unfrozen_backbone(self) -> tuple[Path, ...]:
+        """Paths of the backbone's own leaves that train with the delta."""
+        return tuple((*edit.host, *edit.leaf) for edit in self.edits if edit.where == "train")
+
+    @property
+    def after_merge(self) -> tuple[CallEdit, ...]:
+        """What runs while it is off, for leaves of the hosts that merging may have added: see `merging.folded`."""
+        layers = [(edit, getattr(edit.layer, "after_merge", None)) for edit in self.edits]
+        behind = [(edit, *make()) for edit, make in layers if make is not None]
+        return tuple(CallEdit(edit.host, edit.where, layer, auxiliary=True, needs=leaf) for edit, leaf, layer in behind)
+
+    @property
+    def trained(self) -> set[Path]:
+        """Paths of everything that trains with the delta: its own leaves and the borrowed."""
+        return {*self.leaves, *self.unfrozen_backbone} - self.frozen

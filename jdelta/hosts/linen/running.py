@@ -1,0 +1,279 @@
+"""Runs edits around the calls of named modules, without touching the model's code.
+
+The layers' parameters live in the host's own Flax scope, so lifted transforms (`nn.scan`, `nn.remat`, `nn.vmap`) treat
+them like the host's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import lift
+from flax.core.scope import Scope
+
+from jdelta.core.arguments import (
+    argument_names,
+    input_if_any,
+    main_input,
+    main_output,
+    with_main_input,
+    with_main_output,
+)
+from jdelta.core.edits import CallEdit
+from jdelta.hosts import patches
+from jdelta.hosts.linen import jit_cache
+from jdelta.hosts.linen.calls import Calls, Frame, describe
+from jdelta.trees import surgery
+from jdelta.trees.surgery import Path
+
+Watcher = Callable[[Frame, Callable], Callable]
+
+_runs: contextvars.ContextVar[tuple[tuple[Hashable, Calls], ...]] = contextvars.ContextVar("runs", default=())
+
+
+def is_running(name: Hashable) -> bool:
+    """Whether a run of the edits of this name is in progress, in this thread."""
+    return name in [other for other, _ in _runs.get()]
+
+
+class Host:
+    """What an "around" layer is given: calling it runs the host."""
+
+    def __init__(self, call: Callable, frame: Frame, watchers: list[Watcher]):
+        self._call = call
+        self.frame = frame
+        self._watchers = watchers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the host."""
+        return self._call(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def watched(self, watch: Watcher) -> Iterator[None]:
+        """While this lasts, every `call` inside the host is replaced by `watch(frame, call)`."""
+        self._watchers.append(watch)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watch)
+
+
+@contextlib.contextmanager
+def running(
+    edits: Sequence[CallEdit], root_type: type[nn.Module], name: Hashable, ran: set[CallEdit] | None = None
+) -> Iterator[None]:
+    """Runs the edits around the calls of one run of a model, while this lasts.
+
+    A run inside another, as of `module.clone().apply(…)` in a method of the module, has calls of its own.
+
+    Args:
+      edits: in the order of attaching. Each goes around the earlier ones of its host, and those that are `outermost`
+        around all.
+      root_type: the class of the module that is applied or initialised.
+      name: of these edits, among all others: runs under the same name share what `nn.jit` traced.
+      ran: where to note the edits that were run.
+    """
+    by_host: dict[Path, list[CallEdit]] = {}
+    for edit in sorted(edits, key=lambda edit: edit.outermost):
+        if edit.layer is not None:
+            by_host.setdefault(edit.host, []).append(edit)
+    calls = Calls(root_type, by_host)
+    starts = {edit.span_input for edit in edits if edit.span_input is not None}
+    inputs: dict[Path, _Input] = {}  # of each start's newest call
+    watchers: list[Watcher] = []  # of the hosts in progress, outermost first
+
+    def intercept(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name != "__call__" or _runs.get()[-1][1] is not calls:
+            return next_call(*args, **kwargs)
+        with calls.enter(context.module, args, kwargs) as frame:
+            if frame.nested or frame.again:
+                return next_call(*args, **kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if frame.path in starts:
+                    inputs[frame.path] = _Input(main_input(type(frame.module), args, kwargs)[1], frame.body)
+                # Each edit wraps what the earlier ones made of the host.
+                call = next_call
+                for edit in by_host.get(frame.path, ()):
+                    if edit.needs is not None and not frame.module.has_variable("params", edit.needs):
+                        continue
+                    if edit.where == "around":
+                        call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
+                    else:
+                        call = functools.partial(_run, edit, call, frame, inputs, calls, call is next_call)
+                    if ran is not None:
+                        ran.add(edit)
+                return call(*args, **kwargs)
+
+            call: Callable = run
+            for watch in watchers:
+                call = watch(frame, call)
+            return call(*args, **kwargs)
+
+    def mark(module: nn.Module) -> Hashable:
+        path = module.scope.path if module.scope is not None else ()
+        within = (edit for edit in edits if edit.span_input in inputs and edit.host[: len(path)] == path)
+        if watchers or any(within):
+            return jit_cache.unique()  # arrays from outside would become constants of what is kept
+        return name, path, calls.state
+
+    token = _runs.set((*_runs.get(), (name, calls)))
+    try:
+        with contextlib.ExitStack() as stack:
+            for during_run in (getattr(edit.layer, "during_run", None) for edit in edits):
+                if during_run is not None:
+                    stack.enter_context(during_run())
+            stack.enter_context(patches.patched(vars(lift), "custom_vjp", _within_run))
+            stack.enter_context(nn.intercept_methods(intercept))
+            stack.enter_context(jit_cache.marked(mark))
+            yield
+    finally:
+        _runs.reset(token)
+
+
+def _within_run(custom_vjp: Callable) -> Callable:
+    """Flax's `custom_vjp`, which says so if JAX traces its functions after the run, where no edit would be heard.
+
+    Private API of flax: `nn.custom_vjp` looks the name up in `flax.core.lift` when it is called. A test notices if not.
+    """
+
+    @functools.wraps(custom_vjp)
+    def checked(fn: Callable, forward_fn: Callable, *args: Any, **kwargs: Any) -> Any:
+        if not _runs.get():
+            return custom_vjp(fn, forward_fn, *args, **kwargs)
+        calls = _runs.get()[-1][1]
+        concerned = calls.inside_host
+
+        def within(function: Callable) -> Callable:
+            @functools.wraps(function)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal concerned
+                if concerned and all(other is not calls for _, other in _runs.get()):
+                    raise NotImplementedError(
+                        "the forward pass of an nn.custom_vjp was traced after the model ran, where the deltas in it "
+                        "are not heard. Take the gradient inside jax.jit: jax.jit(jax.grad(loss)) in place of "
+                        "jax.grad(jax.jit(loss))."
+                    )
+                before = calls.edited
+                output = function(*args, **kwargs)
+                concerned |= calls.edited > before
+                return output
+
+            return run
+
+        return custom_vjp(within(fn), within(forward_fn), *args, **kwargs)
+
+    return checked
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """What a span starts from, and where that was."""
+
+    x: Any
+    body: Scope | None
+
+    def is_gone(self, frame: Frame, calls: Calls) -> bool:
+        """Whether it was made inside a transformed module, such as one of `nn.remat`, that has ended."""
+        levels = [body and body.trace_level for body in (self.body, frame.body)]
+        return levels[0] != levels[1] and not calls.inside(self.body)
+
+
+def _run(
+    edit: CallEdit,
+    call: Callable,
+    frame: Frame,
+    inputs: Mapping[Path, _Input],
+    calls: Calls,
+    first: bool,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if edit.where == "replace":
+        return _layer(edit, frame)(*args, **kwargs)
+    if edit.where == "before":
+        key, x = main_input(type(frame.module), args, kwargs)
+        new = _same_dtype(_layer(edit, frame)(x), x)
+        args, kwargs = with_main_input(args, kwargs, key, new)
+        return call(*args, **kwargs)
+    if edit.where == "after":
+        output = call(*args, **kwargs)
+        given = input_if_any(type(frame.module), args, kwargs)
+        y = main_output(output, given)
+        return with_main_output(output, _same_dtype(_layer(edit, frame)(y), y), given)
+    # parallel
+    if edit.span_input is None or edit.span_input == edit.host:
+        x = main_input(type(frame.module), args, kwargs)[1]
+    elif edit.span_input in inputs:
+        if inputs[edit.span_input].is_gone(frame, calls):
+            raise ValueError(
+                f"the span from {surgery.name_of(edit.span_input)} to {describe(frame.module)} leads out of a module "
+                "that is transformed as a whole (by nn.jit, nn.remat, nn.scan, …), and values cannot leave it that "
+                "way. Name two modules inside it, or two outside."
+            )
+        x = inputs[edit.span_input].x
+    else:
+        raise ValueError(
+            f"the span to {describe(frame.module)} starts at {surgery.name_of(edit.span_input)}, which was not called "
+            "before it in this run of the model."
+        )
+    if first and edit.span_input in (None, edit.host) and len(args) + len(kwargs) == 1:
+        layer, mode = _bound(edit, frame)
+        joined = getattr(layer, "fused_with_host", None)
+        if joined is not None and (y := joined(frame.module, x, **mode)) is not None:
+            return y
+    output, given = call(*args, **kwargs), input_if_any(type(frame.module), args, kwargs)
+    y = main_output(output, given)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = _same_dtype(x, y)  # T5's norms give float32 to a Dense that computes in bfloat16
+    change = _layer(edit, frame)(x)
+    if jnp.shape(change) != y.shape:
+        raise ValueError(
+            f"the parallel layer {type(edit.layer).__name__} at {describe(frame.module)} returned shape "
+            f"{jnp.shape(change)}, but the module's output has shape {y.shape}."
+        )
+    return with_main_output(output, y + _same_dtype(change, y), given)
+
+
+def _layer(edit: CallEdit, frame: Frame) -> Callable:
+    """The edit's layer, bound into the host's scope and told whether dropout is on."""
+    layer, mode = _bound(edit, frame)
+    return functools.partial(layer, **mode) if mode else layer
+
+
+def _bound(edit: CallEdit, frame: Frame) -> tuple[Any, dict[str, bool]]:
+    """The edit's layer, bound into the host's scope, and its argument that says whether dropout is on, if it has it."""
+    assert edit.layer is not None
+    scope = frame.module.scope
+    for key in edit.leaf:
+        scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
+    layer = edit.layer.clone(parent=scope, name=None)
+    names = argument_names(type(layer).__call__)
+    if "deterministic" not in names and "train" not in names:
+        return layer, {}
+    deterministic = frame.deterministic
+    if deterministic is None:
+        deterministic = not scope.has_rng("dropout")
+    return layer, {"deterministic": deterministic} if "deterministic" in names else {"train": not deterministic}
+
+
+def _same_dtype(new: Any, old: Any) -> Any:
+    """A delta never changes the precision that the backbone computes in.
+
+    Raises:
+      TypeError: what the layer computes would be cut off: whole numbers, or real ones, are in its place.
+    """
+    for a in jax.tree.leaves(new):
+        is_complex = jnp.issubdtype(a.dtype, jnp.complexfloating)
+        if not jnp.issubdtype(old.dtype, jnp.complexfloating if is_complex else jnp.inexact):
+            raise TypeError(f"a layer gives {a.dtype} where the model has {old.dtype}, which would be cut off.")
+    return jax.tree.map(lambda a: a.astype(old.dtype), new)
