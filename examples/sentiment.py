@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = train(model, trainable, frozen, training, args, console)
     model.params = jdelta.combine(run.trainable, frozen)
     if isinstance(delta, jdelta.PrefixModel) and delta.config.reparameterize:
-        delta.fold()  # the network that made the prefixes has done its work
+        delta.materialise()  # the network that made the prefixes has done its work
     stored = delta.partition(model.params)[0]
 
     probabilities = predict(model, model.params, held_out, args.batch_size)

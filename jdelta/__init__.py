@@ -1,29 +1,39 @@
 """jdelta: delta tuning (parameter-efficient fine-tuning) for JAX and Flax."""
 
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
-from jdelta.core.config import DeltaConfig
 from jdelta.core.edits import CallEdit
 from jdelta.core.linear import register_linear
+from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.delta import DeltaModel
 from jdelta.display.interactive import select_modules
 from jdelta.display.movement import Movement
 from jdelta.display.visualization import Visualization
-from jdelta.hosts.backbone import Backbone
+from jdelta.exchange import from_peft
+from jdelta.hosts.linen.backbone import Backbone
 from jdelta.hosts.transformers import linear_types as _transformers_linear
 from jdelta.hosts.transformers import repairs as _transformers_repair
-from jdelta.methods.adapter import AdapterConfig, AdapterModel
-from jdelta.methods.bitfit import BitFitConfig, BitFitModel
-from jdelta.methods.compacter import CompacterConfig, CompacterModel
-from jdelta.methods.lora import LoraConfig, LoraModel
-from jdelta.methods.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
-from jdelta.methods.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
-from jdelta.methods.prefix import PrefixConfig, PrefixModel
-from jdelta.methods.soft_prompt import SoftPromptConfig, SoftPromptModel
+from jdelta.methods.adapter import AdapterConfig
+from jdelta.methods.bitfit import BitFitConfig
+from jdelta.methods.compacter import CompacterConfig
+from jdelta.methods.lora import LoraConfig
+from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
+from jdelta.methods.parallel_adapter import ParallelAdapterConfig
+from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.models import (
+    AdapterModel,
+    BitFitModel,
+    CompacterModel,
+    LoraModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
+    PrefixModel,
+    SoftPromptModel,
+)
 from jdelta.names.common_names import register_common_names
 from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
 from jdelta.saved.finetuned import Finetuned
-from jdelta.saved.peft import from_peft
 from jdelta.scale.many import rowwise, select, stack, unstack
 from jdelta.scale.sharding import match_partition_rules, state_shardings
 from jdelta.speedups.fused_attention import fused_attention
@@ -43,13 +53,13 @@ __all__ = [
     "CallEdit",
     "CompacterConfig",
     "CompacterModel",
-    "DeltaConfig",
     "DeltaModel",
     "Finetuned",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",
     "LowRankAdapterModel",
+    "Method",
     "ModuleInfo",
     "Movement",
     "ParallelAdapterConfig",

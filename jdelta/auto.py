@@ -10,11 +10,13 @@ from typing import Any, Literal
 import chex
 
 from jdelta.core import parsing
-from jdelta.core.config import DeltaConfig, as_path, config_from_dict, require_known, shown
-from jdelta.delta import METHODS, DeltaModel
-from jdelta.hosts import backbone
-from jdelta.kept import read_delta
-from jdelta.placed import taken
+from jdelta.core.config import as_path, config_from_dict, require_known, shown
+from jdelta.core.host import HostAdapter, unchanged_on_error
+from jdelta.core.method import Method
+from jdelta.core.state import DeltaState, taken
+from jdelta.delta import DeltaModel, model_class
+from jdelta.hosts.adapting import adapt
+from jdelta.saved.extraction import read_delta
 from jdelta.saved.finetuned import Finetuned, listing
 from jdelta.trees import regexes
 
@@ -28,8 +30,8 @@ class AutoDeltaConfig:
     """
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DeltaConfig:
-        """The configuration that a dict describes, as `DeltaConfig.to_dict` gives it.
+    def from_dict(cls, values: Mapping[str, Any]) -> Method:
+        """The configuration that a dict describes, as `Method.to_dict` gives it.
 
         Args:
           values: the `delta_type`, and arguments of that method; what is left out has its default.
@@ -41,8 +43,8 @@ class AutoDeltaConfig:
         return config_from_dict(values)
 
     @classmethod
-    def from_json_string(cls, text: str) -> DeltaConfig:
-        """The inverse of `DeltaConfig.to_json_string`.
+    def from_json_string(cls, text: str) -> Method:
+        """The inverse of `Method.to_json_string`.
 
         Raises:
           TypeError, ValueError: as `from_dict`; also `TypeError` if `text` is no string, `ValueError` if it is no JSON.
@@ -55,8 +57,8 @@ class AutoDeltaConfig:
             raise ValueError(f"from_json_string: {shown(text)} is no JSON: {error}.") from error
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str]) -> DeltaConfig:
-        """The inverse of `DeltaConfig.to_json_file`.
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Method:
+        """The inverse of `Method.to_json_file`.
 
         Raises:
           OSError: there is no such file.
@@ -75,7 +77,7 @@ class AutoDeltaModel:
 
     @classmethod
     def from_config(
-        cls, config: DeltaConfig, backbone_model: Any, name: str | None = None, rng: int | chex.PRNGKey = 0
+        cls, config: Method, backbone_model: Any, name: str | None = None, rng: int | chex.PRNGKey = 0
     ) -> DeltaModel:
         """Attaches the delta that a configuration describes.
 
@@ -88,13 +90,13 @@ class AutoDeltaModel:
           ValueError: it is that of no method.
           TypeError, ValueError: as the constructor.
         """
-        if not isinstance(config, DeltaConfig):
+        if not isinstance(config, Method):
             raise TypeError(
                 f"AutoDeltaModel.from_config takes a configuration such as LoraConfig(lora_r=4), got {config!r}. "
                 "AutoDeltaConfig.from_dict makes one from a dict."
             )
         require_known(config.delta_type)
-        return METHODS[config.delta_type].from_config(config, backbone_model, name=name, rng=rng)
+        return model_class(config).from_config(config, backbone_model, name=name, rng=rng)
 
     @classmethod
     def from_finetuned(
@@ -127,22 +129,17 @@ class AutoDeltaModel:
           ConnectionError: no such folder, and the Hub cannot be reached.
           TypeError, ValueError: as `DeltaModel.load_finetuned`. The model is then as it was.
         """
-        adapter = backbone.adapt(backbone_model)
+        adapter = adapt(backbone_model)
         found = source if isinstance(source, Finetuned) else read_delta(source, revision, adapter.params)
         if found.inserted:
             raise ValueError(
                 f"delta {found.name!r} has layers that were put in by hand, at {listing(found.inserted)}. Put them "
                 "into this model in the same way, and call load_finetuned on that delta."
             )
-        _require_few_patterns(found, len(backbone.trace(adapter).modules) + len(found.values))
-        if name is None and taken(found.name, backbone_model, backbone.trace(adapter)) is None:
-            named_like_a_leaf = any(
-                leaf.split(".").count(found.name) > 1 for leaf in found.values if found.is_own(leaf)
-            )
-            name = None if named_like_a_leaf else found.name  # earlier versions allowed it
-        with backbone.unchanged_on_error(adapter), regexes.limited():
-            kind = METHODS[found.config.delta_type]
-            delta = kind._of_saved(found, backbone_model, name)
+        _require_few_patterns(found, len(adapter.structure().modules) + len(found.values))
+        name = _free_name(found, adapter, backbone_model) if name is None else name
+        with unchanged_on_error(adapter), regexes.limited():
+            delta = model_class(found.config)._of(found.config, backbone_model, name, saved=found)
             delta.load_finetuned(found, check_hash=check_hash)
             if found.exclude is not None:
                 delta.freeze_module(found.exclude)
@@ -157,3 +154,11 @@ def _require_few_patterns(found: Finetuned, most: int) -> None:
     for field, some in patterns.items():
         if len(some or ()) > most + 100:
             raise ValueError(f"{field} of the saved delta has {len(some):,} entries. This model has {most:,} parts.")
+
+
+def _free_name(found: Finetuned, host: HostAdapter, backbone_model: Any) -> str | None:
+    """The name of a saved delta, if the model can have another of it; else `None`."""
+    if taken(found.name, DeltaState(host, backbone_model, found.config, "")) is not None:
+        return None
+    named_like_a_leaf = any(leaf.split(".").count(found.name) > 1 for leaf in found.values if found.is_own(leaf))
+    return None if named_like_a_leaf else found.name  # earlier versions allowed it

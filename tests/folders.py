@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 import jdelta
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 from jdelta.saved import folder
 from jdelta.saved.finetuned import Finetuned
 from jdelta.saved.peft import names, reading, writing
@@ -52,7 +52,7 @@ def formats() -> dict[str, Format]:
     params = {"layers_0": {"kernel": np.ones((64, 16), "f4"), "bias": np.ones(16, "f4")}}
     model = jdelta.Backbone(module, params, dummy_inputs=(np.ones((1, 64), "f4"),))
     delta = jdelta.LoraModel(model, modified_modules=["layers_0"], lora_r=4)
-    structure = backbone.trace(backbone.adapt(model))
+    structure = adapt(model).structure()
     values = {"layers_0.lora.a": (64, 4), "layers_0.lora.b": (4, 16)}
     found = Finetuned("lora", delta.config, {k: np.zeros(shape, "f4") for k, shape in values.items()}, ["layers_0"])
 

@@ -2,22 +2,18 @@ import pytest
 from conftest import build
 
 import jdelta
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 
 
 @pytest.fixture(scope="module")
 def distilbert():
-    return list(
-        backbone.trace(
-            backbone.adapt(build("distilbert", "FlaxDistilBertModel", {"n_layers": 11}, _do_init=False))
-        ).modules
-    )
+    return list(adapt(build("distilbert", "FlaxDistilBertModel", {"n_layers": 11}, _do_init=False)).structure().modules)
 
 
 @pytest.fixture(scope="module")
 def roberta():
     config = {"num_hidden_layers": 11}
-    return list(backbone.trace(backbone.adapt(build("roberta", "FlaxRobertaModel", config, _do_init=False))).modules)
+    return list(adapt(build("roberta", "FlaxRobertaModel", config, _do_init=False)).structure().modules)
 
 
 def test_end_match_of_one_layer_is_not_that_of_layer_ten(distilbert):

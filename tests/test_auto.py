@@ -1,6 +1,7 @@
 """Configurations: types, JSON and back, and the delta that each one means."""
 
 import dataclasses
+import inspect
 import json
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ import jdelta
 import jdelta.methods.compacter
 import jdelta.methods.low_rank_adapter
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
-from jdelta.delta import METHODS
+from jdelta.core.config import METHODS
+from jdelta.delta import MODELS
 
 OWN = [name for name, method in METHODS.items() if method.__module__.startswith("jdelta.methods.")]
 
@@ -36,7 +38,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def test_a_configuration_goes_to_json_and_back(delta_type, tmp_path):
     values = {"delta_type": delta_type, "unfrozen_modules": ["classifier"], **ARGUMENTS[delta_type]}
     config = AutoDeltaConfig.from_dict(values)
-    assert type(config) is METHODS[delta_type].config_class
+    assert type(config) is METHODS[delta_type]
     assert config.delta_type == delta_type
     assert config != type(config)()
     for key, value in values.items():
@@ -57,7 +59,7 @@ def test_a_configuration_goes_to_json_and_back(delta_type, tmp_path):
 
 @pytest.mark.parametrize("delta_type", OWN)
 def test_every_field_of_every_method_refuses_a_wrong_type_by_name(delta_type):
-    config_class = METHODS[delta_type].config_class
+    config_class = METHODS[delta_type]
     for field in dataclasses.fields(config_class):
         wrong: Any = 3 if "str" in field.type or "Literal" in field.type else "3"
         with pytest.raises(TypeError, match=rf"^{field.name} is (a|one of|True)\b.*, got {wrong!r}\."):
@@ -74,7 +76,7 @@ def test_every_field_of_every_method_refuses_a_wrong_type_by_name(delta_type):
 def test_the_delta_of_a_configuration_is_that_of_its_arguments(delta_type):
     config = AutoDeltaConfig.from_dict({"delta_type": delta_type, **ARGUMENTS[delta_type]})
     one, two, three = (build("bert", "FlaxBertForSequenceClassification", _do_init=False) for _ in range(3))
-    method = METHODS[delta_type]
+    method = MODELS[delta_type]
     delta = AutoDeltaModel.from_config(config, backbone_model=one)
     same = method(two, **ARGUMENTS[delta_type])
     again = method.from_config(config, three)
@@ -194,34 +196,31 @@ class Scale(nn.Module):
         return y * self.param("scale", nn.initializers.constant(self.init), (y.shape[-1],))
 
 
-@dataclasses.dataclass(frozen=True)
-class ScaleConfig(jdelta.DeltaConfig):
-    start: float = 1.0
-    sizes: tuple[int, ...] = (1, 2)
-    mode: Literal["a", "b"] | None = None
-    anything: Any = None
-
-
 @pytest.fixture
 def define():
     """Defines a method of a `delta_type`, as a notebook's cell does each time that it runs."""
-    before = dict(METHODS)
+    before = dict(METHODS), dict(MODELS)
 
-    def cell(kind, config=ScaleConfig, base=jdelta.DeltaModel, module=__name__):
-        class ScaleModel(base):
-            __module__ = module
+    def cell(kind, base=jdelta.Method):
+        @dataclasses.dataclass(frozen=True)
+        class ScaleConfig(base):
             delta_type = kind
-            config_class = config
             default_modified_modules = ("ff.w2",)
 
-            def edits(self, host, structure):
-                yield jdelta.CallEdit(host.path, "after", Scale(getattr(self.config, "start", 1.0)), leaf=(self.name,))
+            start: float = 1.0
+            sizes: tuple[int, ...] = (1, 2)
+            mode: Literal["a", "b"] | None = None
+            anything: Any = None
 
-        return ScaleModel
+            def edits(self, host, structure):
+                yield jdelta.CallEdit(host.path, "after", Scale(self.start))
+
+        return ScaleConfig
 
     yield cell
-    METHODS.clear()
-    METHODS.update(before)
+    for registry, entries in zip((METHODS, MODELS), before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture
@@ -230,13 +229,42 @@ def model():
 
 
 def test_a_method_of_ones_own_is_found_by_its_delta_type(define, model):
-    method = define("scale")
+    scale = define("scale")
     config = AutoDeltaConfig.from_dict({"delta_type": "scale", "start": 2, "sizes": [3], "mode": "b"})
-    assert config == ScaleConfig(start=2.0, sizes=(3,), mode="b")
+    assert config == scale(start=2.0, sizes=(3,), mode="b")
     assert AutoDeltaConfig.from_json_string(config.to_json_string()) == config
     delta = AutoDeltaModel.from_config(config, model)
-    assert type(delta) is method
+    assert type(delta) is jdelta.DeltaModel
+    assert delta.config is config
     assert all((leaf == 2).all() for leaf in jax.tree.leaves(delta.partition()[0]))
+
+
+def test_a_method_is_given_to_the_constructor(define, model):
+    scale = define("scale")
+    delta = jdelta.DeltaModel(model, ["pooler.dense"], method=scale(start=3.0))
+    assert delta.targets == ["bert.pooler.dense"]
+    assert all((leaf == 3).all() for leaf in jax.tree.leaves(delta.partition()[0]))
+    with pytest.raises(TypeError, match=r"start belong to the method: ScaleConfig"):
+        jdelta.DeltaModel(model, method=scale(), start=2.0)
+    with pytest.raises(TypeError, match="LoraModel: method is an instance of a LoraConfig"):
+        jdelta.LoraModel(model, method=scale())
+
+
+def test_a_constructor_of_ones_own_is_named_after_its_class(define, model):
+    class ScaleModel(jdelta.DeltaModel):
+        method_class = define("scale")
+
+    delta = AutoDeltaModel.from_config(ScaleModel.method_class(start=2.0), model)
+    assert type(delta) is ScaleModel
+    assert "start" in inspect.signature(ScaleModel).parameters
+
+
+def test_a_method_without_edits_is_an_error(model):
+    class Nothing(jdelta.Method):
+        pass
+
+    with pytest.raises(ValueError, match="Nothing does nothing to modules of itself"):
+        jdelta.DeltaModel(model, ["pooler.dense"], method=Nothing())
 
 
 @pytest.mark.parametrize(
@@ -248,52 +276,50 @@ def test_a_method_of_ones_own_is_found_by_its_delta_type(define, model):
         ({"mode": 1}, TypeError, r"mode is one of 'a', 'b', or None, got 1"),
     ],
 )
-def test_its_fields_are_checked_by_their_annotations(wrong, error, message):
+def test_its_fields_are_checked_by_their_annotations(define, wrong, error, message):
     with pytest.raises(error, match=message):
-        ScaleConfig(**wrong)
+        define("scale")(**wrong)
 
 
 def test_running_its_cell_again_replaces_it_and_keeps_older_configurations(define, model):
-    for config_class in (ScaleConfig, jdelta.DeltaConfig):
-        define("scale", config_class)
-        old = AutoDeltaConfig.from_dict({"delta_type": "scale", "modified_modules": ["query"]})
-        second = define("scale", config_class)
-        assert METHODS["scale"] is second
-        delta = AutoDeltaModel.from_config(old, fresh("bert", "FlaxBertForSequenceClassification"))
-        assert type(delta) is second
-
-
-def test_methods_without_arguments_of_their_own_have_configurations_of_their_own(define, model):
-    one, two = define("one", jdelta.DeltaConfig), define("two", jdelta.DeltaConfig)
-    assert jdelta.DeltaConfig.delta_type == "delta"
-    assert (one.config_class.delta_type, two.config_class.delta_type) == ("one", "two")
-    assert AutoDeltaConfig.from_dict({"delta_type": "one"}) != AutoDeltaConfig.from_dict({"delta_type": "two"})
-    assert one(model).config == one.config_class()
+    define("scale")
+    old = AutoDeltaConfig.from_dict({"delta_type": "scale", "modified_modules": ["query"]})
+    second = define("scale")
+    assert METHODS["scale"] is second
+    assert AutoDeltaModel.from_config(old, model).config.delta_type == "scale"
 
 
 def test_a_variant_of_a_method_leaves_the_method_alone(define):
-    variant = define("louder_lora", jdelta.LoraConfig, jdelta.LoraModel)
+    class LouderConfig(jdelta.LoraConfig):
+        delta_type = "louder_lora"
+
     assert jdelta.LoraConfig.delta_type == "lora"
-    assert variant.config_class.delta_type == "louder_lora"
     assert AutoDeltaConfig.from_dict({"delta_type": "louder_lora", "lora_r": 3}).lora_r == 3
-    assert METHODS["lora"] is jdelta.LoraModel
+    assert METHODS["lora"] is jdelta.LoraConfig
 
     class Preset(jdelta.LoraModel):
         default_modified_modules = ("ff.w1",)
 
-    assert METHODS["lora"] is jdelta.LoraModel
-    assert Preset.config_class is jdelta.LoraConfig
+    assert METHODS["lora"] is jdelta.LoraConfig
+    assert MODELS["lora"] is jdelta.LoraModel
+    assert Preset.method_class is jdelta.LoraConfig
 
 
-def test_the_name_of_one_of_jdeltas_methods_is_taken(define):
-    with pytest.raises(ValueError, match=r"ScaleModel: delta_type 'lora' is that of jdelta\.LoraModel"):
-        define("lora")
-    assert METHODS["lora"] is jdelta.LoraModel
-    assert jdelta.LoraConfig.delta_type == "lora"
+@pytest.mark.parametrize("kind", ["lora", "taken"])
+def test_two_methods_of_one_delta_type_are_an_error(define, kind):
+    if kind == "taken":
+
+        class First(jdelta.Method):
+            delta_type = "taken"
+
+    before = METHODS[kind]
+    with pytest.raises(ValueError, match=rf"ScaleConfig: delta_type '{kind}' is that of .*{before.__name__} already"):
+        define(kind)
+    assert METHODS[kind] is before
 
 
 def test_the_configuration_of_no_method_is_that_of_an_empty_delta(model):
-    delta = AutoDeltaModel.from_config(jdelta.DeltaConfig(unfrozen_modules=["classifier"]), model)
+    delta = AutoDeltaModel.from_config(jdelta.Method(unfrozen_modules=["classifier"]), model)
     assert type(delta) is jdelta.DeltaModel
     assert delta.targets == []
     assert set(delta.partition()[0]) == {"classifier"}

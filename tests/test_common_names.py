@@ -12,7 +12,7 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 from jdelta.names import common_names, guess
 from jdelta.names.common_names import NAMES, TABLE, register_common_names, resolve
 from jdelta.names.table import as_tuple
@@ -91,7 +91,7 @@ def traced(case):
     for patch in spies:
         patch.start()
     try:
-        return backbone.trace(backbone.adapt(model)), paths
+        return adapt(model).structure(), paths
     finally:
         for patch in spies:
             patch.stop()
@@ -260,7 +260,7 @@ def test_the_widths_are_those_of_the_configuration(case):
 def test_query_and_output_projection_are_told_apart_by_their_widths(name):
     """Where the heads together are not as wide as the model, at 2 × 12, a mix-up would show."""
     changes = {"head_dim": 12} if "Gemma" in name else {"d_kv": 12}
-    structure = backbone.trace(backbone.adapt(zoo.build(name, changes, _do_init=False)))
+    structure = adapt(zoo.build(name, changes, _do_init=False)).structure()
     assert {width(info) for info in resolve(structure, ["attn.q", "crossattn.q"])} == {24}
     assert {(info.x.shape[-1], width(info)) for info in resolve(structure, ["attn.proj", "crossattn.proj"])} == {
         (24, HIDDEN)
@@ -360,7 +360,7 @@ def test_layers_under_remat_are_found():
     model = zoo.build("FlaxBertModel", _do_init=False)
     module = model.module.clone(gradient_checkpointing=True)
     ids = jnp.zeros((1, 3), jnp.int32)
-    structure = backbone.trace(jdelta.Backbone(module, dummy_inputs=(ids, ids, ids, ids, None)))
+    structure = jdelta.Backbone(module, dummy_inputs=(ids, ids, ids, ids, None)).structure()
     assert len(resolve(structure, ["attn.q"])) == LAYERS
 
 
@@ -452,7 +452,7 @@ def test_a_registered_class_covers_its_subclasses_and_may_be_registered_again():
             return Special(name="only")(x)[0]
 
     x = jnp.ones((1, 4, HIDDEN))
-    structure = backbone.trace(jdelta.Backbone(Net(), dummy_inputs=(x,)))
+    structure = jdelta.Backbone(Net(), dummy_inputs=(x,)).structure()
     register_common_names(ToyBlock, {"attn.q": "mix.wq", "block": ""})
     assert [info.name for info in resolve(structure, ["attn.q"])] == ["only.mix.wq"]
     assert [info.name for info in resolve(structure, ["block"])] == ["only"]
@@ -469,7 +469,7 @@ def test_a_built_in_entry_may_be_replaced():
 @pytest.mark.usefixtures("restored_table")
 def test_all_names_of_one_entry_that_end_with_layer_norm_are_meant():
     register_common_names(ToyBlock, {"layer_norm": "norm_1", "ff.layer_norm": "norm_2"})
-    structure = backbone.trace(toy(scan=True))
+    structure = toy(scan=True).structure()
     assert [info.name for info in resolve(structure, ["layer_norm"])] == ["blocks.norm_1", "blocks.norm_2"]
 
 
@@ -479,7 +479,7 @@ def test_a_class_that_only_shares_a_known_name_is_unknown():
         def __call__(self, x):
             return nn.Dense(3, name="query")(x)
 
-    structure = backbone.trace(jdelta.Backbone(FlaxBertLayer(), dummy_inputs=(jnp.ones((1, 3)),)))
+    structure = jdelta.Backbone(FlaxBertLayer(), dummy_inputs=(jnp.ones((1, 3)),)).structure()
     with pytest.raises(ValueError, match="no block of a known family"):
         resolve(structure, ["attn.q"])
 
@@ -492,7 +492,7 @@ def test_a_long_model_is_shown_in_forty_lines():
                 x = nn.Dense(3 + i)(x)
             return x
 
-    structure = backbone.trace(jdelta.Backbone(Long(), dummy_inputs=(jnp.ones((1, 3)),)))
+    structure = jdelta.Backbone(Long(), dummy_inputs=(jnp.ones((1, 3)),)).structure()
     with pytest.raises(ValueError, match=r"Dense_38 Dense 1×40 → 1×41\n *… and 21 more") as caught:
         resolve(structure, ["attn.q"])
     assert "Dense_39" not in str(caught.value)
@@ -589,7 +589,7 @@ class OneLeaf(nn.Module):
 )
 def test_what_names_and_shapes_do_not_say_is_not_guessed(module, wanted):
     backbone_model = jdelta.Backbone(module, dummy_inputs=(jnp.ones((1, 4, HIDDEN)),))
-    assert guess.guess(backbone.trace(backbone_model)) == wanted
+    assert guess.guess(backbone_model.structure()) == wanted
     with pytest.raises(ValueError, match="has no block of a known family") as caught:
         jdelta.AdapterModel(backbone_model)
     assert "modified_modules=[]" not in str(caught.value)

@@ -12,7 +12,8 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
-from jdelta.methods.compacter import Compacter, CompacterConfig, CompacterModel, SharedLeaves
+from jdelta.methods.compacter import Compacter, CompacterConfig, SharedLeaves
+from jdelta.models import CompacterModel
 from jdelta.trees import surgery
 
 D, N, FACTOR, RANK = 16, 2, 4, 3  # hidden size, hypercomplex_division, reduction_factor, phm_rank

@@ -43,14 +43,18 @@ class Scale(nn.Module):
         return y * self.param("scale", nn.initializers.ones, y.shape[-1:])
 
 
-class MineModel(jdelta.DeltaModel):
+class MineConfig(jdelta.Method):
     """A method of the user's own, on both sides of a module."""
 
     delta_type = "mine"
 
     def edits(self, host, structure):
-        yield jdelta.CallEdit(host.path, "before", Shift(), leaf=(self.name, "before"))
-        yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name, "after"))
+        yield jdelta.CallEdit(host.path, "before", Shift(), leaf=("before",))
+        yield jdelta.CallEdit(host.path, "after", Scale(), leaf=("after",))
+
+
+class MineModel(jdelta.DeltaModel):
+    method_class = MineConfig
 
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 24)))  # so many that LoRA's product is fused

@@ -30,11 +30,15 @@ class Down(nn.Module):
         return nn.Dense(8, name="down")(y)
 
 
-class ScaleModel(jdelta.DeltaModel):
+class ScaleConfig(jdelta.Method):
     delta_type = "scale_of_a_test"
 
     def edits(self, host, structure):
-        yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name,))
+        yield jdelta.CallEdit(host.path, "after", Scale())
+
+
+class ScaleModel(jdelta.DeltaModel):
+    method_class = ScaleConfig
 
 
 X = jnp.ones((2, 3))
@@ -175,7 +179,7 @@ def test_leaves_that_bear_the_name_of_an_earlier_delta_are_refused(net):
 
 
 def test_a_method_called_like_its_own_leaf_takes_the_next_name(net, monkeypatch):
-    monkeypatch.setattr(ScaleModel, "delta_type", "scale")
+    monkeypatch.setattr(ScaleConfig, "delta_type", "scale")
     first, second = (ScaleModel(net, modified_modules=["out"]) for _ in range(2))
     assert (first.name, second.name) == ("scale_2", "scale_3")
     assert first.paths == (("out", "scale_2", "scale"),)

@@ -8,7 +8,9 @@ from conftest import fresh
 from flax import linen as nn
 
 import jdelta
+from jdelta.core.state import new_state
 from jdelta.display.interactive.cost import costs
+from jdelta.hosts.adapting import adapt
 from jdelta.trees import surgery
 
 
@@ -22,19 +24,23 @@ class Scale(nn.Module):
         return y * self.param("scale", nn.initializers.ones, (y.shape[-1],))
 
 
-class ScaleBelow(jdelta.DeltaModel):
+class ScaleBelowConfig(jdelta.Method):
     """A method of one's own that walks below the modules that it was pointed at, without `find`."""
 
     delta_type = "scale_below"
 
-    def place(self, structure, find, patterns):
-        for info in structure.below(()):
+    def place(self, site, patterns):
+        for info in site.structure.below(()):
             if any(info.name.endswith(pattern) for pattern in patterns):
                 yield from (
-                    jdelta.CallEdit(below.path, "after", Scale(), leaf=(self.name,))
-                    for below in structure.below(info.path)
+                    jdelta.CallEdit(below.path, "after", Scale())
+                    for below in site.structure.below(info.path)
                     if below.type is nn.Dense
                 )
+
+
+class ScaleBelow(jdelta.DeltaModel):
+    method_class = ScaleBelowConfig
 
 
 def test_the_bias_of_an_excluded_module_does_not_train_with_default_positions(bert):
@@ -66,10 +72,8 @@ def test_a_delta_of_which_nothing_remains(bert, method):
 
 
 def test_the_page_leaves_out_what_is_excluded_below_a_module(bert):
-    delta = jdelta.BitFitModel.__new__(jdelta.BitFitModel)
-    delta.config = jdelta.BitFitConfig(exclude_modules=("query", "pooler.dense"))
-    delta._begin(bert, None, 0)
-    found = costs(delta, delta.config.exclude_modules)
+    method = jdelta.BitFitConfig(exclude_modules=("query", "pooler.dense"))
+    found = costs(new_state(adapt(bert), bert, method, "BitFitModel", None, 0), method.exclude_modules)
     assert found.of(["bert.encoder.layer.0.attention.self"])[0] == 2 * 16
     assert found.reasons["bert.pooler"] == "All that would change in it is left out by exclude_modules."
 
@@ -107,6 +111,9 @@ def test_every_module_that_is_passed_over_is_counted(bert):
 def test_a_prompt_keeps_what_helps_it_in_excluded_modules():
     model = fresh("t5", "FlaxT5ForConditionalGeneration")
     whole = jdelta.SoftPromptModel(model, soft_token_num=2)
-    edits = len(whole._attachment.edits)
+    edits = len(whole._state.attachment.edits)
     whole.remove()
-    assert len(jdelta.SoftPromptModel(model, soft_token_num=2, exclude_modules=["decoder"])._attachment.edits) == edits
+    assert (
+        len(jdelta.SoftPromptModel(model, soft_token_num=2, exclude_modules=["decoder"])._state.attachment.edits)
+        == edits
+    )

@@ -66,7 +66,7 @@ def test_every_method_comes_back_bit_for_bit(method, dtype, tmp_path):
     delta = cls(model, **arguments)
     train_deltas(delta)
     if method == "prefix":
-        delta.fold()  # as it is saved
+        delta.materialise()  # as it is saved
     trainable, frozen = delta.partition()
     trainable = jax.tree.map(lambda a: a.astype(dtype), trainable)
     model.params = jdelta.combine(trainable, frozen)

@@ -19,7 +19,8 @@ from tiers import breadth
 
 import jdelta
 from jdelta.methods.compacter import CompacterConfig, HypercomplexDense
-from jdelta.methods.low_rank_adapter import LowRankAdapterModel, LowRankDense
+from jdelta.methods.low_rank_adapter import LowRankDense
+from jdelta.models import LowRankAdapterModel
 
 X = jax.random.normal(jax.random.key(5), (2, 6, 16))
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 
 import jdelta
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 from jdelta.saved.peft.keys import normalized
 from jdelta.saved.peft.names import Names
 
@@ -149,7 +149,7 @@ def renamed(values: Mapping[str, np.ndarray], changes: Mapping[str, str]) -> dic
 )
 def test_names_and_wrappers_in_the_keys_are_read_past(changes: tuple[str, dict[str, str]]) -> None:
     model, plain = fresh("bert", BERT), tensors()
-    names = Names.of(backbone.trace(backbone.adapt(model)), model.base_model_prefix)
+    names = Names.of(adapt(model).structure(), model.base_model_prefix)
     found = normalized(renamed(plain, changes[1]), "base_model.model.", names)
     found = {key.replace(".modules_to_save.", "."): value for key, value in found.items()}
     found = {key if key.startswith(("bert.", "classifier.")) else f"bert.{key}": v for key, v in found.items()}

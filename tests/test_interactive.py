@@ -22,18 +22,19 @@ from flax import linen as nn
 from tiers import breadth
 
 import jdelta
+from jdelta.core import attaching
 from jdelta.display import interactive
 from jdelta.display.interactive.cost import costs
 from jdelta.display.interactive.describe import describe
 from jdelta.display.interactive.server import Refused, Server
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 from jdelta.trees import surgery
 
 
 def counts(delta):
     """How many parameters train, and how many there are, as the attached model has them."""
     flags = surgery.flatten(surgery.parameters(delta.trainable_mask()))
-    leaves = surgery.flatten(surgery.parameters(backbone.tree_of(backbone.adapt(delta.backbone_model))))
+    leaves = surgery.flatten(surgery.parameters(adapt(delta.backbone_model).tree()))
     sizes = {path: leaf.size for path, leaf in leaves.items() if leaf is not surgery.empty_node}
     return sum(size for path, size in sizes.items() if flags[path]), sum(sizes.values())
 
@@ -44,12 +45,12 @@ def abstract(layers=2):
 
 
 def names_of(model):
-    return [info.name for info in backbone.trace(backbone.adapt(model)) if info.name]
+    return [info.name for info in adapt(model).structure() if info.name]
 
 
 def costs_of(method, model, **arguments):
-    delta = interactive._unattached(model, method, arguments)
-    return costs(delta, delta.config.exclude_modules or ())
+    state = interactive._unattached(model, method, arguments)
+    return costs(state, state.method.exclude_modules or ())
 
 
 # --- what a selection costs
@@ -146,10 +147,13 @@ class Widen(nn.Module):
 
 
 def test_a_method_of_ones_own_is_measured_and_its_misfits_have_a_reason(bert):
-    class WidenModel(jdelta.DeltaModel):
+    class WidenConfig(jdelta.Method):
         def edits(self, host, structure):
             layer = Widen() if host.name == "classifier" else nn.Dense(host.y.shape[-1])
-            yield jdelta.CallEdit(host.path, "after", layer, leaf=(self.name,))
+            yield jdelta.CallEdit(host.path, "after", layer)
+
+    class WidenModel(jdelta.DeltaModel):
+        method_class = WidenConfig
 
     found = costs_of(WidenModel, bert)
     assert "shape (1, 3)" in found.reasons["classifier"]
@@ -570,13 +574,13 @@ def test_answers_that_mean_nothing_are_refused_and_the_page_stays(bert, monkeypa
 
 
 def test_what_modules_cannot_take_together_is_said_in_the_page(monkeypatch, bert):
-    def one_only(self, edits):
+    def one_only(state, edits):
         if len(edits) > 1:
             raise ValueError("one is enough.")
-        return before(self, edits)
+        return before(state, edits)
 
-    before = jdelta.AdapterModel._tried
-    monkeypatch.setattr(jdelta.AdapterModel, "_tried", one_only)
+    before = attaching.tried
+    monkeypatch.setattr(attaching, "tried", one_only)
     page = Page(monkeypatch, {"modules": QUERIES}, {"modules": QUERIES[:1]})
     delta = jdelta.AdapterModel(bert, interactive_modify=True)
     assert delta.targets == QUERIES[:1]

@@ -14,9 +14,10 @@ from flax import linen as nn
 from tiers import chromium
 
 import jdelta
+from jdelta.core import attaching
 from jdelta.display import interactive
 from jdelta.display.interactive.server import Server
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 from jdelta.trees import addressing
 
 pytestmark = pytest.mark.browser
@@ -277,14 +278,14 @@ def test_of_two_pages_one_submits_and_the_other_says_so(start):
 
 
 def test_what_cannot_be_attached_is_said_and_can_be_mended(start, monkeypatch):
-    before = jdelta.LoraModel._tried
+    before = attaching.tried
 
-    def tried(self, edits):
+    def tried(state, edits):
         if len(edits) > 1:
             raise ValueError("These two do not go together.")
-        return before(self, edits)
+        return before(state, edits)
 
-    monkeypatch.setattr(jdelta.LoraModel, "_tried", tried)
+    monkeypatch.setattr(attaching, "tried", tried)
     call = start(lambda: jdelta.LoraModel(bert(1), interactive_modify=True, lora_r=2))
     page = call.open()
     row(page, "query").click()
@@ -343,7 +344,7 @@ def test_axe_finds_no_violation(start, scheme, width):
 @pytest.fixture(scope="module")
 def model_page(browser):
     """A page on a model of two stacks, whose names end alike, with its names in Python."""
-    names = backbone.trace(backbone.adapt(build("t5", "FlaxT5ForConditionalGeneration", {"num_layers": 12})))
+    names = adapt(build("t5", "FlaxT5ForConditionalGeneration", {"num_layers": 12})).structure()
     description = interactive.describe(names, {}, None, model="T5", method="", arguments="")
     with Server(lambda nonce: interactive.document(description, nonce), "127.0.0.1", True) as server:
         page = browser.new_page()

@@ -15,7 +15,6 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_flax_bert import FlaxBertAttention, FlaxBertSelfAttention, FlaxBertSelfOutput
 
 import jdelta
-from jdelta.hosts import backbone as backbones
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 FLAX = vars(transforms._HashableProxy)["from_module"]
@@ -229,9 +228,9 @@ def test_default_positions_in_a_jitted_model_say_what_any_unknown_model_does():
 
 
 def test_the_structure_counts_calls_that_flax_would_have_taken_from_its_cache():
-    structure = backbones.trace(backbone_of(ByMethod()))
+    structure = backbone_of(ByMethod()).structure()
     assert structure["dense"].calls == 2
-    structure = backbones.trace(backbone_of(Scanned()))
+    structure = backbone_of(Scanned()).structure()
     assert structure["block.dense"].calls == 3
 
 

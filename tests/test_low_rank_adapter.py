@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import jdelta
-from jdelta.methods.low_rank_adapter import LowRankAdapterModel
+from jdelta.models import LowRankAdapterModel
 from jdelta.trees import surgery
 
 X = jax.random.normal(jax.random.key(5), (2, 6, 16))

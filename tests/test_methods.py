@@ -224,11 +224,14 @@ def test_a_delta_method_of_the_users_own_is_a_short_class():
         def __call__(self, y):
             return y * self.param("scale", nn.initializers.ones, (y.shape[-1],))
 
-    class ScaleModel(jdelta.DeltaModel):
+    class ScaleConfig(jdelta.Method):
         delta_type = "scale"
 
         def edits(self, host, structure):
-            yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name,))
+            yield jdelta.CallEdit(host.path, "after", Scale())
+
+    class ScaleModel(jdelta.DeltaModel):
+        method_class = ScaleConfig
 
     backbone, delta, before = attach(nn.Dense(4), X, ScaleModel)
     assert (backbone(X) == before).all()

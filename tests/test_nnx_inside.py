@@ -10,7 +10,6 @@ from flax import nnx
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts import backbone as backbones
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 
@@ -116,7 +115,7 @@ def test_their_own_parameters_train_when_they_are_unfrozen():
 
 
 def test_they_are_in_the_structure_and_so_is_why_their_parts_are_not():
-    structure = backbones.trace(backbone_of())
+    structure = backbone_of().structure()
     assert structure["b1.mlp"].y.shape == (2, 4)
     assert "part of 'b1.mlp'" in structure.uncalled["b1.mlp.two"]
     assert not structure["b1.dense"].closed

@@ -11,7 +11,7 @@ from conftest import fresh
 from flax import linen as nn
 
 import jdelta
-from jdelta.core.config import CONFIGS
+from jdelta.core.config import METHODS
 
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, 10**5000, 1e300]
 
@@ -19,7 +19,7 @@ NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, 10**5000, 1e300]
 def fields(*types):
     return [
         (config, field.name)
-        for config in CONFIGS.values()
+        for config in METHODS.values()
         if config.__module__.startswith("jdelta.")
         for field in dataclasses.fields(config)
         if field.type in types

@@ -107,11 +107,15 @@ class Scale(nn.Module):
         return y * self.param("scale", nn.initializers.ones, (y.shape[-1],))
 
 
-class PickledScaleModel(jdelta.DeltaModel):
+class PickledScaleConfig(jdelta.Method):
     delta_type = "pickled_scale"
 
     def edits(self, host, structure):
-        yield jdelta.CallEdit(host.path, "after", Scale(), leaf=(self.name,))
+        yield jdelta.CallEdit(host.path, "after", Scale())
+
+
+class PickledScaleModel(jdelta.DeltaModel):
+    method_class = PickledScaleConfig
 
 
 def test_a_method_of_the_users_own():

@@ -372,7 +372,7 @@ def test_each_layer_of_a_scan_has_a_prefix_of_its_own(reparameterize):
 
     (_, found), grads = run(trainable)
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(grads))
-    written = delta.fold(backbone.params) if reparameterize else backbone.params
+    written = delta.materialise(backbone.params) if reparameterize else backbone.params
     assert written["blocks"]["attn"]["prefix"]["keys"].shape == (3, 3, HEADS, WIDTH)
     y = x.astype(np.float64)
     for layer in range(3):

@@ -160,7 +160,7 @@ def test_folding_leaves_the_output_and_a_plain_prefix_that_trains_on():
     assert {name.split(".")[1] for name in names} == {"embed", "down", "up"}
     base = jdelta.prune(model.params, "prefix")
     made = model(IDS).logits
-    written = delta.fold()
+    written = delta.materialise()
     assert not delta.config.reparameterize
     assert "prefix" not in model.params
     chex.assert_trees_all_equal(model.params, written)
@@ -184,7 +184,7 @@ def test_folding_leaves_the_output_and_a_plain_prefix_that_trains_on():
     chex.assert_trees_all_equal(model.params, trained)
     assert (model(IDS).logits == after).all()
     with pytest.raises(ValueError, match="has nothing to fold"):
-        delta.fold()
+        delta.materialise()
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_folding_where_the_user_holds_the_parameters():
     params = jdelta.graft(jdelta.prune(held.params, "prefix"), deltas[1].init(7))
     chex.assert_trees_all_equal(params, held.params)
     made = model(IDS, params=params).logits
-    folded = deltas[1].fold(params)
+    folded = deltas[1].materialise(params)
     chex.assert_trees_all_close(model(IDS, params=folded).logits, made, atol=1e-6)
     chex.assert_trees_all_equal_shapes(deltas[1].shapes(), deltas[1].partition(folded)[0])
     deltas[1].detach()

@@ -214,7 +214,7 @@ def test_the_ids_of_prompts_do_not_count_up():
     ranges = []
     for _ in range(3):
         delta = jdelta.SoftPromptModel(model, soft_token_num=2)
-        ranges.append(delta._attachment.edits[0].layer.prompt_ids)
+        ranges.append(delta._state.attachment.edits[0].layer.prompt_ids)
         delta.detach()
         del delta
         gc.collect()

@@ -18,7 +18,6 @@ from flax import nnx
 from tiers import breadth
 
 import jdelta
-from jdelta.hosts import backbone as backbones
 
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
 
@@ -111,7 +110,7 @@ def model():
 
 
 def test_a_module_run_by_other_methods_is_listed_with_them_and_the_way_out(model):
-    structure = backbones.trace(model)
+    structure = model.structure()
     reason = structure.uncalled["embedder"]
     for part in ("encode", "decode", "unfrozen_modules=['embedder']", "'embedder.norm'"):
         assert part in reason
@@ -167,7 +166,7 @@ class Inside(nn.Module):
 def test_weights_that_another_method_uses_are_not_merged_into():
     x = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
     backbone = backbone_of(UsesBoth(), x)
-    assert backbones.trace(backbone).tied == {"both"}
+    assert backbone.structure().tied == {"both"}
     delta = jdelta.LoraModel(backbone, modified_modules=["both"], lora_r=2)
     train_deltas(delta)
     with pytest.raises(ValueError, match=r"cannot be merged at both: .*another method"):
@@ -184,7 +183,7 @@ def test_weights_that_another_method_uses_are_not_merged_into():
 
 
 def test_modules_in_the_scope_of_another_are_listed_with_the_way_out(model):
-    structure = backbones.trace(model)
+    structure = model.structure()
     assert [cls.__name__ for cls in structure["layer_1.mlp"].sharing.values()] == ["Einsum", "Einsum"]
     assert "'layer_1.mlp'" in structure.uncalled["layer_1.mlp.Einsum_1"]
     assert structure["layer_1.attn"].sharing == {}
@@ -338,11 +337,14 @@ def test_an_around_layer_chooses_the_element():
         def scaled(self, y):
             return y * self.param("scale", nn.initializers.constant(3.0), ())
 
-    class Chosen(jdelta.DeltaModel):
+    class ChosenConfig(jdelta.Method):
         delta_type = "chosen"
 
         def edits(self, host, structure):
-            yield jdelta.CallEdit(host.path, "around", Second(), leaf=(self.name,))
+            yield jdelta.CallEdit(host.path, "around", Second())
+
+    class Chosen(jdelta.DeltaModel):
+        method_class = ChosenConfig
 
     x = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
     backbone = backbone_of(Returning(lambda y: (None, y, y)), x)

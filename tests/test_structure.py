@@ -7,11 +7,11 @@ from conftest import build
 from flax import linen as nn
 
 import jdelta
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 
 
 def structure_of(model):
-    return backbone.trace(backbone.adapt(model))
+    return adapt(model).structure()
 
 
 def test_modules_come_as_the_tensors_flow():

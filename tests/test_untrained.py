@@ -95,7 +95,7 @@ def test_values_that_were_loaded_count_as_trained(delta, tmp_path):
 
 def test_a_prefix_is_as_untrained_after_fold_as_before(bert, tmp_path):
     delta = jdelta.PrefixModel(bert, prefix_token_num=2, embed_dim=2, mid_dim=2)
-    delta.fold()
+    delta.materialise()
     with pytest.raises(ValueError, match="has moved"):
         delta.save_finetuned(tmp_path / "out")
     bert.params = noisy(bert.params)

@@ -44,7 +44,7 @@ class DeltaConfig:
       ValueError: a value beyond its limits.
     """
 
-    delta_type: ClassVar[str] = "delta"  # that of the method; its `DeltaModel` puts it here
+    delta_type: ClassVar[str] = "delta"  # the method's name in files
     pattern_fields: ClassVar[tuple[str, ...]] = ()  # dicts from patterns of the modified modules; each must mean some
 
     modified_modules: tuple[str, ...] | None = None
@@ -115,12 +115,10 @@ class DeltaConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-CONFIGS: dict[str, type[DeltaConfig]] = {
-    "delta": DeltaConfig
-}  # by delta_type; a `DeltaModel` that defines one puts its own here
+METHODS: dict[str, type[Any]] = {}  # by delta_type; see `core.method`
 
 
-def config_from_dict(values: Any) -> DeltaConfig:
+def config_from_dict(values: Any) -> Any:
     """The configuration, of any method, that `DeltaConfig.to_dict` gave.
 
     Raises:
@@ -130,17 +128,17 @@ def config_from_dict(values: Any) -> DeltaConfig:
     if not isinstance(values, Mapping):
         raise TypeError(f"a configuration is a dict with a 'delta_type', got {shown(values)}.")
     if "delta_type" not in values:
-        raise ValueError(f"the configuration has no 'delta_type'. There are: {', '.join(sorted(CONFIGS))}.")
+        raise ValueError(f"the configuration has no 'delta_type'. There are: {', '.join(sorted(METHODS))}.")
     require_known(values["delta_type"])
-    return CONFIGS[values["delta_type"]].from_dict(values)
+    return METHODS[values["delta_type"]].from_dict(values)
 
 
 def require_known(delta_type: Any) -> None:
     """Raises `ValueError` unless some method has this `delta_type`."""
-    if not isinstance(delta_type, str) or delta_type not in CONFIGS:
-        near = did_you_mean(shown(delta_type).strip("'"), CONFIGS)
+    if not isinstance(delta_type, str) or delta_type not in METHODS:
+        near = did_you_mean(shown(delta_type).strip("'"), METHODS)
         raise ValueError(
-            f"no method has delta_type {shown(delta_type)}.{near} There are: {', '.join(sorted(CONFIGS))}."
+            f"no method has delta_type {shown(delta_type)}.{near} There are: {', '.join(sorted(METHODS))}."
         )
 
 

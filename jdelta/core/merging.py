@@ -1,22 +1,28 @@
-"""Folds deltas into the weights of their hosts, as a pure function on parameter trees."""
+"""Merges deltas into the weights of their hosts, and takes them out again."""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax.core import meta
 
+from jdelta.core import attaching, training
 from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.generators import with_generated
+from jdelta.core.method import Method
+from jdelta.core.state import DeltaState, digests, require_whole, unfrozen_backbone
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.trees import dtypes, surgery
+from jdelta.trees import dtypes, fingerprint, surgery
 from jdelta.trees.surgery import Path, Tree
 
 NO_CHANGE = "what {} computes is no change of the module's weights."
 
 
-def folded(params: Tree, name: str, attachments: Sequence[Attachment], structure: Structure) -> dict[Path, Any]:
+def merged(params: Tree, name: str, attachments: Sequence[Attachment], structure: Structure) -> dict[Path, Any]:
     """The weights of the hosts after the edits of one attached delta are folded into them.
 
     A layer that can be folded has a method `fold(host, weights, own)`: from the host as the trace saw it, the host's
@@ -129,3 +135,92 @@ def scanned_axes(weights: Mapping[str, Any], seen: Mapping[str, jax.ShapeDtypeSt
         axes.insert(0, fitting[0])
         have = [(stored[: fitting[0]] + stored[fitting[0] + 1 :], own) for stored, own in have]
     return axes
+
+
+# --- a delta on a model
+
+
+def merge(state: DeltaState, params: Tree | None) -> Tree:
+    """See `DeltaModel.merge`."""
+    own, tree = state.active("merged"), state.values(params)
+    start, attachments = surgery.root(tree), state.host.attachments
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+        raise ValueError("merge: the model holds shapes only. Pass the tree that holds values: delta.merge(params).")
+    require_whole(state, tree, "merge")
+    made = with_generated({"params": surgery.parameters(tree)}, [own])["params"]
+    if training.is_untrained(state, tree):
+        warnings.warn(training.untrained_message(state, "merge", params), stacklevel=3)
+    weights = merged(made, state.name, attachments, state.structure)
+    new = {(*start, *path): value for path, value in weights.items()}
+    state.was_merged = True
+    if params is not None:
+        leaves = surgery.flatten(tree)
+        own_leaves = {(*start, *path) for path in own.leaves}
+        return surgery.unflatten({p: leaf for p, leaf in leaves.items() if p not in own_leaves} | new, like=tree)
+    new |= unfrozen_backbone(state, tree)
+    attaching.switch(state, active=False)
+    before = surgery.flatten(state.host.params)
+    state.unmerged = {path: (before.get(path), leaf) for path, leaf in new.items()}
+    state.host.params = surgery.unflatten({**before, **new}, like=tree)
+    return state.host.params
+
+
+def unmerge(state: DeltaState) -> None:
+    """See `DeltaModel.unmerge`."""
+    host = state.host
+    if not state.merged:
+        raise RuntimeError(f"delta {state.name!r} is not merged.")
+    surgery.require_alive(host.params)
+    if any(surgery.is_deleted(original) for original, _ in state.unmerged.values()):
+        raise RuntimeError(
+            "unmerge: the weights from before merging were donated to a jitted function, and so deleted. Load the "
+            "backbone afresh."
+        )
+    leaves = surgery.flatten(host.params)
+    for path, (_, now) in state.unmerged.items():
+        if leaves.get(path) is not now and not _same_bits(leaves.get(path), now):
+            raise ValueError(
+                f"unmerge: {surgery.name_of(path)!r} was changed after delta {state.name!r} was merged. If another "
+                "delta was merged since, unmerge that one first."
+            )
+    back = leaves | {path: original for path, (original, _) in state.unmerged.items()}
+    back = {path: leaf for path, leaf in back.items() if leaf is not None}
+    host.params = surgery.unflatten(back, like=host.params)
+    state.unmerged = {}
+    attaching.switch(state, active=True)
+
+
+def materialise(state: DeltaState, params: Tree | None) -> Tree:
+    """See `DeltaModel.materialise`."""
+    own, method = state.attachment, state.method.materialised()
+    if own.generator is None or method is None or not own.active:
+        raise ValueError(f"delta {state.name!r} {'is detached' if own.generator else 'has nothing to materialise'}.")
+    tree = state.values(params)
+    untrained = training.is_untrained(state, tree)
+    written, attachment = materialised(state, tree, method)
+    state.initial = digests(surgery.parameters(written), attachment.leaves) if untrained else None
+    state.host.install([attachment if a.name == own.name else a for a in state.host.attachments])
+    state.method = method
+    state.shapes = surgery.shapes(surgery.select(written, attachment.leaves))
+    if params is None and state.host.params is not None:
+        state.host.params = written
+    return written
+
+
+def materialised(state: DeltaState, tree: Tree, method: Method) -> tuple[Tree, Attachment]:
+    """The tree with what the generator makes in place of its parameters, and the attachment that goes with it."""
+    own, start = state.attachment, surgery.root(tree)
+    leaves = surgery.flatten(with_generated({"params": surgery.parameters(tree)}, [own])["params"])
+    leaves = {path: leaf for path, leaf in leaves.items() if path[0] != state.name}
+    rest = {path: leaf for path, leaf in surgery.flatten(tree).items() if path[: len(start)] != start}
+    written = surgery.unflatten(rest | {(*start, *path): leaf for path, leaf in leaves.items()}, like=tree)
+    kept = tuple(path for path in own.leaves if path[0] != state.name)
+    return written, dataclasses.replace(
+        own, leaves=(*kept, *own.generated), generator=None, generated=(), config=method
+    )
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    if one is None or one.dtype != other.dtype or surgery.is_deleted(other):
+        return False
+    return fingerprint.digest(one) == fingerprint.digest(other)

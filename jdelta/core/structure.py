@@ -72,12 +72,14 @@ class Structure:
       uncalled: name to the reason why that part of the model cannot carry a layer.
       params: the tree of parameter shapes, without other collections.
       tied: names of the modules with whose weights something computes besides their calls, such as a tied head.
+      derived: what others have found out about it, by a name of theirs.
     """
 
     modules: Mapping[str, ModuleInfo]
     uncalled: Mapping[str, str]
     params: Tree
     tied: frozenset[str] = frozenset()
+    derived: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> ModuleInfo:
         return self.modules[name]

@@ -15,6 +15,8 @@ from flax.core import meta
 
 from jdelta.core import merging
 from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.generators import with_generated
+from jdelta.core.state import DeltaState, require_whole
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.trees import processes, surgery
 from jdelta.trees.dtypes import takes_steps
@@ -80,6 +82,17 @@ def measured(
     return {
         info.name: _movement(info, hosts[path], leaves, pretrained) for path, info in modules.items() if path in hosts
     }
+
+
+def of_delta(state: DeltaState, params: Tree | None) -> dict[str, np.ndarray]:
+    """The movement of each module of a delta on its model. See `DeltaModel.movement`."""
+    own, tree = state.active("measured"), surgery.parameters(state.values(params))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+        raise ValueError("the model holds shapes only. Pass the tree that holds the values: params=….")
+    require_whole(state, tree, "movement")
+    pretrained = surgery.flatten(surgery.parameters(surgery.unflatten(state.kept)))
+    made = with_generated({"params": tree}, [own])["params"]
+    return measured(made, pretrained, own, state.structure)
 
 
 def tabulated(movements: Mapping[str, np.ndarray]) -> Movement:

@@ -17,8 +17,7 @@ from rich.tree import Tree as RichTree
 from jdelta.core.config import as_path, shown
 from jdelta.core.module_tree import Leaf, Node, build, fold, shape
 from jdelta.display.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
-from jdelta.hosts import backbone
-from jdelta.hosts.linen.instrument import attachments_of
+from jdelta.hosts.adapting import adapt
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree
 
@@ -57,7 +56,7 @@ class Visualization:
     """
 
     def __init__(self, backbone_model: Any, mask: Mask | None = None):
-        self._adapter = backbone.adapt(backbone_model)
+        self._adapter = adapt(backbone_model)
         self._mask = _checked_mask(mask)
 
     def structure_graph(
@@ -122,11 +121,11 @@ class Visualization:
         return to_html(self._drawing(None, None))
 
     def _drawing(self, params: Tree | None, mask: Mask | None) -> Drawing:
-        structure = backbone.trace(self._adapter)
-        params = surgery.shapes(backbone.tree_of(self._adapter) if params is None else params)
+        structure = self._adapter.structure()
+        params = surgery.shapes(self._adapter.tree() if params is None else params)
         mask = self._mask if mask is None else _checked_mask(mask)
         flags = mask(params) if callable(mask) else mask
-        carried = attachments_of(self._adapter.module)
+        carried = self._adapter.attachments
         deltas = {path for a in carried for path in (*a.leaves, *(a.unfrozen_backbone if a.active else ()))}
         leaves = _leaves(params, flags, deltas)
         counts = _counts(list(leaves.values()), params, flags)

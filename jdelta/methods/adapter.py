@@ -10,15 +10,15 @@ from collections.abc import Iterable
 
 import jax
 
-from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.config import require_positive_int
 from jdelta.core.edits import CallEdit
+from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
 from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterConfig(DeltaConfig):
+class AdapterConfig(Method):
     """Arguments of Adapter.
 
     Attributes:
@@ -27,6 +27,9 @@ class AdapterConfig(DeltaConfig):
       zero_up: start `up` at 0, so that the output is unchanged at initialisation. By default its kernel is
         N(0, 0.01²) as in the paper, and the output is changed a little.
     """
+
+    delta_type = "adapter"
+    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
@@ -37,29 +40,13 @@ class AdapterConfig(DeltaConfig):
         require_positive_int("bottleneck_dim", self.bottleneck_dim)
         require_non_linearity(self.non_linearity)
 
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+        layer = Adapter(self.bottleneck_dim, non_linearity=self.non_linearity, zero_up=self.zero_up)
+        yield CallEdit(host.path, "after", layer)
+
 
 class Adapter(Bottleneck):
     """`y + scale · up(act(down(y)))`."""
 
     def __call__(self, y: jax.Array) -> jax.Array:
         return y + super().__call__(y)
-
-
-class AdapterModel(DeltaModel):
-    """An adapter after each module; by default after the attention's output projection and after the feed-forward.
-
-        delta = jdelta.AdapterModel(model, bottleneck_dim=24)
-
-    A model without attention gets one after each block. The leaves are `adapter/down/{kernel,bias}`,
-    `(d, bottleneck_dim)`, and `adapter/up/{kernel,bias}`.
-    Its own arguments are those of `AdapterConfig`, the common ones and errors those of `DeltaModel`.
-    """
-
-    delta_type = "adapter"
-    config_class = AdapterConfig
-    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
-
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
-        config: AdapterConfig = self.config
-        layer = Adapter(config.bottleneck_dim, non_linearity=config.non_linearity, zero_up=config.zero_up)
-        yield CallEdit(host.path, "after", layer, leaf=(self.name,))

@@ -12,16 +12,25 @@ import jax
 from flax import linen as nn
 
 from jdelta.core.axes import Axes
-from jdelta.core.config import DeltaConfig
 from jdelta.core.edits import CallEdit
+from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
-from jdelta.methods.parameter import leaf
+from jdelta.methods.parameter import param
 
 
 @dataclasses.dataclass(frozen=True)
-class BitFitConfig(DeltaConfig):
+class BitFitConfig(Method):
     """BitFit has the common arguments only."""
+
+    delta_type = "bitfit"
+    default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj", "block")
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+        for info in structure.below(host.path):
+            if "bias" in info.params:
+                yield CallEdit(info.path, "train", leaf=("bias",))
+            elif info.params.keys() & {"kernel", "scale", "weight"} or info.closed:  # closed: an error that says why
+                yield CallEdit(info.path, "after", Bias())
 
 
 class Bias(nn.Module):
@@ -29,7 +38,7 @@ class Bias(nn.Module):
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        return y + leaf(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
+        return y + param(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
 
     def fold(
         self, host: ModuleInfo, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
@@ -52,26 +61,4 @@ class HostBias(nn.Module):
     """`y + bias`, with a leaf of the host that its own code does not know."""
 
     def __call__(self, y: jax.Array) -> jax.Array:
-        return y + leaf(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
-
-
-class BitFitModel(DeltaModel):
-    """Trains the biases in and below each module; by default all in attention, feed-forward and normalisation.
-
-        delta = jdelta.BitFitModel(model)
-
-    In a model without attention it is all in the blocks. Existing biases train where they are, and `detach` puts
-    their pretrained values back. A linear or normalisation module without one gets the leaf `bitfit/bias`. The output
-    is unchanged at initialisation. It has no arguments of its own.
-    """
-
-    delta_type = "bitfit"
-    config_class = BitFitConfig
-    default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj", "block")
-
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
-        for info in structure.below(host.path):
-            if "bias" in info.params:
-                yield CallEdit(info.path, "train", leaf=("bias",))
-            elif info.params.keys() & {"kernel", "scale", "weight"} or info.closed:  # closed: an error that says why
-                yield CallEdit(info.path, "after", Bias(), leaf=(self.name,))
+        return y + param(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.core.axes import Axes
-from jdelta.core.config import DeltaConfig, require_positive, require_positive_int
+from jdelta.core.config import require_positive, require_positive_int
 from jdelta.core.edits import CallEdit
+from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
 from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
-from jdelta.methods.parameter import leaf
+from jdelta.methods.parameter import param
 from jdelta.trees.surgery import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class CompacterConfig(DeltaConfig):
+class CompacterConfig(Method):
     """Arguments of Compacter; `n` is `hypercomplex_division`.
 
     Attributes:
@@ -51,6 +51,9 @@ class CompacterConfig(DeltaConfig):
         second on. By default the output is changed a little.
     """
 
+    delta_type = "compacter"
+    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
+
     reduction_factor: int = 16
     non_linearity: str = "gelu_new"
     hypercomplex_division: int = 4
@@ -73,6 +76,28 @@ class CompacterConfig(DeltaConfig):
             require_positive_int(name, getattr(self, name))
         require_positive("phm_init_range", self.phm_init_range)
         require_non_linearity(self.non_linearity)
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+        d, n = host.y.shape[-1], self.hypercomplex_division
+        width = reduced(d, self.reduction_factor)
+        if d % n or width % n:
+            common = math.gcd(d, width)
+            divisors = ", ".join(str(i) for i in range(1, common + 1) if common % i == 0)
+            raise ValueError(
+                f"hypercomplex_division={n} has to divide the hidden size {d} and the bottleneck {width} = {d} // "
+                f"reduction_factor {self.reduction_factor}. Take one of {divisors}, or another reduction_factor."
+            )
+        yield CallEdit(host.path, "after", Compacter(width, self))
+
+    def generator(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
+        wanted = {"phm_rule": self.shared_phm_rule, "W": self.shared_W_phm}
+        kinds = tuple(kind for kind in wanted if wanted[kind])
+        weights = {path: s.shape for path, s in shapes.items() if path[-2] in ("down", "up")}
+        own = {path: shape for path, shape in weights.items() if path[-1].startswith(kinds)}
+        return SharedLeaves(self, tuple(own.items())) if own else None
+
+    def frozen(self, leaf: Path) -> bool:
+        return not self.learn_phm and leaf[-1].startswith("phm_rule")
 
 
 class HypercomplexDense(nn.Module):
@@ -106,11 +131,11 @@ class HypercomplexDense(nn.Module):
         kernel = jnp.einsum("iac,ikl->akcl", rule, w).reshape(n * p, n * q)
         y = (products.down if self.features < x.shape[-1] else products.up)(x, kernel.astype(x.dtype))
         if self.use_bias:
-            y += leaf(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+            y += param(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
 
     def _leaf(self, name: str, *shape: int) -> jax.Array:
-        return leaf(self, name, initializer(name, self.config, self.zero), shape)
+        return param(self, name, initializer(name, self.config, self.zero), shape)
 
 
 class Compacter(nn.Module):
@@ -157,52 +182,8 @@ class SharedLeaves(nn.Module):
             (side, kind), own = path[-2:], shape[-3:]
             name = kind if kind.startswith("phm_rule") else f"{side}_{kind}_{own[1]}x{own[2]}"
             init = initializer(kind, self.config, zero=self.config.zero_up and side == "up")
-            made[path] = jnp.broadcast_to(leaf(self, name, init, own), shape)
+            made[path] = jnp.broadcast_to(param(self, name, init, own), shape)
         return made
-
-
-class CompacterModel(DeltaModel):
-    """A compacter after each module; by default after the attention's output projection and the feed-forward.
-
-        delta = jdelta.CompacterModel(model, reduction_factor=16, hypercomplex_division=4)
-
-    A model without attention gets one after each block. The leaves are
-    `compacter/{down,up}/{phm_rule,W_left,W_right,bias}`, with `n` for `hypercomplex_division` and `d_in`, `d_out` for
-    the widths of `down` or `up`:
-
-    - `phm_rule`, `(n, n, n)`, or `phm_rule_left`, `(n, n, 1)`, and `phm_rule_right`, `(n, 1, n)`;
-    - `W_left`, `(n, d_in/n, phm_rank)`, and `W_right`, `(n, phm_rank, d_out/n)`, or `W`, `(n, d_in/n, d_out/n)`.
-
-    What is shared is at the root of the tree: `compacter/phm_rule`, `compacter/down_W_left_192x1`.
-    Its own arguments are those of `CompacterConfig`, the common ones and errors those of `DeltaModel`.
-    """
-
-    delta_type = "compacter"
-    config_class = CompacterConfig
-    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
-
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
-        config: CompacterConfig = self.config
-        d, n = host.y.shape[-1], config.hypercomplex_division
-        width = reduced(d, config.reduction_factor)
-        if d % n or width % n:
-            common = math.gcd(d, width)
-            divisors = ", ".join(str(i) for i in range(1, common + 1) if common % i == 0)
-            raise ValueError(
-                f"hypercomplex_division={n} has to divide the hidden size {d} and the bottleneck {width} = {d} // "
-                f"reduction_factor {config.reduction_factor}. Take one of {divisors}, or another reduction_factor."
-            )
-        yield CallEdit(host.path, "after", Compacter(width, config), leaf=(self.name,))
-
-    def shared(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
-        wanted = {"phm_rule": self.config.shared_phm_rule, "W": self.config.shared_W_phm}
-        kinds = tuple(kind for kind in wanted if wanted[kind])
-        weights = [(self.name, "down"), (self.name, "up")]
-        own = {path: s.shape for path, s in shapes.items() if path[-3:-1] in weights and path[-1].startswith(kinds)}
-        return SharedLeaves(self.config, tuple(own.items())) if own else None
-
-    def frozen(self, leaf: Path) -> bool:
-        return not self.config.learn_phm and leaf[-1].startswith("phm_rule")
 
 
 def initializer(kind: str, config: CompacterConfig, zero: bool) -> nn.initializers.Initializer:

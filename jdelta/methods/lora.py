@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from jdelta.core.axes import Axes, Axis
-from jdelta.core.config import DeltaConfig, require_positive_int, require_probability
+from jdelta.core.config import require_positive_int, require_probability
 from jdelta.core.edits import CallEdit
 from jdelta.core.linear import (
     ConvMap,
@@ -31,17 +31,17 @@ from jdelta.core.linear import (
     operands,
     runs_alone,
 )
+from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
 from jdelta.methods import products
-from jdelta.methods.parameter import kaiming_uniform, leaf
+from jdelta.methods.parameter import kaiming_uniform, param
 from jdelta.methods.products import folded, folding_is_cheaper, rows
 from jdelta.trees import addressing
 from jdelta.trees.dtypes import takes_steps
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig(DeltaConfig):
+class LoraConfig(Method):
     """Arguments of LoRA.
 
     Attributes:
@@ -52,6 +52,9 @@ class LoraConfig(DeltaConfig):
       alpha_pattern: likewise, in place of `lora_alpha`.
       use_rslora: scale by `lora_alpha / sqrt(lora_r)` (Kalajdzievski 2023, arXiv 2312.03732).
     """
+
+    delta_type = "lora"
+    default_modified_modules = ("attn.q", "attn.v", "conv")  # conv: of ResNet and its like
 
     pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
@@ -82,6 +85,37 @@ class LoraConfig(DeltaConfig):
         rank = self.rank_of(host)
         return self.alpha_of(host) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+        try:
+            layer = self._layer(host)
+        except TypeError as error:
+            raise TypeError(f"{error}{_instead(host, structure)}") from error
+        yield CallEdit(host.path, "parallel", layer)
+
+    def _layer(self, host: ModuleInfo) -> Lora:
+        try:
+            linear = linear_map(host)
+        except TypeError as error:
+            raise TypeError(f"LoRA needs a linear module; {error}") from error
+        rank, shape = self.rank_of(host.name), host.params[linear.weights].shape
+        common: dict[str, Any] = {"rank": rank, "scale": self.scale_of(host.name), "linear": linear}
+        if isinstance(linear, LookupMap):
+            _warn_of_rank(host, rank, *shape)
+            return LoraEmbed(**common, features=shape[1:], num_embeddings=shape[0], dtype=host.y.dtype)
+        common["dropout"] = self.lora_dropout
+        if isinstance(linear, EinsumMap):
+            layer = LoraEinsum(**common, features=(), sizes=shape)
+            size = dict(zip(operands(linear.equation)[1], shape, strict=True)) | {_RANK: 1}
+            _warn_of_rank(host, rank, *(math.prod(size[axis] for axis in axes) for axes in layer._factors()))
+            return layer
+        if isinstance(linear, ConvMap):
+            _warn_of_rank(host, rank, math.prod(shape[:-1]), shape[-1])
+            return LoraConv(**common, features=shape[-1:])
+        n = len(linear.axis)
+        d_in, features = (shape[1:], shape[:1]) if linear.transposed else (shape[:n], shape[n:])
+        _warn_of_rank(host, rank, math.prod(d_in), math.prod(features))
+        return Lora(**common, features=features, runs_alone=runs_alone(host))
+
 
 class Lora(nn.Module):
     """The update of a module that multiplies some axes of its input with a matrix, such as `nn.Dense`.
@@ -106,8 +140,8 @@ class Lora(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """From `(…, *d_in)` to `(…, *features)`; computes in the dtype of `x`."""
         x = self.dropped(x, deterministic)
-        a = leaf(self, "a", kaiming_uniform, (*(x.shape[i] for i in self._axis), self.rank))
-        b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features))
+        a = param(self, "a", kaiming_uniform, (*(x.shape[i] for i in self._axis), self.rank))
+        b = param(self, "b", nn.initializers.zeros, (self.rank, *self.features))
         return _changed(self.clone(parent=None, name=None), x, {"a": a, "b": b})
 
     @nn.nowrap
@@ -225,9 +259,9 @@ class LoraConv(Lora):
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         x, groups = self.dropped(x, deterministic), self.linear.groups
         window = dict(self.linear.conv)["kernel_size"]
-        a = leaf(self, "a", kaiming_uniform, (*window, x.shape[-1] // groups, self.rank))
+        a = param(self, "a", kaiming_uniform, (*window, x.shape[-1] // groups, self.rank))
         z = self.linear.product(x, jnp.tile(a, groups).astype(x.dtype))
-        b = leaf(self, "b", nn.initializers.zeros, (self.rank, *self.features)).astype(z.dtype)
+        b = param(self, "b", nn.initializers.zeros, (self.rank, *self.features)).astype(z.dtype)
         if groups == 1:
             return self.up(z.reshape(*rows(z.shape[:-1]), self.rank), b).reshape(*z.shape[:-1], *self.features)
         z, b = z.reshape(*z.shape[:-1], groups, -1), b.reshape(self.rank, groups, -1)
@@ -252,8 +286,8 @@ class LoraEmbed(Lora):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        a = leaf(self, "a", nn.initializers.zeros, (self.num_embeddings, self.rank))
-        b = leaf(self, "b", nn.initializers.normal(1.0), (self.rank, *self.features))
+        a = param(self, "a", nn.initializers.zeros, (self.num_embeddings, self.rank))
+        b = param(self, "b", nn.initializers.normal(1.0), (self.rank, *self.features))
         z = jnp.take(a, ids.reshape(rows(ids.shape)), axis=0).astype(self.dtype)
         return self.up(z, b).reshape(*ids.shape, *self.features)
 
@@ -276,8 +310,8 @@ class LoraEinsum(Lora):
         x_axes, w_axes, y_axes = operands(self.linear.equation)
         a_axes, b_axes = self._factors()
         size = dict(zip(w_axes, self.sizes, strict=True)) | {_RANK: self.rank}
-        a = leaf(self, "a", kaiming_uniform, tuple(size[axis] for axis in a_axes))
-        b = leaf(self, "b", nn.initializers.zeros, tuple(size[axis] for axis in b_axes))
+        a = param(self, "a", kaiming_uniform, tuple(size[axis] for axis in a_axes))
+        b = param(self, "b", nn.initializers.zeros, tuple(size[axis] for axis in b_axes))
         middle = "".join(axis for axis in x_axes if axis not in w_axes or axis in y_axes) + _RANK
         z = jnp.einsum(f"{x_axes},{a_axes}->{middle}", self.dropped(x, deterministic), a.astype(x.dtype))
         return jnp.einsum(f"{middle},{b_axes}->{y_axes}", z, b.astype(x.dtype)) * self.scale
@@ -301,55 +335,6 @@ class LoraEinsum(Lora):
         new = "".join(axis for axis in w_axes if axis not in x_axes)
         shared = self.linear.shared
         return shared + summed + _RANK, shared + _RANK + new
-
-
-class LoraModel(DeltaModel):
-    """LoRA on linear modules: Dense, DenseGeneral, Conv, Embed, Einsum, and what else is found to be linear.
-
-        delta = jdelta.LoraModel(model, modified_modules=["query", "value"], lora_r=8)
-
-    By default it sits on query and value, or in a model without attention on the convolutions of its blocks.
-    The leaves are `lora/a`, `(*d_in, r)`, and `lora/b`, `(r, *d_out)`. The output is unchanged at initialisation.
-    Modules of other types than those of flax and transformers are tried on random numbers, and refused unless a change
-    of their weights changes their output by `x` times it; see `jdelta.register_linear`.
-    Its own arguments are those of `LoraConfig`, the common ones and errors those of `DeltaModel`.
-    """
-
-    delta_type = "lora"
-    config_class = LoraConfig
-    default_modified_modules = ("attn.q", "attn.v", "conv")  # conv: of ResNet and its like
-
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
-        try:
-            layer = self._layer(host)
-        except TypeError as error:
-            raise TypeError(f"{error}{_instead(host, structure)}") from error
-        yield CallEdit(host.path, "parallel", layer, leaf=(self.name,))
-
-    def _layer(self, host: ModuleInfo) -> Lora:
-        config: LoraConfig = self.config
-        try:
-            linear = linear_map(host)
-        except TypeError as error:
-            raise TypeError(f"LoRA needs a linear module; {error}") from error
-        rank, shape = config.rank_of(host.name), host.params[linear.weights].shape
-        common: dict[str, Any] = {"rank": rank, "scale": config.scale_of(host.name), "linear": linear}
-        if isinstance(linear, LookupMap):
-            _warn_of_rank(host, rank, *shape)
-            return LoraEmbed(**common, features=shape[1:], num_embeddings=shape[0], dtype=host.y.dtype)
-        common["dropout"] = config.lora_dropout
-        if isinstance(linear, EinsumMap):
-            layer = LoraEinsum(**common, features=(), sizes=shape)
-            size = dict(zip(operands(linear.equation)[1], shape, strict=True)) | {_RANK: 1}
-            _warn_of_rank(host, rank, *(math.prod(size[axis] for axis in axes) for axes in layer._factors()))
-            return layer
-        if isinstance(linear, ConvMap):
-            _warn_of_rank(host, rank, math.prod(shape[:-1]), shape[-1])
-            return LoraConv(**common, features=shape[-1:])
-        n = len(linear.axis)
-        d_in, features = (shape[1:], shape[:1]) if linear.transposed else (shape[:n], shape[n:])
-        _warn_of_rank(host, rank, math.prod(d_in), math.prod(features))
-        return Lora(**common, features=features, runs_alone=runs_alone(host))
 
 
 def _instead(host: ModuleInfo, structure: Structure) -> str:

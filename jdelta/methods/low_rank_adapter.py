@@ -13,13 +13,13 @@ import jax
 from flax import linen as nn
 
 from jdelta.core.axes import Axes
-from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.config import require_positive_int
 from jdelta.core.edits import CallEdit
+from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
 from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
-from jdelta.methods.parameter import leaf
+from jdelta.methods.parameter import param
 
 # Glorot with gain √2
 INITIALIZERS: dict[str, nn.initializers.Initializer] = {
@@ -29,7 +29,7 @@ INITIALIZERS: dict[str, nn.initializers.Initializer] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankAdapterConfig(DeltaConfig):
+class LowRankAdapterConfig(Method):
     """Arguments of LowRankAdapter.
 
     Attributes:
@@ -42,6 +42,9 @@ class LowRankAdapterConfig(DeltaConfig):
         and the output is changed.
     """
 
+    delta_type = "low_rank_adapter"
+    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
+
     reduction_factor: int = 32
     non_linearity: str = "gelu_new"
     low_rank_rank: int = 1
@@ -53,6 +56,10 @@ class LowRankAdapterConfig(DeltaConfig):
         require_positive_int("reduction_factor", self.reduction_factor)
         require_positive_int("low_rank_rank", self.low_rank_rank)
         require_non_linearity(self.non_linearity)
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+        width = reduced(host.y.shape[-1], self.reduction_factor)
+        yield CallEdit(host.path, "after", LowRankAdapter(width, self))
 
 
 class LowRankDense(nn.Module):
@@ -73,9 +80,9 @@ class LowRankDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """From `(…, d_in)` to `(…, features)`; computes in the dtype of `x`."""
-        left = leaf(self, "left", self.left_init, (x.shape[-1], self.rank))
-        right = leaf(self, "right", self.right_init, (self.rank, self.features))
-        bias = leaf(self, "bias", nn.initializers.zeros, (self.features,))
+        left = param(self, "left", self.left_init, (x.shape[-1], self.rank))
+        right = param(self, "right", self.right_init, (self.rank, self.features))
+        bias = param(self, "bias", nn.initializers.zeros, (self.features,))
         return products.up(products.down(x, left.astype(x.dtype)), right.astype(x.dtype)) + bias.astype(x.dtype)
 
 
@@ -103,22 +110,3 @@ class LowRankAdapter(nn.Module):
     def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """`left` of `down`, and `right` and the bias of `up`, follow the axis of the host's output."""
         return {"down.left": (*x[-1:], None), "up.right": (None, *y[-1:]), "up.bias": y[-1:]}
-
-
-class LowRankAdapterModel(DeltaModel):
-    """A low-rank adapter after each module; by default after the attention's output projection and the feed-forward.
-
-        delta = jdelta.LowRankAdapterModel(model, reduction_factor=32)
-
-    A model without attention gets one after each block. The leaves are
-    `low_rank_adapter/{down,up}/{left,right,bias}`; `down` is from `d` to `d // reduction_factor`.
-    Its own arguments are those of `LowRankAdapterConfig`, the common ones and errors those of `DeltaModel`.
-    """
-
-    delta_type = "low_rank_adapter"
-    config_class = LowRankAdapterConfig
-    default_modified_modules = ("attn.proj", "ff.w2", "block")  # block: of ResNet and its like
-
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
-        width = reduced(host.y.shape[-1], self.config.reduction_factor)
-        yield CallEdit(host.path, "after", LowRankAdapter(width, self.config), leaf=(self.name,))

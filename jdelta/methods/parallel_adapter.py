@@ -10,16 +10,15 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 
-from jdelta.core.config import DeltaConfig, require_positive_int
+from jdelta.core.config import require_positive_int
 from jdelta.core.edits import CallEdit
-from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
+from jdelta.core.method import Method, Site
+from jdelta.core.structure import ModuleInfo
 from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
-from jdelta.placed import Find
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelAdapterConfig(DeltaConfig):
+class ParallelAdapterConfig(Method):
     """Arguments of ParallelAdapter.
 
     Attributes:
@@ -28,6 +27,9 @@ class ParallelAdapterConfig(DeltaConfig):
       scaled: factor of the adapter's output.
       zero_up: start `up` at 0, so that the output is unchanged at initialisation; by default N(0, 0.01²).
     """
+
+    delta_type = "parallel_adapter"
+    default_modified_modules = ("attn", "attn", "ff.w1", "ff.w2")
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
@@ -39,50 +41,32 @@ class ParallelAdapterConfig(DeltaConfig):
         require_positive_int("bottleneck_dim", self.bottleneck_dim)
         require_non_linearity(self.non_linearity)
 
-
-class ParallelAdapterModel(DeltaModel):
-    """An adapter from the input of one module to the output of another.
-
-        delta = jdelta.ParallelAdapterModel(model, modified_modules=["attention", "attention", "fc1", "fc2"])
-
-    As in OpenDelta, `modified_modules` are pairs: from, to, from, to. A pair of twice the same pattern spans each
-    module that it means. Otherwise each `to` is paired with the nearest `from` before it. By default, beside the
-    attention and beside the feed-forward. The leaves are below the module at the span's end,
-    `parallel_adapter/{down,up}/{kernel,bias}`. Its own arguments are those of `ParallelAdapterConfig`, the common ones
-    and errors those of `DeltaModel`.
-    """
-
-    delta_type = "parallel_adapter"
-    config_class = ParallelAdapterConfig
-    default_modified_modules = ("attn", "attn", "ff.w1", "ff.w2")
-
-    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[CallEdit]:
+    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[CallEdit]:
         if isinstance(patterns, str) or len(patterns) % 2:
             raise ValueError(
                 f"ParallelAdapterModel takes pairs of patterns, from and to; got {patterns!r}. "
                 "To span single modules, write each pattern twice."
             )
         for start, end in zip(patterns[::2], patterns[1::2], strict=True):
-            for first, last in _pair(find([start]), find([end]), list(structure)):
+            for first, last in _pair(site.find([start]), site.find([end]), list(site.structure)):
                 try:
                     yield self._span(first, last)
                 except (TypeError, ValueError) as error:
-                    raise type(error)(f"{type(self).__name__} from {first.name} to {last.name}: {error}") from error
+                    raise type(error)(f"{self.described()} from {first.name} to {last.name}: {error}") from error
 
     def _span(self, start: ModuleInfo, end: ModuleInfo) -> CallEdit:
         if not jnp.issubdtype(start.x.dtype, jnp.floating):
             raise TypeError(f"the first takes an array of {start.x.dtype}; needs floats.")
         if start.x.shape[:-1] != end.y.shape[:-1]:
             raise ValueError(f"such a span does not fit: input {start.x.shape}, output {end.y.shape}.")
-        config: ParallelAdapterConfig = self.config
         layer = Bottleneck(
-            config.bottleneck_dim,
+            self.bottleneck_dim,
             features=end.y.shape[-1],
-            non_linearity=config.non_linearity,
-            scale=config.scaled,
-            zero_up=config.zero_up,
+            non_linearity=self.non_linearity,
+            scale=self.scaled,
+            zero_up=self.zero_up,
         )
-        return CallEdit(end.path, "parallel", layer, span_input=start.path, leaf=(self.name,))
+        return CallEdit(end.path, "parallel", layer, span_input=start.path)
 
 
 def _pair(

@@ -12,7 +12,7 @@ from flax.core import meta
 from flax.errors import ScopeParamShapeError
 
 
-def leaf(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:
+def param(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:
     """`module.param(name, init, shape, float32)`, traced in a fraction of the time.
 
     For a parameter that is there, flax runs the initialiser abstractly to learn its shape; with LoRA on every Dense of

@@ -7,7 +7,6 @@ those of PyTorch PEFT for the same prefix.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,22 +17,21 @@ from flax import linen as nn
 
 from jdelta.core.arguments import arguments, main_input
 from jdelta.core.axes import Axes, Axis, of_output
-from jdelta.core.config import DeltaConfig, require_count, require_positive_int
+from jdelta.core.config import require_count, require_positive_int
 from jdelta.core.edits import CallEdit
+from jdelta.core.method import Method, Site
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
-from jdelta.hosts import backbone
 from jdelta.hosts.linen.calls import describe
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import attention
-from jdelta.methods.parameter import kaiming_uniform, leaf
+from jdelta.hosts.transformers.positions import positions
+from jdelta.methods.parameter import kaiming_uniform, param
 from jdelta.names import common_names
-from jdelta.placed import Find
-from jdelta.trees.surgery import Path, Tree, name_of
+from jdelta.trees.surgery import Path, name_of
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixConfig(DeltaConfig):
+class PrefixConfig(Method):
     """Arguments of prefix tuning.
 
     Attributes:
@@ -44,6 +42,9 @@ class PrefixConfig(DeltaConfig):
       shift_positions: whether the prefix has the first positions, and the tokens those after it, as in PyTorch PEFT.
         It needs a model that takes `position_ids`.
     """
+
+    delta_type = "prefix"
+    default_modified_modules = ("attn",)
 
     prefix_token_num: int = 6
     reparameterize: bool = True
@@ -56,6 +57,33 @@ class PrefixConfig(DeltaConfig):
         require_count("prefix_token_num", self.prefix_token_num)
         for name in ("embed_dim", "mid_dim"):
             require_positive_int(name, getattr(self, name))
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+        if not any(attention.computes_attention(info.type) for info in structure.below(host.path)):
+            raise TypeError("it computes no attention that a prefix could join.")
+        keys = [info for info in _key_projections(structure) if info.path[: len(host.path)] == host.path][:1]
+        key_width = keys[0].y.shape[-1] if keys else None
+        key_axis = of_output(keys[0], structure)[0] if keys else None
+        layer = PrefixLayer(self.prefix_token_num, key_width, key_axis)
+        yield CallEdit(host.path, "around", layer)
+
+    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[CallEdit]:
+        edits = list(super().place(site, patterns))
+        yield from edits
+        if self.shift_positions:
+            taking = {edit.host: _taking_positions(site.structure, edit.host) for edit in edits}
+            for info in {info.path: info for info in taking.values()}.values():
+                layer = ShiftedPositions(self.prefix_token_num, positions(info))
+                yield CallEdit(info.path, "around", layer, auxiliary=True)
+
+    def materialised(self) -> PrefixConfig:
+        return dataclasses.replace(self, reparameterize=False)
+
+    def generator(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
+        if not self.reparameterize:
+            return None
+        leaves = tuple((path, shape.shape) for path, shape in shapes.items())
+        return Reparameterization(self.prefix_token_num, self.embed_dim, self.mid_dim, leaves)
 
 
 class PrefixLayer(nn.Module):
@@ -86,7 +114,7 @@ class PrefixLayer(nn.Module):
         if self.key_width and self.key_width < heads * width and heads * width % self.key_width == 0:
             groups = heads * width // self.key_width
         shape = (self.tokens, heads // groups, width)
-        keys, values = (leaf(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
+        keys, values = (param(self, name, nn.initializers.normal(1.0), shape) for name in ("keys", "values"))
         return jnp.repeat(keys, groups, axis=1), jnp.repeat(values, groups, axis=1)
 
     def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
@@ -155,71 +183,10 @@ class Reparameterization(nn.Module):
         return made
 
 
-class PrefixModel(DeltaModel):
-    """Trainable keys and values in attention modules.
-
-        delta = jdelta.PrefixModel(model, prefix_token_num=6)
-
-    A host is a module that computes one attention, such as BERT's `attention` or `crossattention`. Its leaves are
-    `prefix/keys` and `prefix/values`, `(prefix_token_num, heads, width)`. With `reparameterize`, they are made in every
-    run by one small network, whose leaves are below `prefix` at the root of the tree; `fold` writes them out.
-    The output changes at once. Its own arguments are those of `PrefixConfig`, the common ones and errors those of
-    `DeltaModel`; a host that computes no attention, or several, is a `TypeError`.
-    """
-
-    delta_type = "prefix"
-    config_class = PrefixConfig
-    default_modified_modules = ("attn",)
-
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
-        if not any(attention.computes_attention(info.type) for info in structure.below(host.path)):
-            raise TypeError("it computes no attention that a prefix could join.")
-        keys = [info for info in self._key_projections if info.path[: len(host.path)] == host.path][:1]
-        key_width = keys[0].y.shape[-1] if keys else None
-        key_axis = of_output(keys[0], structure)[0] if keys else None
-        layer = PrefixLayer(self.config.prefix_token_num, key_width, key_axis)
-        yield CallEdit(host.path, "around", layer, leaf=(self.name,))
-
-    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[CallEdit]:
-        edits = list(super().place(structure, find, patterns))
-        yield from edits
-        if self.config.shift_positions:
-            taking = {edit.host: _taking_positions(structure, edit.host) for edit in edits}
-            for info in {info.path: info for info in taking.values()}.values():
-                layer = ShiftedPositions(self.config.prefix_token_num, backbone.positions(info))
-                yield CallEdit(info.path, "around", layer, leaf=(self.name,), auxiliary=True)
-
-    @functools.cached_property
-    def _key_projections(self) -> list[ModuleInfo]:
-        return common_names.known(self.structure, ["attn.k", "crossattn.k"])
-
-    def fold(self, params: Tree | None = None) -> Tree:
-        """Writes the keys and values out at their hosts, in place of the network that makes them.
-
-        The model computes the same; the leaves are then those of `reparameterize=False`, the configuration says so,
-        and training goes on with them.
-
-        Args:
-          params: the tree to take the values from; by default `model.params`.
-
-        Returns:
-          The new tree. Without `params`, it is also put into `model.params`.
-
-        Raises:
-          RuntimeError: the tree was donated.
-          ValueError: there is no such network, or the delta is detached.
-        """
-        return self._write_out(params, self.folded())
-
-    def folded(self) -> PrefixConfig:
-        return dataclasses.replace(self.config, reparameterize=False)
-
-    def shared(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
-        config: PrefixConfig = self.config
-        if not config.reparameterize:
-            return None
-        leaves = tuple((path, shape.shape) for path, shape in shapes.items())
-        return Reparameterization(config.prefix_token_num, config.embed_dim, config.mid_dim, leaves)
+def _key_projections(structure: Structure) -> list[ModuleInfo]:
+    if "key projections" not in structure.derived:
+        structure.derived["key projections"] = common_names.known(structure, ["attn.k", "crossattn.k"])
+    return structure.derived["key projections"]
 
 
 def _taking_positions(structure: Structure, host: Path) -> ModuleInfo:

@@ -17,23 +17,22 @@ from flax import linen as nn
 
 from jdelta.core.arguments import arguments, is_array, main_input, main_output, with_main_input
 from jdelta.core.axes import Axes
-from jdelta.core.config import DeltaConfig, require_count, require_positive
+from jdelta.core.config import require_count, require_positive
 from jdelta.core.edits import CallEdit
+from jdelta.core.method import Method, Site
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.delta import DeltaModel
-from jdelta.hosts import backbone
 from jdelta.hosts.linen.calls import Frame, describe
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import generation
-from jdelta.methods.parameter import leaf
+from jdelta.hosts.transformers.positions import positions
+from jdelta.methods.parameter import param
 from jdelta.names import common_names
-from jdelta.placed import Find, carried
 from jdelta.trees import dtypes, surgery
 from jdelta.trees.surgery import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftPromptConfig(DeltaConfig):
+class SoftPromptConfig(Method):
     """Arguments of the soft prompt.
 
     Attributes:
@@ -44,6 +43,9 @@ class SoftPromptConfig(DeltaConfig):
         PyTorch PEFT, and not the input's.
     """
 
+    delta_type = "soft_prompt"
+    default_modified_modules = ("embeddings",)
+
     soft_token_num: int = 100
     init_range: float = 0.5
     token_init: bool = True
@@ -53,6 +55,75 @@ class SoftPromptConfig(DeltaConfig):
         super().__post_init__()
         require_count("soft_token_num", self.soft_token_num)
         require_positive("init_range", self.init_range)
+
+    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[CallEdit]:
+        structure = site.structure
+        hosts = [info for info in site.find(patterns) if jnp.issubdtype(info.x.dtype, jnp.integer)]
+        if not hosts:
+            raise TypeError(f"SoftPromptModel: the modules that {list(patterns)} mean take no token ids.")
+        if len(hosts) > 1 and self.modified_modules is not None:
+            names = ", ".join(host.name for host in hosts)
+            raise ValueError(f"SoftPromptModel goes before one input; {list(patterns)} mean {names}. Name one.")
+        host = hosts[0]
+        callers = structure.callers(host)
+        layers = common_names.known(structure, ["attn"])
+        top, entry, exit = _extent(structure, [host, *callers], layers)
+        reading = [info for info in callers if _attends_to_encoder(info)]
+        if reading and not all(_within(structure, info, reading) for info in layers):
+            raise TypeError(
+                f"SoftPromptModel: {host.name} takes the tokens of a decoder whose encoder takes none; a prompt before "
+                "the encoder's input needs token ids there."
+            )
+        ids = self._ids(host, site)
+        table = PromptTable(ids, host.y.shape[-1], self.init_range)
+        yield CallEdit(host.path, "around", table, outermost=True)
+        reads = [info for info in structure if _attends_to_encoder(info) and info not in callers]
+        decoders = [info for info in reads if not _within(structure, info, [top, *reads])]
+        around = Prompted(ids, entry, None if decoders or self.pool_prompt else exit, positions(top))
+        yield CallEdit(top.path, "around", around, auxiliary=True)
+        if self.pool_prompt:
+            pooled = PromptPooled(len(ids), exit, tuple(info.path for info in self._poolers(structure, exit)))
+            yield CallEdit((), "around", pooled, leaf=("pooled",), auxiliary=True)
+        for info in decoders:
+            yield CallEdit(info.path, "around", MaskGrown(), auxiliary=True)
+        if decoders:
+            yield CallEdit((), "around", EncoderStatesCut(top.path), auxiliary=True)
+
+    def _poolers(self, structure: Structure, exit: Path) -> list[ModuleInfo]:
+        found = _poolers(structure, exit)
+        if not found:
+            raise TypeError(
+                "SoftPromptModel: pool_prompt needs a pooler, and no module of this model makes one position of all. "
+                "Leave it out."
+            )
+        return found
+
+    def _ids(self, host: ModuleInfo, site: Site) -> range:
+        """Ids beyond the vocabulary, and beyond other prompts'."""
+        table = host.params.get("embedding")
+        if table is None or len(table.shape) != 2:
+            raise TypeError(f"SoftPromptModel at {host.name} ({host.type.__name__}): it is no word embedding.")
+        edits = [edit for a in site.attachments for edit in a.edits if edit.host == host.path]
+        taken = [edit.layer.prompt_ids.stop for edit in edits if isinstance(edit.layer, PromptTable)]
+        start = max([table.shape[0], *taken])
+        return range(start, start + self.soft_token_num)
+
+    def init_from_backbone(
+        self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array]
+    ) -> Mapping[Path, jax.Array]:
+        if not self.token_init:
+            return leaves
+        n = self.soft_token_num
+        own = [p for p, leaf in leaves.items() if p[-1] == "embedding" and len(leaf) == n]
+        rows = {p: params[(*p[:-2], "embedding")] for p in own if (*p[:-2], "embedding") in params}
+        for path, table in rows.items():
+            if dtypes.is_fixed(table):
+                raise ValueError(
+                    f"SoftPromptModel starts from rows of {surgery.name_of(path[:-2])}, which holds {table.dtype}, and "
+                    "they are no vectors by themselves. Pass token_init=False."
+                )
+        started = {p: jnp.resize(table[:n], (n, table.shape[1])).astype(jnp.float32) for p, table in rows.items()}
+        return {**leaves, **started}
 
 
 class PromptTable(nn.Module):
@@ -80,7 +151,7 @@ class PromptTable(nn.Module):
     @nn.compact
     def table(self) -> jax.Array:
         """The prompt, `(tokens, features)`."""
-        return leaf(self, "embedding", self._uniform, (len(self.prompt_ids), self.features))
+        return param(self, "embedding", self._uniform, (len(self.prompt_ids), self.features))
 
     def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """The prompt is split by features, as the word embedding is."""
@@ -259,88 +330,6 @@ class EncoderStatesCut(nn.Module):
                 output = output.replace(cross_attentions=tuple(weights[..., extra:] for weights in cross))
             output = jax.tree.map(lambda a: _cut(a, total, extra) if id(a) in states else a, output)
         return output if named else output.to_tuple()
-
-
-class SoftPromptModel(DeltaModel):
-    """Trainable vectors before a model's embedded tokens: a decoder's, an encoder's, or those of an encoder-decoder's
-    encoder, where the decoder attends to them too.
-
-        delta = jdelta.SoftPromptModel(model, soft_token_num=20)
-
-    Its host is the word embedding, and its leaf `soft_prompt/embedding`, `(soft_token_num, features)`. Outputs keep the
-    length of the input, except that `encode` returns the prompt's states too, which `decode` expects. The output
-    changes at once. Its own arguments are those of `SoftPromptConfig`, the common ones and errors those of
-    `DeltaModel`; a model that takes no tokens is a `TypeError`, a sequence beyond the position table a `ValueError`.
-    """
-
-    delta_type = "soft_prompt"
-    config_class = SoftPromptConfig
-    default_modified_modules = ("embeddings",)
-
-    def place(self, structure: Structure, find: Find, patterns: Sequence[str]) -> Iterable[CallEdit]:
-        hosts = [info for info in find(patterns) if jnp.issubdtype(info.x.dtype, jnp.integer)]
-        if not hosts:
-            raise TypeError(f"SoftPromptModel: the modules that {list(patterns)} mean take no token ids.")
-        if len(hosts) > 1 and self.config.modified_modules is not None:
-            names = ", ".join(host.name for host in hosts)
-            raise ValueError(f"SoftPromptModel goes before one input; {list(patterns)} mean {names}. Name one.")
-        host = hosts[0]
-        callers = structure.callers(host)
-        layers = common_names.known(structure, ["attn"])
-        top, entry, exit = _extent(structure, [host, *callers], layers)
-        reading = [info for info in callers if _attends_to_encoder(info)]
-        if reading and not all(_within(structure, info, reading) for info in layers):
-            raise TypeError(
-                f"SoftPromptModel: {host.name} takes the tokens of a decoder whose encoder takes none; a prompt before "
-                "the encoder's input needs token ids there."
-            )
-        ids = self._ids(host)
-        table = PromptTable(ids, host.y.shape[-1], self.config.init_range)
-        yield CallEdit(host.path, "around", table, leaf=(self.name,), outermost=True)
-        reads = [info for info in structure if _attends_to_encoder(info) and info not in callers]
-        decoders = [info for info in reads if not _within(structure, info, [top, *reads])]
-        around = Prompted(ids, entry, None if decoders or self.config.pool_prompt else exit, backbone.positions(top))
-        yield CallEdit(top.path, "around", around, leaf=(self.name,), auxiliary=True)
-        if self.config.pool_prompt:
-            pooled = PromptPooled(len(ids), exit, tuple(info.path for info in self._poolers(structure, exit)))
-            yield CallEdit((), "around", pooled, leaf=(self.name, "pooled"), auxiliary=True)
-        for info in decoders:
-            yield CallEdit(info.path, "around", MaskGrown(), leaf=(self.name,), auxiliary=True)
-        if decoders:
-            yield CallEdit((), "around", EncoderStatesCut(top.path), leaf=(self.name,), auxiliary=True)
-
-    def _poolers(self, structure: Structure, exit: Path) -> list[ModuleInfo]:
-        found = _poolers(structure, exit)
-        if not found:
-            raise TypeError(
-                "SoftPromptModel: pool_prompt needs a pooler, and no module of this model makes one position of all. "
-                "Leave it out."
-            )
-        return found
-
-    def _ids(self, host: ModuleInfo) -> range:
-        """Ids beyond the vocabulary, and beyond other prompts'."""
-        table = host.params.get("embedding")
-        if table is None or len(table.shape) != 2:
-            raise TypeError(f"SoftPromptModel at {host.name} ({host.type.__name__}): it is no word embedding.")
-        edits = [edit for a in carried(self.backbone_model) for edit in a.edits if edit.host == host.path]
-        taken = [edit.layer.prompt_ids.stop for edit in edits if isinstance(edit.layer, PromptTable)]
-        start = max([table.shape[0], *taken])
-        return range(start, start + self.config.soft_token_num)
-
-    def start(self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array]) -> Mapping[Path, jax.Array]:
-        if not self.config.token_init:
-            return leaves
-        n = self.config.soft_token_num
-        rows = {p: params[(*p[:-2], "embedding")] for p in leaves if p[-2:] == (self.name, "embedding")}
-        for path, table in rows.items():
-            if dtypes.is_fixed(table):
-                raise ValueError(
-                    f"SoftPromptModel starts from rows of {surgery.name_of(path[:-2])}, which holds {table.dtype}, and "
-                    "they are no vectors by themselves. Pass token_init=False."
-                )
-        started = {p: jnp.resize(table[:n], (n, table.shape[1])).astype(jnp.float32) for p, table in rows.items()}
-        return {**leaves, **started}
 
 
 def _extent(

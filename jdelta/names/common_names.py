@@ -7,7 +7,8 @@ wherever it is in a model, so a family is covered also inside a wrapper. `regist
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -16,6 +17,7 @@ from jdelta.core import module_tree
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.names import guess
 from jdelta.names.table import NAMES, TABLE, Names, as_tuple
+from jdelta.trees import addressing
 
 
 def resolve(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
@@ -138,3 +140,17 @@ def _unknown_model(structure: Structure, names: Sequence[str]) -> str:
 
 def _indented(lines: Sequence[str]) -> str:
     return "\n".join(f"    {line}" for line in lines)
+
+
+def finder(structure: Structure, exclude: Sequence[str], label: str) -> Callable[[Sequence[str]], list[ModuleInfo]]:
+    """What finds the modules that common names mean, without excluded ones; `label` is who asks, for messages."""
+
+    def find(patterns: Sequence[str]) -> list[ModuleInfo]:
+        try:
+            resolved = resolve(structure, addressing.checked(patterns))
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        found = [info.name for info in resolved]
+        return structure.find([f"[r]^{re.escape(name)}" for name in found], exclude) if found else []
+
+    return find

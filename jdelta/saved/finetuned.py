@@ -10,12 +10,13 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from flax.core import meta
 
-from jdelta.core.config import DeltaConfig, as_path, as_type, config_from_dict, did_you_mean, require_name, shown
+from jdelta.core.config import as_path, as_type, config_from_dict, did_you_mean, require_name, shown
+from jdelta.core.method import Method
 from jdelta.saved import folder
 from jdelta.trees import dtypes, fingerprint, surgery
 from jdelta.trees.surgery import Path
@@ -57,7 +58,7 @@ class Finetuned:
     """
 
     name: str
-    config: DeltaConfig
+    config: Method
     values: Mapping[str, np.ndarray]
     targets: Sequence[str]
     exclude: Sequence[str] | None = None
@@ -173,7 +174,7 @@ def _renamed(leaf: str, place: int | None, name: str) -> str:
     return leaf if place is None else ".".join([*parts[:place], name, *parts[place + 1 :]])
 
 
-def _config(fields: Mapping[str, Any]) -> DeltaConfig:
+def _config(fields: Mapping[str, Any]) -> Method:
     """The arguments. Earlier versions lack those that came since, with the defaults."""
     arguments = fields["arguments"]
     if "delta_type" in arguments:
@@ -222,6 +223,15 @@ def misfits(found: Finetuned, own: Mapping[Path, Any], others: Mapping[Path, Any
         elif dtypes.takes_steps(value.dtype) == dtypes.is_fixed(leaves[name]):
             odd.append(f"{name} holds {value.dtype}, here {leaves[name].dtype}")
     return odd
+
+
+@runtime_checkable
+class HasFinetuned(Protocol):
+    """An attached delta."""
+
+    def finetuned(self) -> Finetuned:
+        """The trained delta apart from the model."""
+        ...
 
 
 def listing(items: Sequence[str], most: int = 3) -> str:

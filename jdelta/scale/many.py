@@ -28,11 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdelta.core.config import shown
-from jdelta.delta import DeltaModel
 from jdelta.methods.lora import LoraConfig
 from jdelta.saved.arithmetic.checks import Source, read_all, require_one_backbone, require_same_arguments
 from jdelta.saved.arithmetic.lora_factors import SCALED, pairs_of, same_up_to_rank
-from jdelta.saved.finetuned import Finetuned
+from jdelta.saved.finetuned import Finetuned, HasFinetuned
 from jdelta.trees import surgery
 from jdelta.trees.fingerprint import kind
 from jdelta.trees.surgery import Tree
@@ -62,7 +61,7 @@ def stack(deltas: Sequence[Tree] | Sequence[Source], check_hash: bool | Literal[
       TypeError: something is no delta, or no list of them.
       ValueError: there are none, or two differ in more than values; the message says in what.
     """
-    if isinstance(deltas, (Mapping, str, os.PathLike, Finetuned, DeltaModel)):
+    if isinstance(deltas, (Mapping, str, os.PathLike, Finetuned, HasFinetuned)):
         raise TypeError("expected a list of deltas, got one. Write [delta].")
     if not isinstance(deltas, Iterable):
         raise TypeError(f"expected a list of deltas, got {shown(deltas)}.")

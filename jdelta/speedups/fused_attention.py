@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.core.edits import CallEdit
+from jdelta.core.host import HostAdapter
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts import backbone
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import attention
 from jdelta.speedups.patch import Alteration, altered, reasons, tried, unaltered
@@ -60,7 +60,7 @@ def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None =
     adapter = unaltered(
         model, _NAME, "fused_attention: the attention of this model is fused already. Call undo() first."
     )
-    structure = backbone.trace(adapter)
+    structure = adapter.structure()
     kernels = _tried(adapter, structure, implementation)
     targets = [info for info in structure if info.path in kernels and kernels[info.path].used]
     left = {info.name: kernels[info.path].reason for info in structure if info.path in kernels and info not in targets}
@@ -172,9 +172,7 @@ class Kernel:
             warnings.warn(message, stacklevel=2)
 
 
-def _tried(
-    adapter: backbone.HostAdapter, structure: Structure, kind: Implementation | None
-) -> dict[tuple[str, ...], Kernel]:
+def _tried(adapter: HostAdapter, structure: Structure, kind: Implementation | None) -> dict[tuple[str, ...], Kernel]:
     """The kernels of the modules that compute attention, after one abstract run of the model."""
     kernels = {info.path: Kernel(info, set(), kind, trying=True) for info in structure}
     # Around all modules: the innermost is the one whose own code computes attention.

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.core.edits import CallEdit
-from jdelta.hosts import backbone
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.patches import globals_of, patched
 from jdelta.speedups.patch import Alteration, altered, tried, unaltered
@@ -57,7 +56,7 @@ def lean_activations(model: Any) -> Alteration:
     adapter = unaltered(
         model, _NAME, "lean_activations: the activations of this model are lean already. Call undo() first."
     )
-    structure = backbone.trace(adapter)
+    structure = adapter.structure()
     uses = {info.path: _Use() for info in structure}
     tried(adapter, structure, _NAME, lambda info: _Lean(uses[info.path], info.type))
     targets = [info for info in structure if uses[info.path].seen]

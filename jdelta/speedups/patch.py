@@ -9,9 +9,9 @@ import jax
 from flax import linen as nn
 
 from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.host import HostAdapter
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts import backbone
-from jdelta.hosts.linen.instrument import attachments_of, bare, instrument
+from jdelta.hosts.adapting import adapt
 
 
 class Alteration:
@@ -24,7 +24,7 @@ class Alteration:
 
     def __init__(
         self,
-        adapter: backbone.HostAdapter,
+        adapter: HostAdapter,
         attachment: Attachment,
         what: str,
         targets: Sequence[str],
@@ -42,18 +42,18 @@ class Alteration:
         Raises:
           RuntimeError: that was done already.
         """
-        carried = attachments_of(self._adapter.module)
+        carried = self._adapter.attachments
         rest = [attachment for attachment in carried if attachment is not self._attachment]
         if len(rest) == len(carried):
             raise RuntimeError("undo: this was undone already.")
-        self._adapter.module = instrument(self._adapter.module, rest)
+        self._adapter.install(rest)
 
     def __repr__(self) -> str:
         left = f"; left: {reasons(self.left)}" if self.left else ""
         return f"{len(self.targets)} {self._what}: {', '.join(_folded(self.targets))}{left}"
 
 
-def unaltered(model: object, name: str, message: str) -> backbone.HostAdapter:
+def unaltered(model: object, name: str, message: str) -> HostAdapter:
     """The model's adapter, if it carries no alteration of this name.
 
     Args:
@@ -65,23 +65,20 @@ def unaltered(model: object, name: str, message: str) -> backbone.HostAdapter:
       RuntimeError: it carries one.
       TypeError: it is no such model.
     """
-    adapter = backbone.adapt(model)
-    if any(attachment.name == name for attachment in attachments_of(adapter.module)):
+    adapter = adapt(model)
+    if any(attachment.name == name for attachment in adapter.attachments):
         raise RuntimeError(message)
     return adapter
 
 
-def tried(
-    adapter: backbone.HostAdapter, structure: Structure, name: str, layer: Callable[[ModuleInfo], nn.Module]
-) -> None:
+def tried(adapter: HostAdapter, structure: Structure, name: str, layer: Callable[[ModuleInfo], nn.Module]) -> None:
     """One abstract run of the bare model with such a layer around every module."""
     edits = tuple(CallEdit(info.path, "around", layer(info)) for info in structure)
-    module = instrument(bare(adapter.module), [Attachment(name, edits)])
-    jax.eval_shape(lambda: adapter.init(module, jax.random.key(0)))
+    jax.eval_shape(lambda: adapter.init([Attachment(name, edits)], jax.random.key(0)))
 
 
 def altered(
-    adapter: backbone.HostAdapter,
+    adapter: HostAdapter,
     name: str,
     edits: Iterable[CallEdit],
     what: str,
@@ -99,7 +96,7 @@ def altered(
       left: name to reason of those that are not.
     """
     attachment = Attachment(name, tuple(edits))
-    adapter.module = instrument(adapter.module, [*attachments_of(adapter.module), attachment])
+    adapter.install([*adapter.attachments, attachment])
     return Alteration(adapter, attachment, what, [info.name for info in targets], left or {})
 
 

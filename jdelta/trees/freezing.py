@@ -67,12 +67,6 @@ def mask_of(params: Tree, trained: Collection[Path]) -> Tree:
     return surgery.unflatten({p: v if v is empty else p in marked for p, v in leaves.items()}, like=params)
 
 
-def parameters_of(params: Tree) -> dict[Path, Any]:
-    """Path to leaf of the parameters in a tree, without other collections and the name of theirs."""
-    leaves, start = surgery.flatten(params), surgery.root(params)
-    return {path[len(start) :]: leaf for path, leaf in leaves.items() if path[: len(start)] == start}
-
-
 def passed_over(params: Tree, exclude: Sequence[str]) -> list[str]:
     """The names of leaves that patterns mean, and that do not train since their dtype cannot be trained."""
     start = surgery.root(params)

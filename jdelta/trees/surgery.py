@@ -72,6 +72,18 @@ def parameters(tree: Tree) -> Tree:
     return _checked_tree(tree).get("params", tree)
 
 
+def parameters_of(params: Tree) -> dict[Path, Any]:
+    """Path to leaf of the parameters in a tree, without other collections and the name of theirs."""
+    leaves, start = flatten(params), root(params)
+    return {path[len(start) :]: leaf for path, leaf in leaves.items() if path[: len(start)] == start}
+
+
+def select(tree: Tree, paths: Iterable[Path]) -> Tree:
+    """The sub-tree of some leaves of the parameters."""
+    flat, start = flatten(tree), root(tree)
+    return unflatten({(*start, *path): flat[(*start, *path)] for path in paths})
+
+
 def name_of(path: Sequence[str]) -> str:
     """The dot-joined name of a path."""
     return ".".join(path)

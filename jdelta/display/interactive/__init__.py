@@ -7,16 +7,18 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
-from jdelta.core.config import DeltaConfig
+from jdelta.core.attaching import tried
+from jdelta.core.method import Method
+from jdelta.core.placement import edits_at
+from jdelta.core.state import DeltaState, new_state
 from jdelta.core.structure import Structure
-from jdelta.delta import METHODS, DeltaModel
 from jdelta.display.interactive import notebook
 from jdelta.display.interactive.cost import Costs, costs, format_arguments
 from jdelta.display.interactive.describe import describe
 from jdelta.display.interactive.server import Refused, Server
-from jdelta.hosts import backbone
+from jdelta.hosts.adapting import adapt
 from jdelta.trees import addressing
 
 Take = Callable[[list[str]], None]
@@ -24,7 +26,7 @@ Take = Callable[[list[str]], None]
 
 def select_modules(
     backbone_model: Any,
-    method: type[DeltaModel] | DeltaConfig | None = None,
+    method: type[Any] | Method | None = None,
     *,
     host: str = "127.0.0.1",
     port: bool | int = True,
@@ -59,38 +61,38 @@ def select_modules(
     if method is None:
         if arguments:
             raise TypeError(f"select_modules: {', '.join(arguments)} belong to a method. Give it too: method=….")
-        structure = backbone.trace(backbone.adapt(backbone_model))
+        structure = adapt(backbone_model).structure()
         return _ask(structure, None, {"": "The whole model has no name to choose it by."}, None, host, port)
-    delta = _unattached(backbone_model, method, arguments)
+    state = _unattached(backbone_model, method, arguments)
 
     def take(names: list[str]) -> None:
-        delta._tried(delta._edits_at(names))
+        tried(state, edits_at(state, names))
 
-    return choose(delta, port, take, host)
+    return choose(state, port, take, host)
 
 
-def choose(delta: DeltaModel, port: bool | int, take: Take, host: str = "127.0.0.1") -> list[str]:
+def choose(state: DeltaState, port: bool | int, take: Take, host: str = "127.0.0.1") -> list[str]:
     """Shows the page for a delta that is not attached yet, and gives the names to `take` until that raises nothing.
 
     Raises:
       ValueError: the modules of this method cannot be chosen one by one.
     """
-    kind = type(delta)
-    if kind.place is not DeltaModel.place:
+    kind = type(state.method)
+    if not kind.takes_single_modules():
         raise ValueError(
-            f"{kind.__name__} finds its own places or takes pairs of modules, which cannot be chosen one by one in a "
+            f"{state.label} finds its own places or takes pairs of modules, which cannot be chosen one by one in a "
             "page. Write modified_modules=[…] (see the class), or leave it out for the default positions; "
             "jdelta.select_modules(model) shows the names."
         )
-    if kind.edits is DeltaModel.edits:
-        raise ValueError(f"{kind.__name__} does nothing to modules of itself: there is nothing to choose.")
-    found = costs(delta, delta.config.exclude_modules or ())
-    return _ask(delta.structure, delta, dict(found.reasons), found, host, port, take)
+    if not kind.has_edits():
+        raise ValueError(f"{state.label} does nothing to modules of itself: there is nothing to choose.")
+    found = costs(state, state.method.exclude_modules or ())
+    return _ask(state.structure, state, dict(found.reasons), found, host, port, take)
 
 
 def _ask(
     structure: Structure,
-    delta: DeltaModel | None,
+    state: DeltaState | None,
     reasons: dict[str, str],
     found: Costs | None,
     host: str,
@@ -102,8 +104,8 @@ def _ask(
         reasons,
         found,
         model=structure[""].type.__name__,
-        method=type(delta).__name__ if delta is not None else "",
-        arguments=format_arguments(delta) if delta is not None else "",
+        method=state.label if state is not None else "",
+        arguments=format_arguments(state.method) if state is not None else "",
     )
     names = [name for name in structure.modules if name]
 
@@ -164,26 +166,23 @@ def _checked(answer: Any, names: Sequence[str], reasons: dict[str, str]) -> list
     return [name for name in names if name in wanted]
 
 
-def _unattached(backbone_model: Any, method: Any, arguments: dict[str, Any]) -> DeltaModel:
-    """A delta of this method that is on no model yet."""
-    if isinstance(method, DeltaConfig):
+def _unattached(backbone_model: Any, method: Any, arguments: dict[str, Any]) -> DeltaState:
+    """A delta of this method that is on no module yet."""
+    if isinstance(method, Method):
         if arguments:
             raise TypeError(
                 f"select_modules: a configuration has its arguments already, got also {', '.join(arguments)}."
             )
-        kind, config = METHODS[method.delta_type], method
-    elif isinstance(method, type) and issubclass(method, DeltaModel):
-        kind, config = method, method.config_class.from_arguments(method.__name__, arguments)
+        config, label = method, method.described()
+    elif isinstance(method, type) and issubclass(kind := getattr(method, "method_class", method), Method):
+        config, label = cast(type[Method], kind).from_arguments(method.__name__, arguments), method.__name__
     else:
         raise TypeError(f"select_modules: the method is a class such as jdelta.LoraModel or a config, got {method!r}.")
     if config.modified_modules is not None or config.common_structure:
         raise ValueError(
             "select_modules: the page chooses the modules; leave modified_modules and common_structure out."
         )
-    delta = kind.__new__(kind)
-    delta.config = config
-    delta._begin(backbone_model, None, 0)
-    return delta
+    return new_state(adapt(backbone_model), backbone_model, config, label, None, 0)
 
 
 def _announce(server: Server, method: str) -> None:

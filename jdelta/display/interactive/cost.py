@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
+from jdelta.core import attaching, placement
 from jdelta.core.arguments import is_array
 from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.method import Method
+from jdelta.core.state import DeltaState
 from jdelta.core.structural_key import structural_key
 from jdelta.core.structure import ModuleInfo
-from jdelta.delta import DeltaModel
-from jdelta.hosts import backbone
-from jdelta.hosts.linen.instrument import attachments_of, instrument
+from jdelta.hosts.linen.instrument import instrument
 from jdelta.trees import addressing, dtypes, surgery
 from jdelta.trees.surgery import Path
 
@@ -58,22 +59,22 @@ class Costs:
         return self.always + sum(t for t, _ in items), self.total + sum(new for _, new in items)
 
 
-def costs(method: DeltaModel, exclude: Sequence[str] = ()) -> Costs:
+def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
     """What each module would cost.
 
     Args:
-      method: a delta that is not attached yet; its `edits` say what a module gets.
+      state: a delta that is on no module yet; the `edits` of its method say what a module gets.
       exclude: patterns of modules that are left out.
     """
-    structure, adapter = method._structure, method._adapter
-    tree = surgery.flatten(surgery.parameters(backbone.tree_of(adapter)))
+    structure, method = state.structure, state.method
+    tree = surgery.flatten(surgery.parameters(state.host.tree()))
     sizes = {path: math.prod(meta.unbox(leaf).shape) for path, leaf in tree.items() if leaf is not surgery.empty_node}
-    patterns = [p for p in method.config.unfrozen_modules or () if p != "deltas"]
+    patterns = [p for p in method.unfrozen_modules or () if p != "deltas"]
     able = {p for p in sizes if not dtypes.is_fixed(tree[p])}
     unfrozen = {p for p in able if any(addressing.matches_at_or_above(surgery.name_of(p), q) for q in patterns)}
 
-    others = attachments_of(adapter.module)
-    measure = _Measure(method)
+    others = state.host.attachments
+    measure = _Measure(state)
     leaves: dict[str, Shapes] = {}
     borrowed: dict[str, list[Path]] = {}
     reasons: dict[str, str] = {}
@@ -84,19 +85,19 @@ def costs(method: DeltaModel, exclude: Sequence[str] = ()) -> Costs:
             reasons[info.name] = "It is left out by exclude_modules."
         else:
             try:
-                wanted = {(e.host, e.where, e.leaf): e for e in method.edits(info, structure)}
+                wanted = {(e.host, e.where, e.leaf): e for e in _edits_at(state, info)}
                 if not wanted:
-                    raise TypeError(f"It holds nothing that {type(method).__name__} changes.")
-                if not (edits := method._without_excluded(wanted.values())):
+                    raise TypeError(f"It holds nothing that {state.label} changes.")
+                if not (edits := placement.without_excluded(state, wanted.values())):
                     raise TypeError("All that would change in it is left out by exclude_modules.")
-                method._check(edits, others)
+                attaching.check(state, edits, others)
                 leaves[info.name] = measure(info, edits)
                 borrowed[info.name] = [(*edit.host, *edit.leaf) for edit in edits if edit.where == "train"]
             except (TypeError, ValueError) as error:
                 reasons[info.name] = _sentence(str(error))
 
     table = _Table()
-    source, exact = _source_items(method, leaves)
+    source, exact = _source_items(state, leaves)
     for name, own in leaves.items():
         made = source[name].made if name in source else frozenset()
         for path, shape in own.items():
@@ -108,6 +109,10 @@ def costs(method: DeltaModel, exclude: Sequence[str] = ()) -> Costs:
             table.add(name, path, 0 if path in unfrozen else sizes[path], 0)
     always = sum(sizes[path] for path in unfrozen)
     return Costs(table.items, table.modules, reasons, always, sum(sizes.values()), exact)
+
+
+def _edits_at(state: DeltaState, info: ModuleInfo) -> list[CallEdit]:
+    return [placement.named(edit, state.name) for edit in state.method.edits(info, state.structure)]
 
 
 class _Table:
@@ -131,8 +136,8 @@ class _Table:
 class _Measure:
     """Shapes of the leaves that edits at a host make, by an abstract run of the layers; once for equal ones."""
 
-    def __init__(self, method: DeltaModel):
-        self._method = method
+    def __init__(self, state: DeltaState):
+        self._state = state
         self._known: dict[Any, list[Shapes] | Exception] = {}
         self._alive: list[Any] = []  # keys can hold ids of parts of these
 
@@ -150,8 +155,8 @@ class _Measure:
         for edit in edits:
             if edit.layer is None:
                 continue
-            host = self._method._structure.modules[surgery.name_of(edit.host)]
-            start = self._method._structure.modules[
+            host = self._state.structure.modules[surgery.name_of(edit.host)]
+            start = self._state.structure.modules[
                 surgery.name_of(edit.host if edit.span_input is None else edit.span_input)
             ]
             x, y = (start.x if edit.where in ("before", "parallel") else host.y), host.y
@@ -176,7 +181,7 @@ class _Measure:
         """The host is run by itself; if it cannot be, in its model."""
         start = info.path if all(edit.host[: len(info.path)] == info.path for edit in edits) else ()
         try:
-            tree = _host_alone(info, [_moved(edit, start) for edit in edits], self._method.name)
+            tree = _host_alone(info, [_moved(edit, start) for edit in edits], self._state.name)
             axes: dict[Path, tuple[int, ...]] = {}
         except Exception:
             start, axes = (), self._axes
@@ -191,10 +196,10 @@ class _Measure:
         return rows
 
     def _in_model(self, edits: Sequence[CallEdit]) -> Any:
-        others = [a for a in attachments_of(self._method._adapter.module) if a.active]
-        mine = Attachment(self._method.name, tuple(edits))
+        others = [a for a in self._state.host.attachments if a.active]
+        mine = Attachment(self._state.name, tuple(edits))
         try:
-            return jax.eval_shape(lambda key: self._method._run_init([*others, mine], key), jax.random.key(0))
+            return jax.eval_shape(lambda key: self._state.host.init([*others, mine], key), jax.random.key(0))
         except Exception as error:  # whatever the model's own code says to such a layer is the reason
             raise ValueError(str(error)) from error
 
@@ -204,15 +209,15 @@ class _Measure:
     @functools.cached_property
     def _axes(self) -> dict[Path, tuple[int, ...]]:
         """Axes that lifted transforms (`nn.scan`) put before the leaves of the modules inside them."""
-        structure = self._method._structure
+        structure = self._state.structure
         leaves = surgery.flatten(meta.unbox(surgery.parameters(structure.params)))
         if all(leaves[(*i.path, key)].shape == leaf.shape for i in structure for key, leaf in i.params.items()):
             return {}
-        edits = tuple(CallEdit(info.path, "around", _Mark(), leaf=(self._method.name,)) for info in structure)
-        mine = Attachment(self._method.name, edits)
-        tree = jax.eval_shape(lambda key: self._method._run_init([mine], key), jax.random.key(0))
+        edits = tuple(CallEdit(info.path, "around", _Mark(), leaf=(self._state.name,)) for info in structure)
+        mine = Attachment(self._state.name, edits)
+        tree = jax.eval_shape(lambda key: self._state.host.init([mine], key), jax.random.key(0))
         marks = surgery.flatten(surgery.parameters(tree))
-        return {path[:-2]: leaf.shape for path, leaf in marks.items() if path[-2:] == (self._method.name, "mark")}
+        return {path[:-2]: leaf.shape for path, leaf in marks.items() if path[-2:] == (self._state.name, "mark")}
 
 
 class _Mark(nn.Module):
@@ -268,9 +273,10 @@ class _Source:
     made: frozenset[Path]
 
 
-def _source_items(method: DeltaModel, leaves: Mapping[str, Shapes]) -> tuple[dict[str, _Source], bool]:
+def _source_items(state: DeltaState, leaves: Mapping[str, Shapes]) -> tuple[dict[str, _Source], bool]:
     """Of each host that has one, and whether the sums are exact."""
-    if type(method).shared is DeltaModel.shared:
+    method = state.method
+    if type(method).generator is Method.generator:
         return {}, True
     alone: dict[str, dict[Path, int]] = {}
     made: dict[str, frozenset[Path]] = {}
@@ -297,10 +303,7 @@ def _source_items(method: DeltaModel, leaves: Mapping[str, Shapes]) -> tuple[dic
             grows.add(path)
     found = {
         name: _Source(
-            [
-                ((method.name, *p, name) if p in grows else (method.name, *p), (method.name, *p), n)
-                for p, n in own.items()
-            ],
+            [((state.name, *p, name) if p in grows else (state.name, *p), (state.name, *p), n) for p, n in own.items()],
             made[name],
         )
         for name, own in alone.items()
@@ -308,9 +311,9 @@ def _source_items(method: DeltaModel, leaves: Mapping[str, Shapes]) -> tuple[dic
     return found, exact
 
 
-def _source_sizes(method: DeltaModel, shapes: Shapes) -> tuple[dict[Path, int], set[Path]]:
+def _source_sizes(method: Method, shapes: Shapes) -> tuple[dict[Path, int], set[Path]]:
     """Sizes of the source's own parameters for these leaves, and which of them it makes."""
-    source = method.shared({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
+    source = method.generator({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
     if source is None:
         return {}, set()
     output, variables = jax.eval_shape(source.init_with_output, jax.random.key(0))
@@ -322,9 +325,9 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def format_arguments(method: DeltaModel) -> str:
+def format_arguments(method: Method) -> str:
     """The method's own arguments that differ from their defaults: `'lora_r=4'`."""
     common = {"modified_modules", "exclude_modules", "common_structure"}
-    fields = [f for f in dataclasses.fields(method.config) if f.name not in common]
-    given = [(f.name, getattr(method.config, f.name)) for f in fields if getattr(method.config, f.name) != f.default]
+    fields = [f for f in dataclasses.fields(method) if f.name not in common]
+    given = [(f.name, getattr(method, f.name)) for f in fields if getattr(method, f.name) != f.default]
     return ", ".join(itertools.starmap("{}={!r}".format, given))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flax import linen as nn
 from flax.core.scope import in_filter
 
 from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.generators import with_generated, without_generated
 from jdelta.core.pickling import OF_EACH, packed, unpacked, with_class
 from jdelta.hosts.linen import jit_cache
 from jdelta.hosts.linen.running import is_running, running
@@ -39,14 +40,14 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ca
         _check_leaves(variables.get("params", {}), attachments, creating)
         surgery.require_alive(variables)
         with running(edits, type(self), number, ran):
-            return original.apply(self, with_made(variables, attachments), *args, **kwargs)
+            return original.apply(self, with_generated(variables, attachments), *args, **kwargs)
 
     @nn.nowrap
     @functools.wraps(original.init_with_output)
     def init_with_output(self: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         with running(edits, type(self), number, ran):
             output, variables = original.init_with_output(self, rngs, *args, **kwargs)
-        return output, _without_made(variables, attachments, rngs)
+        return output, without_generated(variables, attachments, rngs)
 
     def __post_init__(self: nn.Module) -> None:
         original.__post_init__(self)
@@ -128,29 +129,6 @@ def _edits_of(attachments: Sequence[Attachment]) -> list[CallEdit]:
                 edits.append(edit)
             seen |= set() if attachment.active else {key}
     return edits
-
-
-def with_made(variables: Any, attachments: Sequence[Attachment]) -> Any:
-    """The variables with the leaves that the sources make."""
-    for attachment in attachments:
-        if attachment.active and attachment.generator is not None and attachment.name in variables.get("params", {}):
-            made = attachment.generator.apply({"params": variables["params"][attachment.name]})
-            params = surgery.unflatten({**surgery.flatten(variables["params"]), **made})
-            variables = {**variables, "params": params}
-    return variables
-
-
-def _without_made(variables: Any, attachments: Sequence[Attachment], rngs: Any) -> Any:
-    """Fresh variables with the sources' parameters in place of what they make."""
-    rng = rngs["params"] if isinstance(rngs, Mapping) else rngs
-    for attachment in attachments:
-        if attachment.active and attachment.generator is not None and "params" in variables:
-            own = attachment.generator.init(rng)["params"]
-            leaves = surgery.flatten(variables["params"])
-            kept = {path: leaf for path, leaf in leaves.items() if path not in attachment.generated}
-            params = surgery.graft(surgery.unflatten(kept), {attachment.name: own})
-            variables = {**variables, "params": params}
-    return variables
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -11,23 +11,23 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jdelta.core.config import DeltaConfig, as_int, as_number, did_you_mean, require_positive_int, shown
-from jdelta.delta import DeltaModel
+from jdelta.core.config import as_int, as_number, did_you_mean, require_positive_int, shown
+from jdelta.core.method import Method
 from jdelta.methods.lora import LoraConfig
 from jdelta.saved import hub
 from jdelta.saved.arithmetic.lora_factors import SCALED, leaves_of, same_up_to_rank
 from jdelta.saved.arithmetic.merge_rules import COMBINATIONS, Combination, wide
-from jdelta.saved.finetuned import Finetuned, listing, require_check_hash
+from jdelta.saved.finetuned import Finetuned, HasFinetuned, listing, require_check_hash
 from jdelta.trees import dtypes, fingerprint, processes, surgery
 from jdelta.trees.addressing import checked, matches_at_or_above, nothing_matches
 from jdelta.trees.surgery import Tree
 
-Source = Finetuned | DeltaModel | str | os.PathLike[str]
+Source = Finetuned | HasFinetuned | str | os.PathLike[str]
 
 
 def read_all(deltas: Sequence[Source]) -> list[Finetuned]:
     """The deltas apart from any model, all under the first one's name."""
-    if isinstance(deltas, (str, os.PathLike, Finetuned, DeltaModel)):
+    if isinstance(deltas, (str, os.PathLike, Finetuned, HasFinetuned)):
         raise TypeError("expected a list of deltas, got one. Write [delta].")
     if not isinstance(deltas, Iterable):
         raise TypeError(f"expected a list of deltas, got {shown(deltas)}.")
@@ -40,7 +40,7 @@ def read_all(deltas: Sequence[Source]) -> list[Finetuned]:
 def _read(source: Source) -> Finetuned:
     if isinstance(source, Finetuned):
         return source
-    if isinstance(source, DeltaModel):
+    if isinstance(source, HasFinetuned):
         return source.finetuned()
     if isinstance(source, (str, os.PathLike)):
         return Finetuned.read(hub.fetch(source))
@@ -115,7 +115,7 @@ def require_same_arguments(first: Finetuned, other: Finetuned, i: int, free: Seq
             f"delta 1 is of method {mine['delta_type']!r}, delta {i} of {its['delta_type']!r}. Only deltas of one "
             "method can be combined."
         )
-    common = {field.name for field in dataclasses.fields(DeltaConfig)}
+    common = {field.name for field in dataclasses.fields(Method)}
     for key in sorted(mine.keys() - common - {*free}):
         if mine[key] != its[key]:
             raise ValueError(f"delta 1 has {key}={mine[key]!r}, delta {i} has {key}={its[key]!r}.")

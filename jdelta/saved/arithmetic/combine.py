@@ -16,7 +16,8 @@ from typing import Literal
 import chex
 import numpy as np
 
-from jdelta.core.config import DeltaConfig, as_number, require_name
+from jdelta.core.config import as_number, require_name
+from jdelta.core.method import Method
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.saved.arithmetic import checks, lora_factors
 from jdelta.saved.arithmetic.checks import Source
@@ -215,7 +216,7 @@ def _no_change(found: Finetuned, key: str) -> str:
 
 
 def _result(
-    first: Finetuned, values: Mapping[str, np.ndarray], name: str | None, config: DeltaConfig | None = None
+    first: Finetuned, values: Mapping[str, np.ndarray], name: str | None, config: Method | None = None
 ) -> Finetuned:
     """A delta as the first one, with these values in its dtypes."""
     typed = {key: np.asarray(value).astype(first.values[key].dtype) for key, value in values.items()}

@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from jdelta.core.config import DeltaConfig
+from jdelta.core.method import Method
 from jdelta.methods.lora import LoraConfig
 from jdelta.saved.arithmetic.merge_rules import Combination, Merge, truncated, truncated_product, wide
 from jdelta.saved.finetuned import Finetuned, listing
@@ -86,7 +86,7 @@ def merged(
     return {f"{pair}.a": u.reshape(*layers, *d_in, -1), f"{pair}.b": v.reshape(*layers, -1, *d_out)}
 
 
-def at_ranks(config: DeltaConfig, values: Mapping[str, np.ndarray], pairs: Sequence[str]) -> DeltaConfig:
+def at_ranks(config: Method, values: Mapping[str, np.ndarray], pairs: Sequence[str]) -> Method:
     """The configuration for pairs of these ranks, whose scale is 1. Without pairs it stays as it is."""
     if not pairs:
         return config

@@ -9,98 +9,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
-from jdelta.auto import AutoDeltaModel
 from jdelta.core import parsing
-from jdelta.core.config import DeltaConfig, as_type
-from jdelta.delta import DeltaModel
-from jdelta.hosts import backbone
+from jdelta.core.method import Method
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.names import common_names
-from jdelta.saved import folder, hub
-from jdelta.saved.finetuned import Finetuned, listing
+from jdelta.saved import folder
+from jdelta.saved.finetuned import listing
 from jdelta.saved.peft.keys import normalized
-from jdelta.saved.peft.limits import known_fields, require_no_cross_attention, require_same_lora
-from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
-from jdelta.trees import addressing, dtypes, fingerprint, freezing, processes, regexes, surgery
-from jdelta.trees.surgery import Tree
+from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
+from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, to_flax
+from jdelta.trees import addressing, fingerprint, regexes
 
 Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's, ("…query", "a"); "" is the only host
 
 
-def from_peft(
-    source: str | os.PathLike[str],
-    backbone_model: Any,
-    name: str | None = None,
-    revision: str | None = None,
-    keep_dtype: bool = False,
-) -> DeltaModel:
-    """Attaches an adapter that PyTorch PEFT saved, with its values and with what else was trained with it.
-
-        delta = jdelta.from_peft("out/", backbone_model=model)
-
-    LoRA (of any rank pattern, on dense layers, convolutions and embeddings), prefix tuning and prompt tuning become a
-    `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does in the same call: a prefix shifts
-    positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and trained biases
-    go into the backbone's leaves, and train further with the delta. Keys may hold the adapter's name, and what
-    torch.compile and data parallelism put around the model. Two things differ: PEFT returns a prompt's positions among
-    the outputs, and in its `generate`, padding before the input counts as positions after a prompt.
-
-    Args:
-      source: a folder, or `"user/name"` on the Hub.
-      backbone_model: the Flax model of the same class; a backbone without its head, or with one, will do as well.
-      name: the delta's name in the tree; by default that of its method.
-      revision: branch, tag or commit of the repository.
-      keep_dtype: whether the delta's own leaves have the dtype of the file. By default they become float32, as PEFT
-        loads them: in less, most steps of an optimizer are rounded away. The backbone's own leaves always keep the
-        dtype that they have in the model, as in PEFT; if that rounds what is in the file, a warning says so.
-
-    Raises:
-      FileNotFoundError: no such folder or repository, or one of the two files is not in it.
-      PermissionError, ConnectionError: of the Hub.
-      TypeError: the backbone is none, or the source is no path.
-      ValueError: a file is damaged, asks for something that jdelta lacks (the message names the field), or does not
-        fit the model. The model is then as it was.
-    """
-    as_type("keep_dtype", keep_dtype, bool)
-    host_adapter = backbone.adapt(backbone_model)
-    if host_adapter.params is None:
-        raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
-    names = Names.of(backbone.trace(host_adapter), getattr(backbone_model, "base_model_prefix", ""))
-
-    def found() -> tuple[Path, dict[str, Any], Tensors]:
-        path = hub.fetch(source, revision, (CONFIG, TENSORS))
-        return path, *read(path, names)
-
-    path, fields, tensors = processes.together(found, _checksum) if processes.spread(host_adapter.params) else found()
-    try:
-        fields = known_fields(fields)
-        for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
-            if len(fields.get(field) or ()) > len(names.modules) + len(tensors) + 100:
-                raise ValueError(
-                    f"{field} has {len(fields[field]):,} patterns, and the file has {len(tensors)} tensors."
-                )
-        with backbone.unchanged_on_error(host_adapter), regexes.limited():
-            adapter = _READERS[fields["peft_type"]](fields, tensors, names)
-            return _attached(adapter, backbone_model, name, keep_dtype)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _checksum(found: tuple[Path, dict[str, Any], Tensors]) -> str:
+def checksum(found: tuple[Path, dict[str, Any], Tensors]) -> str:
+    """What is the same for all processes that read the same files."""
     _, fields, tensors = found
     return json.dumps([fields, {name: fingerprint.digest(value) for name, value in sorted(tensors.items())}])
 
@@ -132,7 +65,7 @@ def _read(path: Path, names: Names) -> tuple[dict[str, Any], dict[str, np.ndarra
 
 
 @dataclasses.dataclass(frozen=True)
-class _Adapter:
+class PeftAdapter:
     """An adapter in jdelta's terms.
 
     Attributes:
@@ -143,63 +76,14 @@ class _Adapter:
       modules_to_save: PEFT's patterns of some of these.
     """
 
-    config: DeltaConfig
+    config: Method
     leaves: Leaves
     saved: Tensors
     trains: frozenset[str]
     modules_to_save: Sequence[str]
 
 
-def _attached(adapter: _Adapter, backbone_model: Any, name: str | None, keep_dtype: bool) -> DeltaModel:
-    for (host, leaf), value in adapter.leaves.items():
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{leaf!r} of the adapter at {host or 'the model'!r} is {value.dtype}, and no float.")
-    delta = AutoDeltaModel.from_config(adapter.config, backbone_model, name=name)
-    shapes, values = shapes_of(delta.shapes()), {}
-    for (host, leaf), value in adapter.leaves.items():
-        key = f"{host or delta.targets[0]}.{delta.name}.{leaf}"
-        values[key] = fitted(value, shapes.get(key, value.shape))
-    wide = {key: value.astype(np.float32) for key, value in values.items()}
-    saved = _news(adapter, delta.backbone_model.params, shapes_of(delta.structure.params))
-    delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)
-    if keep_dtype:
-        params = delta.backbone_model.params
-        paths = {surgery.name_of(path): (*surgery.root(params), *path) for path in delta.paths}
-        delta.backbone_model.params = surgery.replaced(params, {paths[key]: value for key, value in values.items()})
-    if saved:
-        delta.freeze_module(
-            [freezing.DELTAS, *_patterns(saved, adapter.modules_to_save, shapes_of(delta.structure.params))]
-        )
-    return delta
-
-
-def _news(adapter: _Adapter, params: Tree, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The backbone's leaves that train, or that the file has other values of; PEFT saves some that are as they were.
-
-    In the dtype that they have in the model.
-    """
-    leaves = surgery.flatten(surgery.parameters(params))
-    have = {surgery.name_of(path): meta.unbox(leaf) for path, leaf in leaves.items() if path}
-    news, rounded = {}, []
-    for name, tensor in adapter.saved.items():
-        value, old = fitted(to_flax(tensor) if name.endswith(".kernel") else tensor, shapes[name]), have[name]
-        if dtypes.takes_steps(value.dtype) and not dtypes.is_fixed(old):
-            value, given = value.astype(old.dtype), value
-            if not np.array_equal(value.astype(given.dtype), given):
-                rounded.append(f"{name} ({given.dtype} to {value.dtype})")
-        known = not isinstance(old, jax.ShapeDtypeStruct) and np.array_equal(value, processes.to_host(old))
-        if name in adapter.trains or not known:
-            news[name] = value
-    if rounded:
-        warnings.warn(
-            f"from_peft: the model's dtype rounds what is saved of {listing(rounded)}, as in PEFT. To keep it, cast "
-            "the model before, for example model.params = model.to_fp32(model.params).",
-            stacklevel=4,
-        )
-    return news
-
-
-def _patterns(saved: Collection[str], entries: Sequence[str], leaves: Collection[str]) -> list[str]:
+def patterns_of(saved: Collection[str], entries: Sequence[str], leaves: Collection[str]) -> list[str]:
     """Patterns that mean exactly these of the leaves: the entries of `modules_to_save` that do, and names."""
     patterns, rest = [], set(saved)
     for entry in dict.fromkeys(entries):
@@ -215,7 +99,7 @@ def _patterns(saved: Collection[str], entries: Sequence[str], leaves: Collection
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 
 
-def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
+def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     factors: dict[str, dict[str, np.ndarray]] = {}
     rest = {}
     for key, tensor in normalized(tensors, "base_model.model.", names).items():
@@ -256,7 +140,7 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter
     return _with_saved(config, leaves, rest, fields, names)
 
 
-def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
+def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     require_no_cross_attention(names.structure)
     layers = [info.name for info in common_names.resolve(names.structure, ["attn"])]
     rest = dict(normalized(tensors, "base_model.", names))
@@ -276,7 +160,7 @@ def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapt
     return _with_saved(config, leaves, rest, fields, names)
 
 
-def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _Adapter:
+def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     rest = dict(normalized(tensors, "base_model.", names))
     tokens = fields["num_virtual_tokens"]
     rows = _prompt(rest)[:tokens]  # for an encoder-decoder PEFT saves twice as many, and computes with the first
@@ -293,12 +177,10 @@ def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> _
     return _with_saved(config, {("", "embedding"): rows}, rest, fields, names)
 
 
-_READERS = {"LORA": _lora, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _soft_prompt}
+READERS = {"LORA": _lora, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _soft_prompt}
 
 
-def _with_saved(
-    config: DeltaConfig, leaves: Leaves, rest: Tensors, fields: Mapping[str, Any], names: Names
-) -> _Adapter:
+def _with_saved(config: Method, leaves: Leaves, rest: Tensors, fields: Mapping[str, Any], names: Names) -> PeftAdapter:
     """The adapter with the backbone's leaves that the file holds besides."""
     entries = addressing.checked(fields.get("modules_to_save") or ())
     biases = fields.get("bias", "none") != "none"
@@ -317,7 +199,7 @@ def _with_saved(
             )
         if to_save or (biases and name.endswith(".bias")):
             trains.add(name)
-    return _Adapter(config, leaves, saved, frozenset(trains), entries)
+    return PeftAdapter(config, leaves, saved, frozenset(trains), entries)
 
 
 def _is_double(key: str, rest: Tensors) -> bool:

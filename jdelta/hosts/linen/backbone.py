@@ -1,63 +1,22 @@
-"""One adapter for every model that a delta can be put on: its module, its parameters, and an abstract run."""
+"""A linen module with its parameters, as a backbone."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdelta.core.edits import Attachment
 from jdelta.core.pickling import packed, unpacked
-from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.linen.instrument import attachments_of, bare, instrument
-from jdelta.hosts.linen.trace import trace as trace_of
-from jdelta.hosts.transformers import model as pretrained
+from jdelta.hosts.linen.adapter import LinenAdapter
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Tree
 
 
-class HostAdapter(Protocol):
-    """What the rest of jdelta asks of a backbone."""
-
-    module: nn.Module
-    params: Tree | None  # None: the user holds them elsewhere
-
-    @property
-    def cache(self) -> Cache:
-        """What the newest traces found."""
-        ...
-
-    @property
-    def class_name(self) -> str:
-        """The name of its class."""
-        ...
-
-    @property
-    def source_repo(self) -> str:
-        """Where it was loaded from, a folder or a repository of the Hub; `""` if nobody knows."""
-        ...
-
-    def init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
-        """Initialises `module`, a variant of this backbone's, on the pseudo input; the tree is laid out as `params`."""
-        ...
-
-
-class Cache(dict[str, tuple[nn.Module, Any]]):
-    """What the newest traces found, by what it is, and of which module. A copy or a pickle is empty."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, ()
-
-
-class Backbone:
+class Backbone(LinenAdapter):
     """A `flax.linen` module together with its parameters and a dummy input.
 
         backbone = jdelta.Backbone(module, params, dummy_inputs=(jnp.ones((1, 28, 28, 1)),))
@@ -91,17 +50,18 @@ class Backbone:
         rngs: Mapping[str, jax.Array] | None = None,
     ):
         if not isinstance(module, nn.Module):
-            raise TypeError(f"Backbone: expected a flax.linen module, got {_kind(module)}.")
+            raise TypeError(f"Backbone: expected a flax.linen module, got {described(module)}.")
         if params is not None and not isinstance(params, Mapping):
-            raise TypeError(f"Backbone: expected a tree of parameters, got {_kind(params)}.")
+            raise TypeError(f"Backbone: expected a tree of parameters, got {described(params)}.")
         if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list)):
-            raise TypeError(f"Backbone: dummy_inputs is a tuple of arguments, got {_kind(dummy_inputs)}: write (x,).")
+            raise TypeError(
+                f"Backbone: dummy_inputs is a tuple of arguments, got {described(dummy_inputs)}: write (x,)."
+            )
         surgery.require_alive(params)
         for name, given in (("dummy_kwargs", dummy_kwargs), ("rngs", rngs)):
             if given is not None and not isinstance(given, Mapping):
-                raise TypeError(f"Backbone: {name} is a dict, got {_kind(given)}.")
+                raise TypeError(f"Backbone: {name} is a dict, got {described(given)}.")
         self.module = module
-        self.cache = Cache()
         self._rngs = dict(rngs or {})
         self._kwargs = dict(dummy_kwargs or {})
         self._whole = params is not None and bool(surgery.root(params))
@@ -145,7 +105,7 @@ class Backbone:
         variables = tree if surgery.root(tree) else {"params": tree}
         return self.module.apply(variables, *args, rngs=rngs, **kwargs)
 
-    def init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
+    def run_init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
         """Initialises `module`, a variant of this backbone's, on the dummy input; laid out as `params`."""
         return self._init(module, rng, self._inputs)
 
@@ -177,119 +137,6 @@ class Backbone:
         raise ValueError(message) from problem
 
 
-class _PretrainedAdapter:
-    """A `transformers.FlaxPreTrainedModel` seen as a `HostAdapter`."""
-
-    def __init__(self, model: Any):
-        self._model = model
-
-    @property
-    def module(self) -> nn.Module:
-        return self._model.module
-
-    @module.setter
-    def module(self, module: nn.Module) -> None:
-        self._model._module = module
-        self._model.__class__ = pretrained.class_for(self._model)
-        vars(self._model).pop("module_class", None)
-        if carried := attachments_of(module):  # enable_gradient_checkpointing makes the module anew, from this
-            self._model.module_class = functools.partial(_made, self._model.module_class, carried)
-
-    @property
-    def params(self) -> Tree | None:
-        return self._model.params if self._model._is_initialized else None
-
-    @params.setter
-    def params(self, params: Tree) -> None:
-        self._model.params = params
-
-    @property
-    def cache(self) -> Cache:
-        return vars(self._model).setdefault("_jdelta_cache", Cache())
-
-    @property
-    def class_name(self) -> str:
-        return type(self._model).__name__
-
-    @property
-    def source_repo(self) -> str:
-        return getattr(self._model.config, "_name_or_path", "") or ""
-
-    def init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
-        probe = copy.copy(self._model)
-        probe._module = module
-        return probe.init_weights(rng, probe.input_shape)
-
-
-def _made(module_class: type[nn.Module], attachments: Sequence[Attachment], *args: Any, **kwargs: Any) -> nn.Module:
-    return instrument(module_class(*args, **kwargs), attachments)
-
-
-def adapt(backbone_model: Any) -> HostAdapter:
-    """The adapter of a backbone.
-
-    Raises:
-      TypeError: it is neither a Flax model of transformers nor a `jdelta.Backbone`.
-    """
-    if isinstance(backbone_model, Backbone):
-        return backbone_model
-    if _is_instance(backbone_model, "transformers.modeling_flax_utils", "FlaxPreTrainedModel"):
-        return _PretrainedAdapter(backbone_model)
-    if isinstance(backbone_model, nn.Module):
-        name = type(backbone_model).__name__
-        raise TypeError(
-            f"the linen module {name} holds no parameters. Wrap it: "
-            f"jdelta.Backbone({name}(…), params, dummy_inputs=(x,))."
-        )
-    message = f"expected a Flax model of transformers or a jdelta.Backbone, got {_kind(backbone_model)}."
-    if _is_instance(backbone_model, "torch.nn", "Module"):
-        message += " It is a PyTorch model: load its Flax class, with from_pretrained(…, from_pt=True)."
-    raise TypeError(message)
-
-
-def trace(adapter: HostAdapter) -> Structure:
-    """The structure of the backbone alone, without the deltas that it carries."""
-    module = bare(adapter.module)
-    return _cached(adapter, "structure", module, lambda: trace_of(lambda: adapter.init(module, _key()), type(module)))
-
-
-def tree_of(adapter: HostAdapter) -> Tree:
-    """The backbone's parameters with those of the attached deltas; their shapes, where the user holds the values."""
-    if adapter.params is not None:
-        return adapter.params
-    module = adapter.module
-    return _cached(adapter, "tree", module, lambda: jax.eval_shape(lambda: adapter.init(module, _key())))
-
-
-def _cached(adapter: HostAdapter, what: str, module: nn.Module, find: Callable[[], Any]) -> Any:
-    of, found = adapter.cache.get(what, (None, None))
-    if of is not module:
-        found = find()
-        adapter.cache[what] = (module, found)
-    return found
-
-
-def positions(info: ModuleInfo) -> range | None:
-    """The positions that a module's configuration says that it has; `None` if it says nothing."""
-    config: Any = info.fields.get("config")
-    limit = getattr(config, "max_position_embeddings", None)
-    first = config.pad_token_id + 1 if "roberta" in getattr(config, "model_type", "") else 0
-    return None if limit is None else range(first, limit)
-
-
-@contextlib.contextmanager
-def unchanged_on_error(adapter: HostAdapter) -> Iterator[None]:
-    """Whatever is raised inside, the backbone has the module and the parameters that it had."""
-    module, params = adapter.module, adapter.params
-    try:
-        yield
-    except BaseException:
-        adapter.module = module
-        if params is not None:
-            adapter.params = params
-        raise
-
-
 def _check_fit(given: Tree, wanted: Tree, name: str) -> None:
     """Raises `ValueError` unless the given parameters are those that the module makes, up to dtype."""
     have, want = surgery.flatten(given), surgery.flatten(wanted)
@@ -302,13 +149,8 @@ def _check_fit(given: Tree, wanted: Tree, name: str) -> None:
             )
 
 
-def _is_instance(value: Any, module: str, name: str) -> bool:
-    """isinstance without importing: a class of a module that was never imported has no instances."""
-    cls = getattr(sys.modules.get(module), name, None)
-    return cls is not None and isinstance(value, cls)
-
-
-def _kind(value: Any) -> str:
+def described(value: Any) -> str:
+    """What an object is, for messages."""
     return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 

@@ -1,0 +1,328 @@
+"""Onto the model and off it: all that can fail comes first, then model and parameters change."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+
+from jdelta.core import training
+from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.host import unchanged_on_error
+from jdelta.core.method import Find, Method
+from jdelta.core.placement import edits_at, warn_of_twin
+from jdelta.core.state import (
+    DeltaState,
+    carried,
+    copied,
+    digests,
+    free_name,
+    unfrozen_backbone,
+    without,
+)
+from jdelta.core.structure import require_open
+from jdelta.trees import dtypes, memory, surgery
+from jdelta.trees.surgery import Path, Tree
+
+
+class _NamedLikeALeaf(ValueError):
+    """A delta has the name of one of its own leaves."""
+
+
+def attach_at(state: DeltaState, patterns: Sequence[str], find: Find | None, is_named: bool) -> None:
+    """Attaches to the modules that the patterns mean.
+
+    Args:
+      state: a delta that is on no module yet.
+      patterns, find: as in `placement.edits_at`.
+      is_named: whether the user named the delta; else, if leaves have the name that it gave itself, it takes another.
+    """
+    if patterns and not type(state.method).has_edits():
+        raise ValueError(
+            f"{state.label} does nothing to modules of itself: its method defines neither edits nor place. Leave "
+            f"modified_modules={list(patterns)} out, or define edits(self, host, structure)."
+        )
+    edits = edits_at(state, patterns, find)
+    if not is_named:
+        warn_of_twin(state, edits)
+    try:
+        put(state, edits)
+    except _NamedLikeALeaf:
+        if is_named:
+            raise
+        state.name = free_name(state, None, but=state.name)
+        put(state, edits_at(state, patterns, find))
+
+
+def put(state: DeltaState, edits: Sequence[CallEdit]) -> None:
+    """Makes these the delta's edits. If anything is raised, the model is as it was."""
+    host = state.host
+    surgery.require_alive(host.params)
+    draft, index, everything = tried(state, edits)
+    others = carried(state)
+    known = {path for path in surgery.flatten(state.structure.params)}
+    known.update(path for a in others if a.name != state.name for path in a.leaves)
+    shapes = {p: leaf for p, leaf in surgery.flatten(surgery.parameters(everything)).items() if p not in known}
+    _check_names(state, shapes, others)
+    draft[index], own = _attachment_of(state, draft[index].edits, shapes)
+    _require_room(state, own)
+
+    params = after = host.params
+    fresh: list[Path] = []
+    if params is not None:
+        have = surgery.flatten(params)
+        fresh = [p for p in draft[index].leaves if (*surgery.root(params), *p) not in have]
+        after = surgery.graft(params, _initial_values(state, draft, fresh, params)) if fresh else params
+    start = surgery.root(everything)
+    before = state.kept
+    try:
+        with unchanged_on_error(host):
+            host.install(draft)
+            if params is not None:
+                host.params = after
+                state.kept = {p: copied(leaf) for p, leaf in unfrozen_backbone(state, after).items()} | state.kept
+            if not draft[index].generated:
+                host.remember_tree(everything)
+            training.mask_of(state, state.tree(None))
+            training.warn_of_untrainable(state, state.method.unfrozen_modules or (), "unfrozen_modules")
+    except Exception:
+        state.kept = before
+        raise
+    state.shapes = surgery.unflatten({(*start, *path): shape for path, shape in own.items()})
+    if params is not None and state.initial is not None:
+        state.initial |= digests(surgery.parameters(after), fresh)
+
+
+def insert(
+    state: DeltaState, name: str | Sequence[str], where: Any, layer: nn.Module, start: str | None = None
+) -> None:
+    """Puts a layer at the modules that a name or patterns mean. See `DeltaModel.insert_sequential_module`."""
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"the layer is a flax.linen module, got {layer!r}.")
+    begin = None
+    if start is not None:
+        begin, *more = state.structure.find([start])
+        if more:
+            raise ValueError(f"start={start!r} means {1 + len(more)} modules; name one.")
+    own = state.attachment
+    edits = []
+    for host in state.structure.find([name] if isinstance(name, str) else name):
+        number = sum(edit.host == host.path and edit.layer is not None for edit in own.edits)
+        leaf = (state.name, str(number)) if number else (state.name,)
+        edits.append(CallEdit(host.path, where, layer, span_input=begin.path if begin else None, leaf=leaf))
+    put(state, [*own.edits, *edits])
+    state.inserted += [surgery.name_of(edit.host) for edit in edits]
+
+
+def switch(state: DeltaState, active: bool) -> None:
+    """Takes the delta off the model, or puts it back. See `DeltaModel.detach`."""
+    own, host = state.attachment, state.host
+    if state.merged:
+        raise RuntimeError(f"delta {state.name!r} is merged into the weights. Call unmerge() first.")
+    if own.active == active:
+        raise RuntimeError(f"delta {state.name!r} is {'attached' if active else 'detached'} already.")
+    attachments = [dataclasses.replace(a, active=active) if a.name == state.name else a for a in carried(state)]
+    params = host.params
+    if params is not None:
+        surgery.require_alive(params)
+        flat, start = surgery.flatten(params), surgery.root(params)
+        leaves = [(*start, *path) for path in own.leaves]
+        keep = unfrozen_backbone(state, params)
+        if not active:
+            for path in leaves:
+                if path not in flat:
+                    raise ValueError(
+                        f"detach: model.params lacks {surgery.name_of(path)!r}. Set model.params to a tree "
+                        "that holds the delta's leaves."
+                    )
+            keep.update({path: flat[path] for path in leaves})
+            flat = {path: leaf for path, leaf in flat.items() if path not in set(leaves)}
+        flat.update(state.kept)
+        keep = {path: copied(leaf) for path, leaf in keep.items()}
+        host.params = surgery.unflatten(flat, like=params)
+        state.kept = keep
+    host.install(attachments)
+
+
+def remove(state: DeltaState) -> None:
+    """Takes the delta off the model for good. See `DeltaModel.remove`."""
+    if state.attachment.active:
+        switch(state, active=False)
+    own, others = state.attachment, carried(state)
+    state.host.install(without(others, [own]) if state.was_merged else [a for a in others if a.name != state.name])
+    state.removed = own
+    state.kept = {}
+    state.unmerged = {}
+
+
+# --- values
+
+
+def init(state: DeltaState, rng: chex.PRNGKey, params: Tree | None) -> Tree:
+    """Fresh values of the delta's own leaves. See `DeltaModel.init`."""
+    own = dataclasses.replace(state.attachment, active=True)
+    attachments = [own if a.name == own.name else a for a in state.host.attachments]
+    leaves = surgery.select(state.host.init(attachments, rng), own.leaves)
+    return _from_backbone(state, leaves, state.host.params if params is None else params)
+
+
+def _initial_values(state: DeltaState, draft: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
+    """Values of new leaves; shapes, where the backbone's own are."""
+
+    def new(rng: chex.PRNGKey) -> Tree:
+        return surgery.select(state.host.init(draft, rng), paths)
+
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return jax.eval_shape(new, state.rng)
+    return _from_backbone(state, jax.jit(new)(state.rng), params)
+
+
+def _from_backbone(state: DeltaState, own: Tree, params: Tree | None) -> Tree:
+    """The delta's own leaves after `Method.init_from_backbone`."""
+    if type(state.method).init_from_backbone is Method.init_from_backbone:
+        return own
+    surgery.require_alive(params)
+    leaves = surgery.flatten(surgery.parameters(own))
+    values = surgery.flatten(surgery.parameters(params)) if params is not None else {}
+    if not values or any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in values.values()):
+        raise ValueError(
+            f"{state.label} starts from the backbone's values, and the model holds shapes only. Pass them: "
+            "delta.init(rng, params)."
+        )
+    begin = surgery.root(own)
+    started = state.method.init_from_backbone(leaves, values)
+    return surgery.unflatten({(*begin, *path): leaf for path, leaf in started.items()}, like=own)
+
+
+# --- what can be wrong
+
+
+def tried(state: DeltaState, edits: Sequence[CallEdit]) -> tuple[list[Attachment], int, Tree]:
+    """What the model would carry with these edits, which of it they are, and its leaves' shapes.
+
+    Nothing changes; raises what can be wrong with the edits.
+    """
+    edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
+    others = carried(state)
+    index = next((i for i, a in enumerate(others) if a.name == state.name), len(others))
+    if index < len(others) and not others[index].active:
+        raise RuntimeError(f"delta {state.name!r} is detached; call attach() before changing it.")
+    check(state, edits, others)
+    draft = [*others[:index], Attachment(state.name, tuple(edits)), *others[index + 1 :]]
+    ran: set[CallEdit] = set()
+    try:
+        everything = jax.eval_shape(lambda key: state.host.init(draft, key, ran), state.rng)
+    except Exception as error:  # flax has kinds of its own, and a layer may raise anything
+        kind = next((k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k)), None)
+        if kind is not None and _is_from_here(error):
+            raise
+        names = list(dict.fromkeys(surgery.name_of(edit.host) for edit in edits))
+        at = ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+        raise (kind or ValueError)(
+            f"{state.label}: the model does not run with these layers, at {at}: {error}"
+        ) from error
+    _require_same_backbone(state, everything)
+    for edit in edits:
+        if edit.layer is not None and edit not in ran:
+            raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
+    return draft, index, everything
+
+
+def check(state: DeltaState, edits: Sequence[CallEdit], others: Sequence[Attachment]) -> None:
+    """Raises `TypeError` or `ValueError` if a module cannot have an edit."""
+    spans = any(edit.span_input is not None for edit in edits)
+    order = {info.path: i for i, info in enumerate(state.structure)} if spans else {}
+    trains = any(edit.where == "train" for edit in edits)
+    held = surgery.flatten(surgery.parameters(state.tree(None))) if trains else {}
+    owners = {path: a.name for a in others if a.name != state.name for path in a.unfrozen_backbone}
+    for edit in edits:
+        host = state.structure[surgery.name_of(edit.host)]
+        require_open(host)
+        if edit.where == "train":
+            if (*edit.host, *edit.leaf) in owners:
+                owner = owners[(*edit.host, *edit.leaf)]
+                raise ValueError(f"{host.name}.{surgery.name_of(edit.leaf)} is trained by delta {owner!r} already.")
+            leaf = held.get((*edit.host, *edit.leaf))
+            if dtypes.is_fixed(leaf):
+                raise TypeError(
+                    f"{host.name}.{surgery.name_of(edit.leaf)} holds {meta.unbox(leaf).dtype}, and only floats of "
+                    "16 bits and more train. Leave the module out with exclude_modules."
+                )
+            continue
+        if edit.where == "around" and not getattr(type(edit.layer).__call__, "nowrap", False):
+            raise TypeError(f"{type(edit.layer).__name__} goes around modules: mark its __call__ with nn.nowrap.")
+        if edit.span_input is not None and order[edit.span_input] > order[edit.host]:
+            raise ValueError(f"the span starts at {surgery.name_of(edit.span_input)}, which runs after {host.name}.")
+        for side in {"before": "x", "after": "y", "parallel": "y"}.get(edit.where, ""):
+            what = "takes" if side == "x" else "returns"
+            try:
+                dtype = getattr(host, side).dtype
+            except TypeError as error:
+                raise TypeError(f"{host.name} ({host.type.__name__}) cannot be a target: {error}") from error
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise TypeError(f"{host.name} ({host.type.__name__}) {what} an array of {dtype}; a layer needs floats.")
+
+
+def _require_same_backbone(state: DeltaState, everything: Tree) -> None:
+    """Raises `ValueError` if the backbone's own leaves would have other shapes with the edits."""
+    now, before = (surgery.parameters_of(tree) for tree in (everything, state.structure.params))
+    for path in now.keys() & before.keys():
+        new, old = meta.unbox(now[path]), meta.unbox(before[path])
+        if surgery.empty_node not in (new, old) and new.shape != old.shape:
+            raise ValueError(
+                f"{state.label}: with these layers {surgery.name_of(path)} would have shape {new.shape}, "
+                f"and it has {old.shape}. A layer has to return the shape that the next module takes."
+            )
+
+
+def _require_room(state: DeltaState, own: Mapping[Path, Any]) -> None:
+    """Raises `ValueError` if the delta's leaves do not fit into memory, or are not those that are expected."""
+    if state.check is not None:
+        state.check(state, own)
+    held = jax.tree.leaves(state.host.params)
+    values = bool(held) and not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held)
+    memory.require_room(f"{state.label}: the leaves of delta {state.name!r}", own.values(), values)
+
+
+def _check_names(state: DeltaState, leaves: Iterable[Path], others: Sequence[Attachment]) -> None:
+    """Raises `ValueError` if parts of the delta's leaves are called like a delta."""
+    named = {a.name for a in others if a.name != state.name}
+    for path in leaves:
+        if path.count(state.name) > 1:
+            raise _NamedLikeALeaf(
+                f"a delta cannot be named {state.name!r}: it has the leaf {surgery.name_of(path)!r}. Choose another "
+                "name."
+            )
+        if taken := named.intersection(path):
+            raise ValueError(
+                f"{state.label} has the leaf {surgery.name_of(path)!r}, and a delta of this model is named "
+                f"{min(taken)!r}. Take that one off, and give it another name."
+            )
+
+
+def _attachment_of(
+    state: DeltaState, edits: Sequence[CallEdit], shapes: Mapping[Path, Any]
+) -> tuple[Attachment, dict[Path, Any]]:
+    """The attachment of these edits, whose layers have leaves of these shapes; and the shapes of its own leaves."""
+    generator, own = state.method.generator(shapes), dict(shapes)
+    generated: tuple[Path, ...] = ()
+    if generator is not None:
+        output, variables = jax.eval_shape(generator.init_with_output, state.rng)
+        generated = tuple(path for path in shapes if path in output)
+        own = {path: shape for path, shape in shapes.items() if path not in generated}
+        own |= {(state.name, *path): shape for path, shape in surgery.flatten(variables["params"]).items()}
+    frozen = frozenset(path for path in own if state.method.frozen(path) or state.method.regenerated(path))
+    return Attachment(state.name, tuple(edits), tuple(own), True, frozen, generator, generated, state.method), own
+
+
+def _is_from_here(error: Exception) -> bool:
+    """Whether code of jdelta raised it, whose messages name modules, and not the model's, a layer's or jax's."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]

@@ -1,0 +1,163 @@
+"""A method: its arguments, and the edits that a module gets from it. It holds no state, and knows no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+from flax import linen as nn
+
+from jdelta.core.config import METHODS, DeltaConfig
+from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.trees.surgery import Path
+
+Find = Callable[[Sequence[str]], list[ModuleInfo]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a delta is to be attached.
+
+    Attributes:
+      structure: the modules of the backbone, in the order of execution.
+      find: from patterns to the modules that they mean, without those that are excluded.
+      attachments: what the model carries already.
+    """
+
+    structure: Structure
+    find: Find
+    attachments: Sequence[Attachment] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(DeltaConfig):
+    """What a delta does, as a frozen dataclass: fields are its arguments, `edits` says what a module gets.
+
+        @dataclasses.dataclass(frozen=True)
+        class Scale(jdelta.Method):
+            delta_type = "scale"
+            default_modified_modules = ("ff.w2",)
+            init: float = 1.0
+
+            def edits(self, host, structure):
+                yield jdelta.CallEdit(host.path, "after", ScaleLayer(self.init))
+
+        delta = jdelta.DeltaModel(model, method=Scale(init=2.0))
+
+    A method that defines a `delta_type` is known by it: `AutoDeltaConfig` and `AutoDeltaModel` make it, and a saved
+    delta of it loads where its class is defined.
+
+    Raises:
+      ValueError: another method has this `delta_type`.
+    """
+
+    default_modified_modules: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Registers the method by its `delta_type`."""
+        super().__init_subclass__(**kwargs)
+        if "delta_type" in vars(cls):
+            _register(cls)
+
+    @classmethod
+    def described(cls) -> str:
+        """The name of the method for messages: `"LoraModel"`, as its constructor is called, or its class."""
+        return re.sub(r"Config$", "Model", cls.__name__)
+
+    @classmethod
+    def takes_single_modules(cls) -> bool:
+        """Whether what it does at one module does not depend on the others that are named."""
+        return cls.place is Method.place
+
+    @classmethod
+    def has_edits(cls) -> bool:
+        """Whether it does anything of itself."""
+        return cls.edits is not Method.edits or cls.place is not Method.place
+
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+        """What this method does at a module that it was pointed at. Override it.
+
+        The parameters of a layer are below the delta's name at its host, and below `leaf` of the edit, if it has one.
+
+        Raises:
+          TypeError, ValueError: the module cannot take this delta; `host.name` is put in front of the message.
+        """
+        return ()
+
+    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[CallEdit]:
+        """The edits at all modules that the patterns mean. Override it for a method whose modules come in pairs."""
+        for host in site.find(patterns) if patterns else ():
+            try:
+                yield from self.edits(host, site.structure)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self.described()} at {host.name} ({host.type.__name__}): {error}") from error
+
+    def generator(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
+        """A module that generates leaves of several hosts from parameters of its own. Override it.
+
+        Its parameters lie once in the tree, below the delta's name at the root; what it generates is then not in the
+        tree.
+
+        Args:
+          shapes: path to shape of each leaf that the delta's layers have.
+
+        Returns:
+          An unbound module which, called without arguments, returns `{path: array}` for some of these paths.
+        """
+        return None
+
+    def materialised(self) -> Self | None:
+        """The method after what `generator` makes has taken the place of its parameters. Override it.
+
+        A delta is saved in that form. `None`: it stays as it is.
+        """
+        return None
+
+    def frozen(self, leaf: Path) -> bool:
+        """Whether this leaf of the delta's own never trains. Override it."""
+        return False
+
+    def regenerated(self, leaf: Path) -> bool:
+        """Whether this leaf is frozen, and made of a seed alone, as `rng` gives it: it is not saved. Override it."""
+        return False
+
+    def init_from_backbone(
+        self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array]
+    ) -> Mapping[Path, jax.Array]:
+        """The initial values of the delta's own leaves, where they depend on the backbone's. Override it.
+
+        Args:
+          leaves: path to value, as the layers initialise it.
+          params: path to value of the backbone's parameters.
+        """
+        return leaves
+
+
+def _register(method: type[Method]) -> None:
+    """Makes a method known by its `delta_type`. A class that is defined anew, as in a notebook, replaces itself."""
+    taken, kind = METHODS.get(method.delta_type), method.delta_type
+    if taken is not None and (taken.__module__, taken.__qualname__) != (method.__module__, method.__qualname__):
+        where = f"{taken.__module__}.{taken.__qualname__}"
+        raise ValueError(
+            f"{method.__name__}: delta_type {kind!r} is that of {where} already. Choose another delta_type."
+        )
+    METHODS[kind] = method
+
+
+def signature_of(method: type[DeltaConfig], common: inspect.Signature) -> inspect.Signature:
+    """A constructor's signature with the fields of a method in place of `**arguments`."""
+    shared = [p for p in common.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in dataclasses.fields(method)
+        if f.name not in {p.name for p in shared}
+    ]
+    return inspect.Signature([*shared, *own])
+
+
+METHODS["delta"] = Method

@@ -1,0 +1,127 @@
+"""Which edits a method makes at the modules that patterns mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jdelta.core.edits import CallEdit
+from jdelta.core.method import Find, Method, Site
+from jdelta.core.state import DeltaState, carried
+from jdelta.core.structure import ModuleInfo
+from jdelta.trees import addressing, surgery
+
+COMMON = {field.name for field in dataclasses.fields(Method)}  # the arguments that every method has
+
+
+def edits_at(state: DeltaState, patterns: Sequence[str], find: Find | None = None) -> list[CallEdit]:
+    """What the method does at the modules that the patterns mean, but for what `exclude_modules` takes out.
+
+    Args:
+      state: the delta.
+      patterns: of the modules.
+      find: what the patterns mean, if they are no patterns of the model's own names.
+
+    Raises:
+      TypeError, ValueError: a pattern means nothing, or modules that cannot have the delta, or get nothing from it.
+    """
+    asked: list[ModuleInfo] = []
+    exclude = state.method.exclude_modules or ()
+
+    def noted(patterns: Sequence[str]) -> list[ModuleInfo]:
+        found = state.structure.find(patterns, exclude) if find is None else find(patterns)
+        asked.extend(found)
+        return found
+
+    site = Site(state.structure, noted, carried(state))
+    wanted = [named(edit, state.name) for edit in state.method.place(site, patterns)]
+    edits = without_excluded(state, wanted)
+    means = f"{state.label}: none of the modules that {list(patterns)} mean gets a change from it"
+    if patterns and not wanted:
+        raise ValueError(f"{means}.")
+    if patterns and not any(not edit.auxiliary for edit in edits):
+        raise ValueError(f"{means}: exclude_modules={list(exclude)} leaves nothing.")
+    if find is None:
+        _require_each_changed(state, asked, wanted)
+    for field in state.method.pattern_fields if edits else ():
+        _check_patterns(state, field, edits)
+    return edits
+
+
+def named(edit: CallEdit, name: str) -> CallEdit:
+    """The edit with its layer's leaves below the delta's name."""
+    return edit if edit.where == "train" else dataclasses.replace(edit, leaf=(name, *edit.leaf))
+
+
+def without_excluded(state: DeltaState, edits: Iterable[CallEdit]) -> list[CallEdit]:
+    """Those whose module is neither excluded nor below one that is. What only helps others stays."""
+    exclude = state.method.exclude_modules or ()
+    state.structure.find((), exclude)  # raises if a pattern means nothing
+
+    def is_excluded(name: str) -> bool:
+        return any(addressing.matches_at_or_above(name, pattern) for pattern in exclude)
+
+    return [edit for edit in edits if edit.auxiliary or not is_excluded(_changed_name(edit))]
+
+
+def warn_of_twin(state: DeltaState, edits: Sequence[CallEdit]) -> None:
+    """Warns if an attached delta is the same up to its values, however the patterns of its modules are written."""
+
+    def what(config: Method, edits: Sequence[CallEdit]) -> Any:
+        arguments = config.to_dict()
+        own = {key: arguments[key] for key in arguments if key not in COMMON}
+        return own, {edit.host for edit in edits}
+
+    others = [a for a in state.host.attachments if a.active and a.config is not None]
+    twins = [a.name for a in others if edits and what(a.config, a.edits) == what(state.method, edits)]
+    if twins:
+        warnings.warn(
+            f"{state.label}: delta {twins[0]!r} of the same arguments is attached to the same modules. The "
+            f"new one, {state.name!r}, adds to what it does, and by default only {state.name!r} trains. If the same "
+            "lines ran twice, call remove() or detach() on the first before they run again, or load the model "
+            "afresh. If both are meant, give the new one a name: name=….",
+            stacklevel=5,
+        )
+
+
+def _require_each_changed(state: DeltaState, asked: Sequence[ModuleInfo], edits: Sequence[CallEdit]) -> None:
+    """Raises `ValueError` if the method does nothing at or below a module that was named."""
+    changed = {
+        path for edit in edits if not edit.auxiliary for path in (edit.host, edit.span_input) if path is not None
+    }
+    around = {path[:i] for path in changed for i in range(len(path) + 1)}
+    if odd := list({info.path: info for info in asked if info.path not in around}.values()):
+        names = ", ".join(f"{info.name} ({info.type.__name__})" for info in odd[:3])
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(
+            f"{state.label} has nothing to change at {names}{more}. Leave them out of modified_modules, or "
+            "name them in exclude_modules."
+        )
+
+
+def _check_patterns(state: DeltaState, field: str, edits: Sequence[CallEdit]) -> None:
+    """Raises `ValueError` if a pattern of modified modules counts for none of them."""
+    left = list(dict.fromkeys(surgery.name_of(edit.host) for edit in edits if not edit.auxiliary))
+    names = left
+    for pattern in getattr(state.method, field) or ():
+        if not any(addressing.matches(name, pattern) for name in names):
+            near = addressing.closest(names, pattern)
+            hint = f" Closest: {', '.join(near)}." if near else ""
+            raise ValueError(
+                f"{state.label}: {field} has {pattern!r}, which means none of the {len(names)} modules "
+                f"that the delta changes.{hint}"
+            )
+        rest = [name for name in left if not addressing.matches(name, pattern)]
+        if rest == left:
+            raise ValueError(
+                f"{state.label}: {field} has {pattern!r}, and for all that it means an earlier pattern "
+                "counts. Put it before that one."
+            )
+        left = rest
+
+
+def _changed_name(edit: CallEdit) -> str:
+    """The name of the module that an edit changes: where its leaf trains, or its host."""
+    return surgery.name_of((*edit.host, *edit.leaf)[:-1] if edit.where == "train" else edit.host)

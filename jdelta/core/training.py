@@ -1,0 +1,124 @@
+"""What trains with a delta, and what is frozen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+
+from jdelta.core.state import DeltaState, has_value, kept_value
+from jdelta.trees import addressing, dtypes, fingerprint, freezing, surgery
+from jdelta.trees.surgery import Path, Tree
+
+
+def mask_of(state: DeltaState, params: Tree) -> Tree:
+    """A tree of bools like `params`, `True` where a leaf trains now."""
+    return freezing.mask_of(params, trained(state, surgery.parameters_of(params)))
+
+
+def trained(state: DeltaState, leaves: Mapping[Path, Any]) -> set[Path]:
+    """The paths of what trains now among these leaves."""
+    own, attachments = state.attachment, state.host.attachments
+    frozen = {path for a in attachments for path in a.frozen}
+    held = surgery.flatten(surgery.parameters(state.tree(None)))
+    fixed = {path for path, leaf in held.items() if dtypes.is_fixed(leaf)}
+    if state.exclude is None:
+        exclude: tuple[str, ...] = (freezing.DELTAS, *(state.method.unfrozen_modules or ()))
+        return freezing.trained_paths(leaves, exclude, own.trained if own.active else (), frozen, fixed)
+    deltas = {path for a in attachments if a.active for path in a.trained}
+    return freezing.trained_paths(leaves, state.exclude, deltas, frozen, fixed)
+
+
+def freeze(state: DeltaState, exclude: Sequence[str]) -> None:
+    """Sets what trains: what these patterns mean. See `DeltaModel.freeze_module`."""
+    before, state.exclude = state.exclude, tuple(addressing.checked(exclude))
+    try:
+        mask_of(state, state.tree(None))
+    except ValueError:
+        state.exclude = before
+        raise
+    warn_of_untrainable(state, state.exclude, "freeze_module")
+
+
+def optimizer(
+    state: DeltaState, tx: optax.GradientTransformation | optax.MultiSteps
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer for the whole tree that moves only what trains now. See `DeltaModel.optimizer`."""
+    bound = _trained_in_model(state, state.tree(None))
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(f"optimizer takes one of optax's, such as optax.adamw(1e-3), got {tx!r}.")
+
+    def mask(params: Tree) -> Tree:
+        now = _trained_in_model(state, params)
+        if now != bound:
+            raise RuntimeError(_changed(state.name, bound, now))
+        return freezing.mask_of(params, bound)
+
+    return freezing.freeze_except(tx, mask)
+
+
+def warn_of_untrainable(state: DeltaState, patterns: Sequence[str], verb: str) -> None:
+    """Warns if patterns of what trains mean leaves too that cannot be trained."""
+    if passed := freezing.passed_over(state.tree(None), patterns):
+        more = f" and {len(passed) - 3} more" if len(passed) > 3 else ""
+        warnings.warn(
+            f"{verb}: {', '.join(passed[:3])}{more} stay frozen: only floats of 16 bits and more train. Name the "
+            "other leaves alone.",
+            stacklevel=5,
+        )
+
+
+def is_untrained(state: DeltaState, params: Tree) -> bool:
+    """Whether all of the delta that trains has the bits that it was initialised with.
+
+    Not while a function is traced, of shapes, of values that were loaded, or where nothing of the delta trains. In
+    a program of several processes all have to call this, and find the same.
+    """
+    if state.initial is None:
+        return False
+    leaves = surgery.parameters_of(params)
+    trains = trained(state, leaves)
+    own = [path for path in state.attachment.leaves if path in trains]
+    unfrozen = [path for path in state.attachment.unfrozen_backbone if path in trains]
+    before = {path: kept_value(state.kept, path) for path in unfrozen}
+    values = [meta.unbox(leaves[path]) for path in (*own, *unfrozen)]
+    if not values or not all(map(has_value, [*values, *before.values()])):
+        return False
+    return all(fingerprint.digest(meta.unbox(leaves[path])) == state.initial.get(path) for path in own) and all(
+        fingerprint.digest(meta.unbox(leaves[path])) == fingerprint.digest(before[path]) for path in unfrozen
+    )
+
+
+def untrained_message(state: DeltaState, verb: str, params: Tree | None) -> str:
+    """The message for a delta that has not moved."""
+    holder = "model.params" if params is None else "the tree that was passed"
+    return (
+        f"{verb}: nothing of delta {state.name!r} has moved since it was initialised: {holder} holds the values "
+        "from before training. Pass the tree that training returned: pass params=…."
+    )
+
+
+def _trained_in_model(state: DeltaState, params: Tree) -> set[Path]:
+    """The paths of what trains now in the model, and in a tree that may hold more, such as merged biases."""
+    active = [path for a in state.host.attachments if a.active for path in a.leaves]
+    float_leaf = jax.ShapeDtypeStruct((), jnp.float32)
+    leaves = surgery.parameters_of(params) | surgery.flatten(state.structure.params)
+    return trained(state, leaves | dict.fromkeys(active, float_leaf))
+
+
+def _changed(name: str, before: set[Path], now: set[Path]) -> str:
+    """The message for an optimizer that was made when other leaves trained."""
+    parts = []
+    for what, odd in (("trains now", now - before), ("trains no more", before - now)):
+        if odd:
+            names = sorted(map(surgery.name_of, odd))
+            parts.append(f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {what}")
+    return (
+        f"what trains with delta {name!r} changed after this optimizer was made: {'; '.join(parts)}. Make it and its "
+        "state anew: tx = delta.optimizer(…); state = tx.init(params)."
+    )
