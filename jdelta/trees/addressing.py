@@ -68,28 +68,28 @@ def matches_at_or_above(name: str, pattern: str) -> bool:
     return any(matches(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
-def nothing_matches(pattern: str, names: Sequence[str]) -> str:
+def nothing_matches(pattern: str, names: Sequence[str], kind: str = "module") -> str:
     """The message for a pattern that matches nothing: what was asked, and what is closest."""
     asked = "matches" if pattern.startswith(REGEX_MARK) else "ends with"
-    message = f"no module {asked} {pattern!r}."
-    if near := closest(names, pattern):
+    message = f"no {kind} {asked} {pattern!r}."
+    if near := closest(names, pattern, kind=kind):
         message += f" Closest: {', '.join(near)}."
     return message
 
 
-def closest(names: Sequence[str], pattern: str, most: int = 3) -> list[str]:
+def closest(names: Sequence[str], pattern: str, most: int = 3, kind: str = "module") -> list[str]:
     """The name endings most like a pattern, repeated layers counted: `['….self.query (12 modules)']`."""
     words = re.sub(r"[\\()+*?^$\[\]]", "", pattern.removeprefix(REGEX_MARK))
     length = words.count(".") + 1
     endings = Counter(re.sub(r"\b\d+\b", "*", ".".join(name.split(".")[-length:])) for name in names)
     near = difflib.get_close_matches(re.sub(r"\b\d+\b", "*", words), endings, n=most, cutoff=0.5)
-    return [f"….{end} ({endings[end]} modules)" if endings[end] > 1 else f"….{end}" for end in near]
+    return [f"….{end} ({endings[end]} {kind}s)" if endings[end] > 1 else f"….{end}" for end in near]
 
 
 @functools.lru_cache(maxsize=4096)
 def _matcher(pattern: str) -> Callable[[str], bool]:
     if not pattern or pattern == REGEX_MARK:
-        raise ValueError("an empty pattern names no module.")
+        raise ValueError("an empty pattern names nothing.")
     if not pattern.startswith(REGEX_MARK):
         return lambda name: name == pattern or name.endswith("." + pattern)
     regex = regexes.Regex(pattern.removeprefix(REGEX_MARK), written=pattern)
