@@ -1,4 +1,4 @@
-"""Draws the pictures of the README: the selection page, and the tree in the terminal.
+"""Draws the pictures of the README and of the other pages: the selection page, and the tree in the terminal.
 
     python docs/screenshots.py
 

@@ -1,0 +1,114 @@
+"""Every code block of the README and of the pages in docs/ runs; each page alone, from top to bottom."""
+
+import re
+import subprocess
+import threading
+import urllib.request
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from conftest import weights
+
+from jdelta.core.config import METHODS
+from jdelta.display import interactive
+from jdelta.names import common_names
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {name: path.read_text() for name, path in PATHS.items()}
+README = PAGES["README.md"]
+CHECKED = {"README.md", "modules.md"}  # by tests of their own
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def choose_a_query(server, method):
+    """Stands for the user in front of the selection page."""
+    url, _, token = server.url.partition("?token=")
+    headers = {"Content-Type": "application/json", "Origin": url.rstrip("/"), "X-Jdelta-Token": token}
+    body = b'{"modules": ["bert.encoder.layer.0.attention.self.query"]}'
+    request = urllib.request.Request(f"{url}submit", body, headers)
+    threading.Thread(target=urllib.request.urlopen, args=[request]).start()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a page in an empty folder; returns the names that it defined, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interactive, "_announce", choose_a_query)
+    # transformers draws random weights by one operation after the other, and compiles each; NumPy compiles nothing.
+    cls = transformers.FlaxBertForSequenceClassification
+    drawn = cls.init_weights
+    monkeypatch.setattr(
+        cls, "init_weights", lambda self, rng, shape: weights(jax.eval_shape(lambda: drawn(self, rng, shape)))
+    )
+
+    def run(page):
+        names = {}
+        with mock.patch.dict(common_names.TABLE), mock.patch.dict(METHODS):  # some register
+            for number, block in enumerate(blocks(PAGES[page], "python")):
+                exec(compile(block, f"{page}, block {number + 1}", "exec"), names)
+        printed = capsys.readouterr().out
+        for said in re.findall(r"^print\(.*\)  # (.+)$", PAGES[page], flags=re.M):
+            assert said in printed
+        return names, printed
+
+    return run
+
+
+def test_the_first_example_trains_what_it_says_and_nothing_else(run):
+    names, printed = run("README.md")
+    assert "trainable" in printed
+    delta, before, after = names["delta"], names["model"].params, names["params"]
+    moved = jax.tree.map(lambda a, b: np.asarray(a).tobytes() != np.asarray(b).tobytes(), before, after)
+    assert not any(jax.tree.leaves(delta.partition(moved)[1]))
+    assert moved["classifier"] == {"bias": True, "kernel": True}
+    assert moved["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["lora"] == {"a": True, "b": True}
+
+
+def test_the_page_on_modules_attaches_where_it_says(run):
+    names, printed = run("modules.md")
+    assert names["names"] == names["delta"].targets == ["bert.encoder.layer.0.attention.self.query"]
+    assert printed.count("modified_modules: ['bert.encoder.layer.0.attention.self.query']") == 2
+
+
+@pytest.mark.parametrize("page", sorted({page for page in PAGES if blocks(PAGES[page], "python")} - CHECKED))
+def test_a_page_runs_alone_from_top_to_bottom_and_prints_what_it_says(page, run):
+    run(page)
+
+
+def test_the_readme_is_short_and_links_every_page():
+    assert len(README.splitlines()) <= 150
+    for page in PAGES.keys() - {"README.md"}:
+        assert f"](docs/{page})" in README
+
+
+def test_links_between_pages_and_to_programs_lead_somewhere():
+    for page, text in PAGES.items():
+        folder = PATHS[page].parent
+        for link in re.findall(r"""\]\(([^)]+)\)|src="([^"]+)""", text):
+            target = "".join(link).partition("#")[0]
+            assert target.startswith("http") or (folder / target).exists(), f"{page}: {target}"
+        for program in re.findall(r"(?:examples|benchmarks|docs)/\w+\.py", text):
+            assert (ROOT / program).exists(), f"{page}: {program}"
+
+
+def test_the_bash_blocks_are_the_two_commands():
+    commands = blocks(README, "bash")
+    assert len(commands) == 2
+    assert not any(blocks(PAGES[page], "bash") for page in PAGES.keys() - {"README.md"})
+    for command in commands:
+        assert len(command.strip().splitlines()) == 1
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "<!-- test -->" in script
+    assert "<!-- test -->" in README
