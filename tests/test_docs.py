@@ -1,5 +1,6 @@
 """Every code block of the README and of the pages in docs/ runs; each page alone, from top to bottom."""
 
+import importlib.util
 import re
 import subprocess
 import threading
@@ -13,6 +14,7 @@ import pytest
 import transformers
 from conftest import weights
 
+import jdelta
 from jdelta.core.config import METHODS
 from jdelta.display import interactive
 from jdelta.names import common_names
@@ -97,6 +99,18 @@ def test_links_between_pages_and_to_programs_lead_somewhere():
             assert target.startswith("http") or (folder / target).exists(), f"{page}: {target}"
         for program in re.findall(r"(?:examples|benchmarks|docs)/\w+\.py", text):
             assert (ROOT / program).exists(), f"{page}: {program}"
+
+
+def test_files_and_public_names_are_where_the_table_says():
+    _, files, *_, public = PAGES["names.md"].split("\n## ")
+    for row in re.findall(r"^\| (`jdelta.*) \|$", files, flags=re.M):
+        old, *new = re.findall(r"`(jdelta[\w.]+)`", row)
+        assert new
+        assert all(map(importlib.util.find_spec, new)), row
+        assert not importlib.util.find_spec(old), row
+    for old, new in re.findall(r"^\| `jdelta\.(\w+)` \| `jdelta\.(\w+)` \|$", public, flags=re.M):
+        assert hasattr(jdelta, new)
+        assert not hasattr(jdelta, old)
 
 
 def test_the_bash_blocks_are_the_two_commands():
