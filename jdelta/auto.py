@@ -22,11 +22,11 @@ from jdelta.trees import regexes
 
 
 class AutoDeltaConfig:
-    """Makes the configuration of any method; `delta_type` says of which.
+    """Makes the configuration of any method, which `delta_type` names.
 
         config = jdelta.AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_r": 4})
 
-    Known are jdelta's methods, and every `DeltaModel` of your own that defines a `delta_type`.
+    It knows jdelta's methods, and every `Method` of your own that defines a `delta_type`.
     """
 
     @classmethod
@@ -44,10 +44,13 @@ class AutoDeltaConfig:
 
     @classmethod
     def from_json_string(cls, text: str) -> Method:
-        """The inverse of `Method.to_json_string`.
+        """Returns the configuration that `Method.to_json_string` wrote.
+
+        Args:
+          text: the JSON.
 
         Raises:
-          TypeError, ValueError: as `from_dict`; also `TypeError` if `text` is no string, `ValueError` if it is no JSON.
+          TypeError, ValueError: as `from_dict`; also `TypeError` if `text` is not a string, `ValueError` if not JSON.
         """
         if not isinstance(text, str | bytes):
             raise TypeError(f"from_json_string takes a string, got {shown(text)}.")
@@ -58,11 +61,14 @@ class AutoDeltaConfig:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Method:
-        """The inverse of `Method.to_json_file`.
+        """Reads the configuration that `Method.to_json_file` wrote.
+
+        Args:
+          path: the file.
 
         Raises:
-          OSError: there is no such file.
-          TypeError, ValueError: as `from_dict`; also `ValueError` if the file is no JSON object.
+          OSError: the file does not exist or cannot be read.
+          TypeError, ValueError: as `from_dict`; `ValueError` also if the file does not hold a JSON object.
         """
         return cls.from_dict(parsing.json_object(as_path("from_json_file", path)))
 

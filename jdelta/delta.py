@@ -448,6 +448,9 @@ class DeltaModel:
     def combine(self, *trees: Tree) -> Tree:
         """`jdelta.combine`, and an error unless the parts make up the whole tree of this model.
 
+        Args:
+          *trees: the parts, such as those of `partition`.
+
         Raises:
           ValueError: the parts overlap, or leaves are missing or do not belong.
         """

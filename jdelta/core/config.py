@@ -1,4 +1,4 @@
-"""The arguments of a delta method, as a frozen dataclass that checks itself and goes to JSON and back."""
+"""The arguments of a delta method: a frozen dataclass that checks its fields and converts to JSON and back."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class DeltaConfig:
     """The arguments that every method has. A method's own configuration adds fields with defaults:
 
         @dataclasses.dataclass(frozen=True)
-        class ScaleConfig(jdelta.DeltaConfig):
+        class ScaleConfig(jdelta.Method):
             init: float = 1.0
 
             def __post_init__(self):
-                super().__post_init__()  # types
-                …                        # limits
+                super().__post_init__()  # checks the types
+                if self.init <= 0:
+                    raise ValueError(f"init is above 0, got {self.init}.")
 
-    Every value has to have its field's type, and every number to be finite in float32 or in 64 bits; lists become
-    tuples, and `to_dict` makes them lists again; dicts are copied.
+    Every value must have the type of its field, and every number must be finite in float32 or fit into 64 bits. Lists
+    become tuples, and `to_dict` makes them lists again; dicts are copied.
 
     Attributes:
       modified_modules: patterns of the modules to change; without them, the method's default positions.
@@ -40,8 +41,8 @@ class DeltaConfig:
       common_structure: whether `modified_modules` are common names.
 
     Raises:
-      TypeError: a value of a wrong type.
-      ValueError: a value beyond its limits.
+      TypeError: a value has the wrong type.
+      ValueError: a value is outside its limits.
     """
 
     delta_type: ClassVar[str] = "delta"  # the method's name in files
@@ -59,10 +60,14 @@ class DeltaConfig:
 
     @classmethod
     def from_arguments(cls, owner: str, arguments: Mapping[str, Any]) -> Self:
-        """Builds the configuration from keyword arguments; `owner` is who is said to have no such argument.
+        """Builds the configuration from keyword arguments.
+
+        Args:
+          owner: the name that an error message gives to the method.
+          arguments: name to value.
 
         Raises:
-          TypeError: an argument that the method does not have; the message suggests the closest.
+          TypeError: the method does not have an argument; the message suggests the closest.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         common = [field.name for field in dataclasses.fields(DeltaConfig)]
@@ -77,11 +82,16 @@ class DeltaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. What is left out has its default.
+        """Returns the configuration that `to_dict` described.
+
+            config = jdelta.LoraConfig.from_dict({"lora_r": 4})
+
+        Args:
+          values: name to value; a field that is not given has its default.
 
         Raises:
-          TypeError: an unknown key or a value of a wrong type.
-          ValueError: the `delta_type` of another method, or a value beyond its limits.
+          TypeError: a key is unknown, or a value has the wrong type.
+          ValueError: `delta_type` is that of another method, or a value is outside its limits.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{cls.__name__}.from_dict takes a dict of arguments, got {shown(values)}.")
@@ -91,27 +101,34 @@ class DeltaConfig:
         return cls.from_arguments(cls.__name__, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The `delta_type` and all fields, as JSON has them."""
+        """Returns the `delta_type` and all fields, with the types of JSON."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         listed = {key: _plain(value) for key, value in values.items()}
         return {"delta_type": self.delta_type, **listed}
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
-        """The inverse of `to_json_file`.
+        """Reads what `to_json_file` wrote.
+
+        Args:
+          path: the file.
 
         Raises:
-          OSError: there is no such file.
-          TypeError, ValueError: as `from_dict`; also `ValueError` if the file is no JSON object.
+          OSError: the file does not exist or cannot be read.
+          TypeError, ValueError: as `from_dict`; `ValueError` also if the file does not hold a JSON object.
         """
         return cls.from_dict(parsing.json_object(as_path("from_json_file", path)))
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
-        """Writes `to_json_string` to a file."""
+        """Writes `to_json_string` to a file.
+
+        Args:
+          path: the file; one that exists is replaced.
+        """
         as_path("to_json_file", path).write_text(self.to_json_string(), "utf-8")
 
     def to_json_string(self) -> str:
-        """`to_dict` as JSON; `AutoDeltaConfig.from_json_string` reads it."""
+        """Returns `to_dict` as JSON, which `AutoDeltaConfig.from_json_string` reads."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
@@ -119,7 +136,7 @@ METHODS: dict[str, type[Any]] = {}  # by delta_type; see `core.method`
 
 
 def config_from_dict(values: Any) -> Any:
-    """The configuration, of any method, that `DeltaConfig.to_dict` gave.
+    """Returns the configuration, of any method, that `DeltaConfig.to_dict` described.
 
     Raises:
       TypeError: no mapping, an unknown key or a value of a wrong type.

@@ -13,7 +13,9 @@ from jdelta.trees.surgery import Path
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CallEdit:
-    """One change at one host module.
+    """One change of the calls of one module, the host.
+
+        yield jdelta.CallEdit(host.path, "after", nn.Dense(768))  # y -> layer(y), in `Method.edits`
 
     Attributes:
       host: path of the module that is changed; the layer's parameters live below it.
@@ -26,7 +28,7 @@ class CallEdit:
         it has a method `during_run`, the whole model runs inside the context that this gives.
       span_input: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
       leaf: path below the host: of the layer's parameters, or of the leaf that trains.
-      auxiliary: whether it only auxiliary another edit, and its host is none of the delta's targets.
+      auxiliary: whether it only supports another edit, so that its host is not one of the delta's targets.
       outermost: whether it goes around all other edits of its host, whenever those were attached.
       needs: a leaf of the host's own without which it does nothing.
     """

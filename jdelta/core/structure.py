@@ -19,20 +19,23 @@ ModuleType = type[nn.Module]
 
 @dataclasses.dataclass(frozen=True)
 class ModuleInfo:
-    """One module of a backbone, as a call showed it.
+    """One module of a backbone, as an abstract call saw it.
+
+        info = delta.structure["bert.encoder.layer.0.attention.self.query"]
+        info.type, info.x.shape, info.params["kernel"].shape  # (flax.linen.Dense, (1, 1, 768), (768, 768))
 
     Attributes:
-      path: where it and its parameters are in the tree.
+      path: the path of the module and its parameters in the tree.
       type: its class.
       fields: its hyperparameters: the fields of the linen dataclass.
-      args, kwargs: what it was called with, arrays as `jax.ShapeDtypeStruct`s.
-      output: what it returned, likewise.
+      args, kwargs: the arguments of the call, arrays as `jax.ShapeDtypeStruct`s.
+      output: what the call returned, likewise.
       params: shapes of its own parameters as the module itself sees them: inside `nn.scan` without the layer axis.
       calls: how often it is called in one run of the model; inside `nn.scan`, once for each layer.
       caller: path of the module in whose call its first call was; `None` for the outermost.
-      sharing: names and classes of the modules inside it that use its scope (`nn.share_scope`): what they hold are
-        among its own parameters.
-      closed: why nothing of a delta may be put into the module; `""` if it may.
+      sharing: names and classes of the modules inside it that use its scope (`nn.share_scope`); their parameters are
+        among its own.
+      closed: the reason why a delta cannot be attached at the module; `""` if it can.
     """
 
     path: Path
@@ -65,11 +68,15 @@ class ModuleInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The modules of a backbone in the order of their first call, and its parameters' shapes.
+    """The modules of a backbone in the order of their first call, and the shapes of its parameters.
+
+        for info in delta.structure:
+            print(info.name, info.type.__name__, info.calls)
+        queries = delta.structure.find(["self.query"], exclude=["layer.0"])
 
     Attributes:
-      modules: name to module. The root module has the name `""`.
-      uncalled: name to the reason why that part of the model cannot carry a layer.
+      modules: name to module. The name of the root module is `""`.
+      uncalled: name to the reason why a delta cannot be attached at that part of the model.
       params: the tree of parameter shapes, without other collections.
       tied: names of the modules with whose weights something computes besides their calls, such as a tied head.
       derived: what others have found out about it, by a name of theirs.
@@ -91,11 +98,14 @@ class Structure:
         return len(self.modules)
 
     def find(self, patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[ModuleInfo]:
-        """The modules that the patterns mean, in order of execution.
+        """Returns the modules that match the patterns, in order of execution.
+
+        Args:
+          patterns, exclude: as in `jdelta.match`.
 
         Raises:
-          ValueError: as `addressing.match`; also if a pattern means only parts that cannot carry a layer, or a module
-            that is `closed`.
+          ValueError: as `jdelta.match`; also if a pattern matches only parts at which no delta can be attached, or a
+            module that is `closed`.
         """
         names = [name for name in self.modules if name]
         for pattern in addressing.checked(patterns):
@@ -109,7 +119,11 @@ class Structure:
         return found
 
     def callers(self, info: ModuleInfo) -> list[ModuleInfo]:
-        """The modules in whose calls a module was first called, innermost first; the last is the root."""
+        """Returns the modules in whose calls a module was first called, innermost first; the last is the root.
+
+        Args:
+          info: the module.
+        """
         found = []
         while info.caller is not None:
             info = self.modules[surgery.name_of(info.caller)]
@@ -117,7 +131,11 @@ class Structure:
         return found
 
     def below(self, path: Path) -> list[ModuleInfo]:
-        """A module and everything inside it, in order of execution."""
+        """Returns a module and everything inside it, in order of execution.
+
+        Args:
+          path: the path of the module.
+        """
         return list(self._below.get(path, ()))
 
     @functools.cached_property

@@ -27,11 +27,14 @@ NO_LAYER = "–"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Movement:
-    """How far the modules of a model moved, as a table.
+    """How far a trained delta moved the weights of each module, as a table of layers.
+
+        table = delta.movement()
+        table.values[table.rows.index("attention.self.query"), table.columns.index("3")]
 
     Attributes:
       rows: the kinds of module in order of execution, such as `attention.self.query`.
-      columns: the layers' numbers, and last `"–"` if there are modules outside of numbered layers.
+      columns: the numbers of the layers, and last `"–"` if there are modules outside numbered layers.
       values: the movement, `(rows, columns)`, float64; NaN where the delta has no such module.
     """
 

@@ -40,19 +40,20 @@ Mask: TypeAlias = Tree | Callable[[Tree], Tree]
 
 
 class Visualization:
-    """Shows a backbone, with or without deltas: in the terminal, in notebooks, on a page, or in a paper.
+    """Shows a backbone, with or without deltas, as a tree: in the terminal, in notebooks, as a page or a picture.
 
         jdelta.Visualization(model).structure_graph()
         delta.visualization().to_svg("bert_with_lora.svg")
 
-    In a notebook it shows itself. Modules are in the order in which the tensors flow; repeated layers are one line.
+    A notebook displays the object itself. Modules are in the order of execution; equal layers are collapsed into one
+    line.
 
     Args:
       backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
-      mask: what trains: a tree of bools or a function from parameters to one; by default everything.
+      mask: what trains: a tree of bools, or a function from parameters to one; by default everything.
 
     Raises:
-      TypeError: it is neither.
+      TypeError: the backbone is not a supported model, or the mask is neither.
     """
 
     def __init__(self, backbone_model: Any, mask: Mask | None = None):
@@ -78,7 +79,7 @@ class Visualization:
     def to_html(
         self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
     ) -> str:
-        """A page with the tree, whose nodes fold; light or dark as the reader's system is. It loads nothing.
+        """Returns the tree as a page whose branches collapse, light or dark like the reader's system. It loads nothing.
 
         Args:
           path: the file to write, if any.
@@ -92,7 +93,7 @@ class Visualization:
     def to_svg(
         self, path: str | os.PathLike[str] | None = None, params: Tree | None = None, mask: Mask | None = None
     ) -> str:
-        """The tree as a picture on white, of text and lines.
+        """Returns the tree as an SVG of text and lines, on white.
 
         Args:
           path: the file to write, if any.
@@ -104,14 +105,14 @@ class Visualization:
         return _written(to_svg(self._drawing(params, mask)), path)
 
     def to_png(self, path: str | os.PathLike[str], params: Tree | None = None, mask: Mask | None = None) -> None:
-        """The tree as a picture on white, of 200 pixels an inch.
+        """Writes the tree as a PNG on white, with 200 pixels per inch.
 
         Args:
           path: the file to write.
           params, mask: as in `structure_graph`.
 
         Raises:
-          ModuleNotFoundError: matplotlib is not there; `pip install 'jdelta[plot]'`.
+          ModuleNotFoundError: matplotlib is not installed; `pip install 'jdelta[plot]'`.
         """
         from jdelta.display import plotting  # here, since matplotlib is optional
 

@@ -20,7 +20,13 @@ from jdelta.methods.parameter import param
 
 @dataclasses.dataclass(frozen=True)
 class BitFitConfig(Method):
-    """BitFit has the common arguments only."""
+    """Arguments of BitFit: those that every method has.
+
+        config = jdelta.BitFitConfig(exclude_modules=["pooler"])
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
+
+    It adds none of its own.
+    """
 
     delta_type = "bitfit"
     default_modified_modules = ("attn", "crossattn", "ff", "layer_norm", "lm_head.proj", "block")

@@ -30,6 +30,9 @@ from jdelta.trees.surgery import Path
 class CompacterConfig(Method):
     """Arguments of Compacter; `n` is `hypercomplex_division`.
 
+        config = jdelta.CompacterConfig(hypercomplex_division=4)
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
+
     Attributes:
       reduction_factor: the width in the middle is `d // reduction_factor`.
       non_linearity: gelu_new, gelu, relu, silu, tanh, …

@@ -44,6 +44,9 @@ from jdelta.trees.dtypes import takes_steps
 class LoraConfig(Method):
     """Arguments of LoRA.
 
+        config = jdelta.LoraConfig(lora_r=8, modified_modules=["query", "value"])
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
+
     Attributes:
       lora_r: the rank.
       lora_alpha: the update is scaled by `lora_alpha / lora_r`.

@@ -32,6 +32,9 @@ INITIALIZERS: dict[str, nn.initializers.Initializer] = {
 class LowRankAdapterConfig(Method):
     """Arguments of LowRankAdapter.
 
+        config = jdelta.LowRankAdapterConfig(low_rank_rank=1)
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
+
     Attributes:
       reduction_factor: the width in the middle is `d // reduction_factor`.
       non_linearity: gelu_new, gelu, relu, silu, tanh, …

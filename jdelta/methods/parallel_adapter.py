@@ -21,6 +21,9 @@ from jdelta.methods.bottleneck import Bottleneck, require_non_linearity
 class ParallelAdapterConfig(Method):
     """Arguments of ParallelAdapter.
 
+        config = jdelta.ParallelAdapterConfig(bottleneck_dim=16)
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
+
     Attributes:
       bottleneck_dim: width in the middle.
       non_linearity: gelu_new, gelu, relu, silu, tanh, …

@@ -34,6 +34,9 @@ from jdelta.trees.surgery import Path, name_of
 class PrefixConfig(Method):
     """Arguments of prefix tuning.
 
+        config = jdelta.PrefixConfig(prefix_token_num=6)
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
+
     Attributes:
       prefix_token_num: number of keys and values before the attention's own.
       reparameterize: whether a small network, one for all layers, makes the keys and values while they are trained.

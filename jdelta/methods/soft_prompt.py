@@ -35,6 +35,9 @@ from jdelta.trees.surgery import Path
 class SoftPromptConfig(Method):
     """Arguments of the soft prompt.
 
+        config = jdelta.SoftPromptConfig(soft_token_num=20)
+        delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
+
     Attributes:
       soft_token_num: number of trainable vectors.
       init_range: without `token_init`, they start at U(±init_range).

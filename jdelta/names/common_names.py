@@ -1,4 +1,4 @@
-"""Common names: `attn.q` or `ff.w2` in place of what a family of models calls them.
+"""Common names, such as `attn.q` or `ff.w2`, for modules that each family of models names differently.
 
 The table maps the class of a block, and all its subclasses, to the common names of what is inside it. A block is found
 wherever it is in a model, so a family is covered also inside a wrapper. `register_common_names` adds to it.
@@ -56,7 +56,7 @@ def known(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
 
 
 def register_common_names(block: type[nn.Module] | str, names: Mapping[str, str | Sequence[str]]) -> None:
-    """Adds a family of models to the common names, or replaces what is known of one.
+    """Adds a family of models to the common names, or replaces one.
 
         jdelta.register_common_names("MyBlock", {"attn.q": "attention.wq", "ff.w1": ("mlp.gate", "mlp.up")})
 
@@ -67,8 +67,8 @@ def register_common_names(block: type[nn.Module] | str, names: Mapping[str, str 
       names: common name to the path of the module from the block, or several paths; `""` is the block itself.
 
     Raises:
-      TypeError: the block is neither a linen class nor a name, or a path is no string.
-      ValueError: a name that is no common name, or a path that cannot be one.
+      TypeError: the block is neither a linen class nor a name, or a path is not a string.
+      ValueError: a name is not a common name, or a path is not dot-joined.
     """
     if not isinstance(block, str) and not (isinstance(block, type) and issubclass(block, nn.Module)):
         raise TypeError(f"register_common_names: the block is a linen class or its name, got {block!r}.")

@@ -1,4 +1,4 @@
-"""What training leaves behind: a delta apart from any model, in memory or in a folder."""
+"""A trained delta without its model, in memory or in a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BackboneInfo:
 
     Attributes:
       kind: the class of the model.
-      name: where it was loaded from, a folder or a repository of the Hub; `""` if nobody knows.
+      name: the folder or repository of the Hub that it was loaded from; `""` if unknown.
       leaves: the fingerprint of its frozen leaves, `fingerprint.fingerprint`.
     """
 
@@ -43,18 +43,22 @@ class BackboneInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """A trained delta apart from any model: `delta.finetuned()` gives it, `from_finetuned` takes it.
+    """A trained delta without its model: `delta.finetuned()` returns it, `from_finetuned` attaches it.
+
+        found = jdelta.Finetuned.read("movies/")
+        found.values["classifier.kernel"].shape  # (768, 2)
+        delta = jdelta.AutoDeltaModel.from_finetuned(found, backbone_model=model)
 
     Attributes:
       name: the delta's name in the tree.
       config: the method's arguments.
-      values: dot-name to array: the delta's own leaves, and what else trained, such as a classifier head.
-      targets: the names of the modules it sits on.
-      exclude: what `freeze_module` was told; `None` if it was not called.
-      inserted: names of modules where a layer was put by hand, which no configuration describes.
-      backbone: what it was trained on, if that is known.
-      own: which of the values are the delta's own leaves, if not just those below its name at one of its modules or at
-        the root of the tree.
+      values: dot-joined name to array: the delta's own leaves, and what else trained, such as a classifier head.
+      targets: the names of the modules that it is attached at.
+      exclude: the argument of `freeze_module`; `None` if it was not called.
+      inserted: names of modules where a layer of the user's own was inserted, which no configuration describes.
+      backbone: the model that it was trained on, if known.
+      own: which of the values are the delta's own leaves, if these are not exactly those below its name at one of its
+        modules or at the root of the tree.
     """
 
     name: str
@@ -73,15 +77,19 @@ class Finetuned:
             object.__setattr__(self, "own", None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder, as `DeltaModel.save_finetuned`."""
+        """Writes a folder, as `DeltaModel.save_finetuned` does.
+
+        Args:
+          path: the folder.
+        """
         folder.write(as_path("save", path), self._description(), self.values, card(self))
 
     def files(self) -> dict[str, bytes]:
-        """What `save` writes: name to content."""
+        """Returns the files that `save` writes: name to content."""
         return folder.files(self._description(), self.values, card(self))
 
     def checksum(self) -> str:
-        """Of its values and their description."""
+        """Returns a checksum of the values and their description."""
         values = {name: fingerprint.digest(value) for name, value in sorted(self.values.items())}
         return _checksum({**self._description(), "values": values})
 
@@ -106,14 +114,17 @@ class Finetuned:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """The inverse of `save`.
+        """Reads what `save` wrote.
 
-        What jdelta saves now is checked whole. In folders of earlier versions, of format 1, the checksum covers the
-        tensors alone: a changed description is noticed where it makes no sense, or does not fit the tensors.
+        A checksum covers the tensors and the description. In folders of earlier versions, of format 1, it covers the
+        tensors only: a changed description is an error where it is invalid or does not fit the tensors.
+
+        Args:
+          path: the folder.
 
         Raises:
-          FileNotFoundError: no folder, or no delta in it.
-          ValueError: a file is damaged, was changed, or comes from a newer jdelta. The message names file and field.
+          FileNotFoundError: the folder does not exist, or there is no delta in it.
+          ValueError: a file is damaged, was changed, or is from a newer jdelta. The message names the file and field.
         """
         path = as_path("read", path)
         description, values, intact = folder.read(path)
@@ -146,11 +157,22 @@ class Finetuned:
         )
 
     def is_own(self, name: str) -> bool:
-        """Whether a leaf is the delta's, and not one of the backbone's."""
+        """Whether a leaf is one of the delta's own, and not of the backbone's.
+
+        Args:
+          name: the dot-joined name of the leaf.
+        """
         return self._place(name, self._hosts()) is not None if self.own is None else name in self.own
 
     def renamed(self, name: str) -> Self:
-        """The same under another name in the tree. Raises `ValueError` if a delta cannot have it."""
+        """Returns the same delta with another name in the tree.
+
+        Args:
+          name: the new name.
+
+        Raises:
+          ValueError: the name is not an identifier, or is reserved.
+        """
         require_name(name)
         hosts = self._hosts()
         places = {leaf: self._place(leaf, hosts) for leaf in self.values if self.own is None or leaf in self.own}

@@ -1,6 +1,6 @@
-"""Many deltas on one backbone: stacked along a leading axis, a row of a batch for each, or trained side by side.
+"""Many deltas on one backbone: one for each row of a batch, or several trained in one program.
 
-A stack is a tree of leaves `(deltas, …)`, nothing more, so `jax.vmap` maps whatever one does with a delta:
+A stack is a tree of leaves `(deltas, …)`, so `jax.vmap` maps any function of one delta:
 
     trainable, frozen = delta.partition()
     stacked = jdelta.stack([trainable] * 8)
@@ -13,7 +13,7 @@ A stack is a tree of leaves `(deltas, …)`, nothing more, so `jax.vmap` maps wh
     states = jax.vmap(optax.adam(1.0).init)(stacked)
     stacked, states = jax.jit(jax.vmap(step))(stacked, states, jnp.logspace(-5, -2, 8))
 
-The backbone's leaves are closed over and not mapped, and XLA computes each of its products once, for all rows of all
+The backbone's leaves are closed over and not mapped, and XLA computes each of its products once for all rows of all
 deltas.
 """
 
@@ -38,28 +38,28 @@ from jdelta.trees.surgery import Tree
 
 
 def stack(deltas: Sequence[Tree] | Sequence[Source], check_hash: bool | Literal["warn"] = "warn") -> Tree:
-    """Puts deltas of one kind side by side.
+    """Stacks deltas of one method along a new leading axis.
 
         stacked = jdelta.stack(["movies/", "tweets/"])  # saved deltas
         stacked = jdelta.stack([delta.init(seed) for seed in range(8)])  # or trees, such as partition gives
 
-    What is saved or attached comes as `finetuned` gives it, and fits a model on which the first of the deltas is
-    attached. LoRAs may then differ in rank, scale and dropout: leaves of lower rank than the first one's are filled up
-    with zeros, which training leaves at zero, and the quotient of the scales goes into `b`.
+    Saved or attached deltas are stacked as `finetuned` returns them, for a model that the first of them is attached to.
+    LoRAs may then differ in rank, scale and dropout: leaves of a lower rank than the first one's are padded with zeros,
+    which stay zero in training, and `b` is multiplied by the quotient of the scales.
 
     Args:
-      deltas: trees of the same structure, shapes and dtypes; or what `finetuned` gave, attached deltas, saved
-        folders or repositories of the Hub, all of the same method, arguments and modules.
-      check_hash: what to do if they were trained on different backbones: `"warn"`, `True` to refuse, `False` for
-        nothing.
+      deltas: trees of the same structure, shapes and dtypes; or `Finetuned` objects, attached deltas, saved folders or
+        repositories of the Hub, all of the same method, arguments and modules.
+      check_hash: what happens if they were trained on different backbones: a warning with `"warn"`, an error with
+        `True`, nothing with `False`.
 
     Returns:
       A tree of the same structure, its leaves `(deltas, …)`.
 
     Raises:
       FileNotFoundError, ConnectionError: as `AutoDeltaModel.from_finetuned`.
-      TypeError: something is no delta, or no list of them.
-      ValueError: there are none, or two differ in more than values; the message says in what.
+      TypeError: `deltas` is not a list of deltas.
+      ValueError: the list is empty, or two deltas differ in more than values; the message says in what.
     """
     if isinstance(deltas, (Mapping, str, os.PathLike, Finetuned, HasFinetuned)):
         raise TypeError("expected a list of deltas, got one. Write [delta].")
@@ -79,13 +79,13 @@ def stack(deltas: Sequence[Tree] | Sequence[Source], check_hash: bool | Literal[
 
 
 def unstack(stacked: Tree) -> list[Tree]:
-    """The inverse of `stack`, bit for bit: a tree for each delta.
+    """Returns a tree for each delta of a stack: the inverse of `stack`, bit for bit.
 
         for tree, folder in zip(jdelta.unstack(stacked), folders):
             delta.save_finetuned(folder, params=jdelta.combine(tree, frozen))
 
     Args:
-      stacked: a tree of leaves `(deltas, …)`; of optimizers' states too.
+      stacked: a tree of leaves `(deltas, …)`, such as a stack or its optimizer states.
 
     Raises:
       ValueError: the leaves differ in the length of their first axis, or there are none.
@@ -94,23 +94,23 @@ def unstack(stacked: Tree) -> list[Tree]:
 
 
 def select(stacked: Tree, indices: Any) -> Tree:
-    """Picks deltas of a stack, one for each row of a batch. They may repeat.
+    """Selects a delta of a stack for each row of a batch. They may repeat.
 
         rows = jdelta.select(stacked, [0, 1, 1, 0])
 
-    Under `jax.jit` nobody sees an index that is out of range; what the model computes for that row is then NaN.
+    Under `jax.jit` an index out of range cannot raise an error; the outputs of that row are then NaN.
 
     Args:
       stacked: a tree of leaves `(deltas, …)`.
-      indices: `(batch,)` integers from 0; one integer for one delta without the leading axis.
+      indices: integers from 0, `(batch,)`; a single integer selects one delta, without the leading axis.
 
     Returns:
       A tree of leaves `(batch, …)`, for `rowwise`.
 
     Raises:
-      TypeError: the indices are no integers.
-      IndexError: an index is negative, or there is no such delta.
-      ValueError: as `unstack`; or the indices have several axes.
+      TypeError: the indices are not integers.
+      IndexError: an index is negative or out of range.
+      ValueError: as `unstack`, or the indices have several axes.
     """
     length, numbers = _length(stacked), indices if isinstance(indices, jax.Array) else np.asarray(indices)
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
@@ -126,7 +126,7 @@ def select(stacked: Tree, indices: Any) -> Tree:
 
 
 def rowwise(call: Callable[..., Any], frozen: Tree) -> Callable[..., Any]:
-    """The same call, in which each row of the batch has a delta of its own.
+    """Returns the same call with a delta for each row of the batch.
 
         trainable, frozen = delta.partition()
         rows = jdelta.select(stacked, indices)
@@ -134,22 +134,23 @@ def rowwise(call: Callable[..., Any], frozen: Tree) -> Callable[..., Any]:
         tokens = jdelta.rowwise(model.generate, frozen)(input_ids, params=rows, max_length=20).sequences
 
     Every row is a batch of one, under `jax.vmap`; the backbone's leaves are not mapped, so XLA computes its products
-    once for all rows. Statistics over a batch, as `nn.BatchNorm` takes them in training, are those of a row alone.
-    The result can be jitted and differentiated; in `jax.jit`, pass `frozen` as an argument, lest it be compiled in.
+    once for all rows. Statistics over a batch, as `nn.BatchNorm` takes them in training, are those of a single row.
+    The result can be jitted and differentiated; in `jax.jit`, pass `frozen` as an argument, otherwise it becomes a
+    constant.
 
     Args:
       call: a model, or any function that takes `params=`.
       frozen: the leaves that all rows share, as `partition` gives them.
 
     Returns:
-      A function of the arguments of `call`, with a tree of leaves `(batch, …)` as `params`, as `select` gives it.
-      Arrays among the arguments have the batch as their first axis, in lists and dicts too; scalars go to all rows.
-      A typed key is split into one for each row, unless there is one for each. Arrays that come out, `(1, …)` for a
-      row, are `(batch, …)`; and what a row has no batch axis for gets one.
+      A function of the arguments of `call`, whose `params` is a tree of leaves `(batch, …)`, as `select` returns it.
+      Arrays among the arguments, also in lists and dicts, have the batch as their first axis; scalars are the same for
+      all rows. A typed key is split into one for each row, unless there is one for each. Outputs that are `(1, …)` for
+      a row are `(batch, …)`; outputs without a batch axis get one.
 
     Raises:
-      ValueError: by the function it returns: an array's first axis is not that of `params`, or these and `frozen`
-        share leaves.
+      ValueError: raised by the returned function: the first axis of an array is not that of `params`, or `params` and
+        `frozen` share leaves.
     """
 
     def each(*args: Any, params: Tree, **kwargs: Any) -> Any:

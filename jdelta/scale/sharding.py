@@ -1,14 +1,13 @@
-"""How the leaves of deltas are split over a mesh, derived from how the backbone's are: pure functions on trees.
+"""The shardings of deltas' leaves over a mesh, derived from the backbone's: pure functions on trees.
 
-A layer says which axes of the backbone's weights its own axes follow, in a method
+A layer declares which axes of the backbone's weights its own axes follow, in a method
 
     def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         return {"a": (*x, None), "b": (None, *y)}
 
 where `x` and `y` are the axes of weights that the features of its input and output have, one for `nn.Dense`. It
 returns an entry for each axis of each leaf, named below the layer (`"down.kernel"`); `None` is an axis of the layer's
-own. What it does not name, and what no layer speaks of, is whole on every device. So is an axis that the mesh does not
-divide.
+own. A leaf that is not named is replicated, and so is an axis whose length the mesh does not divide.
 """
 
 from __future__ import annotations
@@ -32,27 +31,27 @@ from jdelta.core.structure import Structure
 from jdelta.trees import addressing, surgery
 from jdelta.trees.surgery import Path, Tree, empty_node
 
-Entry = str | tuple[str, ...] | None  # of a PartitionSpec: the mesh axes that split one axis of a leaf
+Entry = str | tuple[str, ...] | None  # of a PartitionSpec: the mesh axes over which one axis of a leaf is sharded
 Rule = tuple[str, P]
 
 
 def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = None) -> Any:
-    """The `PartitionSpec` of each leaf, by its name: the first rule that matches counts.
+    """Returns the `PartitionSpec` of each leaf, by its name: the first rule that matches applies.
 
         rules = [("query.kernel", P(None, "model")), (r"[r]output\\.dense\\.kernel", P("model", None))]
         specs = jdelta.match_partition_rules(rules, model.params, default=P())
 
     Args:
       rules: pairs of a pattern, by the naming rules of `jdelta.match`, and a spec.
-      tree: parameters or their shapes; or anything with such leaves, such as a `TrainState`.
+      tree: parameters or their shapes, or a tree with such leaves, such as a `TrainState`.
       default: the spec of leaves that no rule matches. (Scalars need no rule: theirs is always `P()`.)
 
     Returns:
       A tree of the same structure, with a spec for each leaf.
 
     Raises:
-      TypeError: a rule is no pair of a pattern and a `PartitionSpec`.
-      ValueError: no rule matches a leaf, or one has more entries than the leaf has axes; an invalid regex.
+      TypeError: a rule is not a pair of a pattern and a `PartitionSpec`.
+      ValueError: no rule matches a leaf, a spec has more entries than the leaf has axes, or a regex is invalid.
     """
     if isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
         raise TypeError(f"match_partition_rules: expected a list of pairs (pattern, PartitionSpec), got {rules!r}.")
@@ -116,7 +115,7 @@ def shardings(
 def _worked_out(
     specs: Tree, params: Tree, attachments: Sequence[Attachment], structure: Structure, mesh: Any
 ) -> tuple[Tree, dict[Path, Any], Any]:
-    """The specs of a grafted tree; what was given for each of the backbone's leaves; and the mesh, if there is one."""
+    """The specs of a grafted tree, what was given for each of the backbone's leaves, and the mesh, if there is one."""
     leaves = surgery.flatten(params)
     start, deltas = surgery.root(params), {path for a in attachments for path in a.leaves}
     backbone = {path for path in leaves if path[: len(start)] != start or path[len(start) :] not in deltas}
@@ -135,21 +134,21 @@ def _worked_out(
 
 
 def state_shardings(state: Any, shardings: Tree) -> Any:
-    """The sharding of each leaf of a training state, from those of the parameters.
+    """Returns the sharding of each leaf of a training state, from those of the parameters.
 
         state = jax.eval_shape(lambda: TrainState.create(apply_fn=model.__call__, params=params, tx=tx))
-        split = jdelta.state_shardings(state, delta.shardings(specs, mesh))
+        shardings = jdelta.state_shardings(state, delta.shardings(specs, mesh))
 
     Args:
-      state: what holds leaves under the names of parameters: a `TrainState`, an optimizer's state. Shapes will do.
-      shardings: a tree of the parameters with `NamedSharding`s, or with `PartitionSpec`s.
+      state: a tree with leaves under the names of parameters: a `TrainState` or an optimizer's state; shapes suffice.
+      shardings: a tree of the parameters with `NamedSharding`s or `PartitionSpec`s.
 
     Returns:
       A tree of the structure of `state`. A leaf whose path ends with that of a parameter, such as a moment of Adam, is
-      split like it, if it has the axes for that; all others are on every device.
+      sharded like it, if its axes allow that; all others are replicated.
 
     Raises:
-      ValueError: `shardings` holds nothing.
+      ValueError: `shardings` is empty.
     """
     split = {path: leaf for path, leaf in surgery.flatten(shardings).items() if leaf is not empty_node}
     if not split:
@@ -166,7 +165,7 @@ def state_shardings(state: Any, shardings: Tree) -> Any:
 
 
 def _fits(held: Any, shape: tuple[int, ...]) -> bool:
-    """Whether an array of this shape can be split so."""
+    """Whether an array of this shape can be sharded so."""
     spec = held.spec if isinstance(held, NamedSharding) else held
     sizes = held.mesh.shape if isinstance(held, NamedSharding) else {}
     parts = [_parts(entry, sizes) if sizes else 1 for entry in spec]
@@ -186,7 +185,7 @@ def _of_backbone(specs: Tree, leaves: Mapping[Path, Any], backbone: set[Path]) -
         path = min(lacking)
         raise ValueError(
             f"partition_specs: {len(lacking)} of the backbone's {len(wanted)} leaves have no spec, first "
-            f"{surgery.name_of(path)!r} of shape {_shape(leaves[path])}. Give P() to a leaf that is not to be split."
+            f"{surgery.name_of(path)!r} of shape {_shape(leaves[path])}. Give P() to a leaf that is to be replicated."
         )
     if surplus := flat.keys() - leaves.keys():
         raise ValueError(

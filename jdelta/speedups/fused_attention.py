@@ -1,4 +1,4 @@
-"""A faster computation of attention in place of the model's own: opt-in, without parameters, and undoable."""
+"""A faster computation of a model's attention: opt-in, without parameters, and undoable."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ Implementation = Literal["cpu", "cudnn", "xla"]
 
 
 def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None = None) -> Alteration:
-    """Computes the attention of a model in one go, where that gives an equal result.
+    """Computes the attention of a model in one operation, where the result is equal.
 
         fused = jdelta.fused_attention(model)
         print(fused)  # 12 attention modules: bert.encoder.layer.[0-11].attention.self
         fused.undo()
 
     Every module that calls Flax's `dot_product_attention_weights` and sums values with the weights is changed. On a
-    GPU in half precision this is cuDNN's flash attention, through `jax.nn.dot_product_attention`, whose memory does
-    not grow with the square of the length, where lengths are even and heads no wider than 128; on a CPU the same sums
-    in a quicker order; elsewhere `jax.nn.dot_product_attention`. (No GPU was there when this was tested. That what
-    cuDNN is asked for passes JAX's checks and lowers is tested, its run is not.)
+    GPU in half precision this is cuDNN's flash attention, through `jax.nn.dot_product_attention`, if lengths are even
+    and heads at most 128 wide; its memory does not grow with the square of the length. On a CPU it is the same sums in
+    a quicker order, elsewhere `jax.nn.dot_product_attention`. (It is tested that calls of cuDNN pass JAX's checks and
+    are lowered; they have not been run on a GPU.)
 
-    No parameter is added. Masks, biases, caches and prefixes take part as before, and deltas come and go in any order.
-    Where the weights themselves are asked for, as with `output_attentions=True`, the model's own function makes them.
-    Where dropout of the weights is on, the model's own computation runs, and a warning says so once.
+    No parameter is added. Masks, biases, caches and prefixes work as before, and deltas attach and detach in any order.
+    Where the weights themselves are used, as with `output_attentions=True`, the model's own function computes them.
+    With dropout of the weights, the model's own computation runs, and a warning says so once.
 
-    JAX cannot map cuDNN's attention: under `jax.vmap`, as in `jdelta.rowwise`, ask for `implementation="xla"`. A
-    function that `jax.jit` compiled before keeps what it was compiled with, here and after `undo`.
+    JAX cannot map cuDNN's attention: under `jax.vmap`, as in `jdelta.rowwise`, use `implementation="xla"`. A function
+    that `jax.jit` compiled before is not changed, neither here nor by `undo`.
 
     Args:
       model: a Flax model of transformers, or a `jdelta.Backbone`, with or without deltas.
-      implementation: that of `jax.nn.dot_product_attention`; by default what was said above.
+      implementation: that of `jax.nn.dot_product_attention`; by default as described above.
 
     Returns:
-      What was changed, and the way back.
+      A description of the change, with a method `undo`.
 
     Raises:
-      RuntimeError: its attention is fused already.
-      TypeError: it is no such model.
-      ValueError: nothing in it can be changed; the message says why. Or there is no such implementation.
-      Whatever `jax.nn.dot_product_attention` raises where an implementation is asked for that cannot compute this.
+      RuntimeError: the model's attention is fused already.
+      TypeError: the model is not a supported one.
+      ValueError: nothing in the model can be changed, and the message says why; or the implementation is unknown.
+      Also the errors of `jax.nn.dot_product_attention`, if the given implementation cannot compute the attention.
     """
     if implementation is not None and str(implementation) not in ("cudnn", "xla"):
         raise ValueError(f"fused_attention: implementation is 'cudnn', 'xla' or None, got {implementation!r}.")

@@ -1,4 +1,4 @@
-"""Activation functions that keep nothing but their input for the backward pass: opt-in, and undoable."""
+"""Activation functions that keep only their input for the backward pass: opt-in, and undoable."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ _LEANER = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu", "swish
 
 
 def lean_activations(model: Any) -> Alteration:
-    """Lets GELU and SiLU keep their input alone for the backward pass, and compute the rest there again.
+    """Lets GELU and SiLU keep only their input for the backward pass, and recompute the rest there.
 
         lean = jdelta.lean_activations(model)
         print(lean)  # 12 modules: bert.encoder.layer.[0-11].intermediate
         lean.undo()
 
-    JAX keeps one or two more arrays of an activation's size, the widest in a transformer; PyTorch keeps the input.
-    With LoRA on MiniLM, and fused attention, this saves 30 % of a step's temporary memory.
+    JAX keeps one or two more arrays of an activation's size, the widest in a transformer; PyTorch keeps only the input.
+    With LoRA on MiniLM and fused attention, this saves 30 % of the temporary memory of a step.
 
-    The computation is the model's own; but on a CPU in float32 the exact GELU is computed from `erf`, where
-    `jax.nn.gelu` takes `erfc`, at which XLA is slower: the results differ by rounding.
+    The computation is the model's own, except that on a CPU in float32 the exact GELU is computed with `erf` instead of
+    `erfc`, which is slower in XLA: the results differ by rounding.
 
-    Changed is every module that takes its activation by name from transformers: all its families do. In a module of
-    your own write `jax.checkpoint(nn.gelu)`. A function that `jax.jit` compiled before keeps what it was compiled
-    with, here and after `undo`.
+    Every module that takes its activation by name from transformers is changed; all its families do. In a module of
+    your own write `jax.checkpoint(nn.gelu)`. A function that `jax.jit` compiled before is not changed, neither here nor
+    by `undo`.
 
     Args:
       model: a Flax model of transformers, or a `jdelta.Backbone` of one of its modules, with or without deltas.
 
     Returns:
-      What was changed, and the way back.
+      A description of the change, with a method `undo`.
 
     Raises:
-      RuntimeError: its activations are lean already.
-      TypeError: it is no such model.
-      ValueError: no module of it uses such an activation.
+      RuntimeError: the model's activations are lean already.
+      TypeError: the model is not a supported one.
+      ValueError: no module of the model uses such an activation.
     """
     adapter = unaltered(
         model, _NAME, "lean_activations: the activations of this model are lean already. Call undo() first."

@@ -25,20 +25,20 @@ REGEX_MARK = "[r]"
 
 
 def match(names: Collection[str], patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """The names that the patterns mean, in the order of `names`.
+    """Returns the names that match any of the patterns, in the order of `names`.
 
         jdelta.match(names, [r"[r](\\d)+\\.output.dense"], exclude=["11"])
 
     Args:
       names: dot-joined module names.
-      patterns: end-matches and `[r]` regexes; a name is taken if one of them matches.
-      exclude: patterns of names to leave out, together with everything below them.
+      patterns: end-matches and `[r]` regexes; a name is included if one of them matches.
+      exclude: patterns of names to exclude, together with everything below them.
 
     Returns:
       The matching names, each once.
 
     Raises:
-      TypeError: `names`, `patterns` or `exclude` is a bare string or no list, or holds something that is no string.
+      TypeError: `names`, `patterns` or `exclude` is not a list of strings.
       ValueError: an invalid regex, or a pattern that matches nothing (the message shows the closest names).
     """
     names = list(dict.fromkeys(_strings(names, "a list of names", "a name")))

@@ -1,8 +1,7 @@
 """Pure functions on parameter trees: graft, prune, partition, combine.
 
-A tree is a nested `dict` or a `FrozenDict`; the functions return the kind they
-were given, never change their input, and run under `jax.jit` (they only move
-leaves). Of arrays that were donated, and so deleted, they raise `RuntimeError`.
+A tree is a nested `dict` or a `FrozenDict`. The functions return the type that they get, do not change their input, and
+run under `jax.jit`, since they only move leaves. They raise `RuntimeError` for arrays that were donated.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def is_deleted(tree: Tree) -> bool:
 
 
 def graft(params: Tree, delta_params: Tree) -> Tree:
-    """Puts the leaves of a delta into a backbone's tree.
+    """Adds the leaves of a delta to a backbone's tree.
 
         params = jdelta.graft(params, delta.init(rng))
 
@@ -123,24 +122,24 @@ def graft(params: Tree, delta_params: Tree) -> Tree:
 
 
 def prune(params: Tree, *deltas: HasPaths | Tree | Iterable[Path | str] | str) -> Tree:
-    """Takes deltas' leaves out again: the inverse of `graft`, bit for bit.
+    """Removes the leaves of deltas: the inverse of `graft`, bit for bit.
 
         params = jdelta.prune(params, delta)
-        params = jdelta.prune(params, "lora")  # the same, where only a name is at hand
+        params = jdelta.prune(params, "lora")  # the same, by name
 
     Args:
       params: a grafted tree.
       *deltas: each a delta, attached or not; a tree of its leaves, as `graft` takes it; paths of leaves, as
         `delta.paths` gives them, or dot-joined; or the name that a method of jdelta gives to its deltas, such as
-        `"lora"` or `"lora_2"`. Under another name, only LoRA's leaves can be told from those of a backbone.
+        `"lora"` or `"lora_2"`. With any other name, only LoRA's leaves can be distinguished from a backbone's.
 
     Returns:
       A new tree without them.
 
     Raises:
-      TypeError: something else in place of a delta.
-      ValueError: the tree holds no leaf of a delta, or a name may be that of a part of the backbone. Pass the delta
-        then.
+      TypeError: an argument is not a delta, a tree, paths or a name.
+      ValueError: the tree holds no leaf of a delta, or a name may also be that of a part of the backbone; pass the
+        delta instead.
     """
     require_alive(params)
     leaves, start = flatten(params), root(params)
@@ -184,7 +183,7 @@ def _paths_of(name: str, leaves: Mapping[Path, Any]) -> set[Path]:
 
 
 def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
-    """Splits a tree in two by a mask; neither part has holes.
+    """Splits a tree by a mask into two trees without empty places.
 
         trainable, frozen = jdelta.partition(params, mask)
         grads = jax.grad(lambda t: loss(jdelta.combine(t, frozen)))(trainable)
@@ -197,7 +196,7 @@ def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
       The tree of the leaves whose mask is true, and the tree of the others.
 
     Raises:
-      ValueError: mask and tree differ in structure.
+      ValueError: the mask and the tree differ in structure.
     """
     require_alive(params)
     leaves, flags = flatten(params), flatten(mask)
@@ -212,17 +211,20 @@ def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
 
 
 def combine(*trees: Tree, like: Tree = None) -> Tree:
-    """Puts parts of a tree together again: the inverse of `partition`, bit for bit.
+    """Joins parts of a tree: the inverse of `partition`, bit for bit.
+
+        trainable, frozen = jdelta.partition(params, mask)
+        params = jdelta.combine(trainable, frozen)
 
     Args:
       *trees: parts that share no leaf.
-      like: optionally a tree of the wanted structure (shapes suffice), to check that nothing is missing.
+      like: a tree of the expected structure (shapes suffice), to check that nothing is missing.
 
     Returns:
       One tree with all leaves.
 
     Raises:
-      ValueError: two parts hold the same path, or the result differs in structure from `like`.
+      ValueError: two parts hold the same path, or the structure of the result is not that of `like`.
     """
     merged = _merge(trees, "combine: {} is in more than one of the trees.")
     if like is not None:

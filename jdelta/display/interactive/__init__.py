@@ -1,4 +1,4 @@
-"""Choosing modules in a web page: `select_modules`, and `interactive_modify=True` of every method."""
+"""Selecting modules interactively, in a web page: `select_modules`, and `interactive_modify=True` of every method."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ def select_modules(
     port: bool | int = True,
     **arguments: Any,
 ) -> list[str]:
-    """Shows the model as a tree in a web page, waits, and returns the modules that were chosen there.
+    """Shows the model as a tree in a web page, waits, and returns the modules that were selected there.
 
         names = jdelta.select_modules(model, jdelta.LoraModel, lora_r=4)
         delta = jdelta.LoraModel(model, names, lora_r=4)
 
-    The link that is printed carries a random token, without which the server answers nothing; it listens on the
-    loopback address alone, and ends with the first selection. In Jupyter and Colab the page is shown in the notebook.
-    Ctrl-C stops. The model is not changed.
+    The printed link carries a random token, and the server refuses requests without it. It listens on the loopback
+    address only, and ends with the first selection. In Jupyter and Colab the page is shown in the notebook. Ctrl-C
+    stops. The model is not changed.
 
     Args:
       backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
-      method: the method that the modules are for, or its configuration. The page then shows what the selection costs,
-        and which modules cannot take it and why.
-      host: the address to listen at. At another than the loopback address, whoever can read the traffic can answer.
+      method: the method that the modules are for, or its configuration. The page then shows the costs of the selection,
+        and which modules the method cannot be attached at, and why.
+      host: the address to listen at. With any other than the loopback address, others who read the traffic can answer.
       port: the port; `True` for the first free one from 8888 on.
       **arguments: the method's own, see its configuration; also `exclude_modules` and `unfrozen_modules`.
 
     Returns:
-      The names, in order of execution, as `modified_modules` takes them.
+      The names, in order of execution, for `modified_modules`.
 
     Raises:
       KeyboardInterrupt: Ctrl-C.
       OSError: the port is in use, or the address is not this machine's.
-      TypeError, ValueError: the backbone is none, or the method's modules cannot be chosen one by one, or an argument
-        is wrong.
+      TypeError, ValueError: the backbone is not a supported model, the method's modules cannot be selected one by one,
+        or an argument is wrong.
     """
     if method is None:
         if arguments:

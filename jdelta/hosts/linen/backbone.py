@@ -106,7 +106,15 @@ class Backbone(LinenAdapter):
         return self.module.apply(variables, *args, rngs=rngs, **kwargs)
 
     def run_init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
-        """Initialises `module`, a variant of this backbone's, on the dummy input; laid out as `params`."""
+        """Initialises a variant of the module on the dummy inputs.
+
+        Args:
+          module: the variant, such as the module with its deltas.
+          rng: a key.
+
+        Returns:
+          A tree like `params`.
+        """
         return self._init(module, rng, self._inputs)
 
     def _init(self, module: nn.Module, rng: chex.PRNGKey, inputs: tuple) -> Tree:

@@ -40,58 +40,58 @@ def weighted_sum(
     name: str | None = None,
     check_hash: bool | Literal["warn"] = "warn",
 ) -> Finetuned:
-    """One delta that does what several do, each as much as its weight says.
+    """Returns the weighted sum of several deltas, as one delta.
 
         both = jdelta.weighted_sum(["movies/", "tweets/"], [0.7, 0.3], "svd", rank=8, keep=["classifier"])
         delta = jdelta.AutoDeltaModel.from_finetuned(both, backbone_model=model)
 
     Negative weights subtract a task (Ilharco et al. 2023, arXiv 2212.04089). The combinations are those of PyTorch
-    PEFT's `add_weighted_adapter`, and give its numbers. For every method there are
+    PEFT's `add_weighted_adapter`, with the same results. For every method there are
 
-    - `linear`: the sum of the leaves. LoRA's two factors are summed apart, each with the root of weight times scale, so
-      that the product has cross terms: two equal deltas at weights of a half do twice what one does.
-    - `magnitude_prune`: the same of the `density` largest entries of each leaf.
-    - `ties`: these, without those that go against the majority's sign, averaged over how many are left
-      (Yadav et al. 2023, arXiv 2306.01708).
-    - `dare_linear`, `dare_ties`: with a random `density` of the entries in place of the largest, divided by it (Yu
-      et al. 2023, arXiv 2311.03099).
+    - `linear`: the sum of the leaves. LoRA's two factors are summed separately, each with the root of weight times
+      scale, so that the product has cross terms: two equal deltas with weights 0.5 have twice the effect of one.
+    - `magnitude_prune`: the same, of the largest entries of each leaf, `density` of them.
+    - `ties`: the same largest entries, without those whose sign is not the majority's, averaged over the number that
+      remain (Yadav et al. 2023, arXiv 2306.01708).
+    - `dare_linear`, `dare_ties`: a random share `density` of the entries, divided by `density`, in place of the largest
+      (Yu et al. 2023, arXiv 2311.03099).
 
-    and for LoRA, which may differ in rank then,
+    and for LoRA, whose ranks may then differ,
 
-    - `cat`: the factors side by side. It is exact, and the ranks add up.
+    - `cat`: the concatenated factors. It is exact, and its rank is the sum of the ranks.
     - `svd`: the best approximation of the exact sum that has rank `rank`.
-    - `magnitude_prune_svd`, `ties_svd`, `dare_linear_svd`, `dare_ties_svd`: the same as above, but of the products of
-      the factors, which are then approximated in rank `rank`.
+    - `magnitude_prune_svd`, `ties_svd`, `dare_linear_svd`, `dare_ties_svd`: as above, but of the products of the
+      factors, which are then approximated with rank `rank`.
 
-    Sums are computed in float64, and have the first delta's dtype. The layers of an `nn.scan` share their leaves, so
-    `density` counts over all of them.
+    Sums are computed in float64 and have the dtype of the first delta. The layers of an `nn.scan` are in one leaf, and
+    `density` is over all of them.
 
     Args:
-      deltas: what `finetuned` gave, attached deltas, saved folders, or repositories of the Hub.
-      weights: a number for each.
-      combination: one of the above; by default the exact sum: `cat` for LoRA, `linear` for everything else.
-      rank: of the result of the `svd` kind; by default, at each module, the highest rank among the deltas.
-      density: for those that leave entries out: the share that stays, above 0 and at most 1.
-      majority_sign_method: of the `ties` kind: the sign of the sum, `"total"`, or that which most have, `"frequency"`.
-      rng: seed or key of the `dare` kind.
-      base: what values were before training: the backbone's parameters, or `delta.finetuned()` of that time. A leaf
-        that it has is then taken as a change from there, except LoRA's, which is a change anyway. Without it, values
-        can only be averaged, by weights that sum to 1.
-      keep: patterns of the backbone's leaves that are the first delta's in the result, such as the classifier head of
-        its task. The other deltas may have others there, or none.
-      name: the result's name in the tree; by default the first delta's.
-      check_hash: what to do if the deltas were trained on different backbones: `"warn"`, `True` to refuse, `False`
-        for nothing.
+      deltas: `Finetuned` objects, attached deltas, saved folders, or repositories of the Hub.
+      weights: a number for each delta.
+      combination: one of the above; by default the exact sum: `cat` for LoRA, `linear` for all other methods.
+      rank: of the result of the `svd` combinations; by default, at each module, the highest rank among the deltas.
+      density: the share of entries that remain, above 0 and at most 1, for the combinations that drop entries.
+      majority_sign_method: for `ties`: the sign of the sum, `"total"`, or the most frequent sign, `"frequency"`.
+      rng: seed or key, for `dare`.
+      base: the values before training: the backbone's parameters, or `delta.finetuned()` of that time. A leaf of it
+        counts as a change from there, except LoRA's, which is a change already. Without it, values can only be
+        averaged, with weights that sum to 1.
+      keep: patterns of the backbone's leaves that the result takes from the first delta, such as the classifier head of
+        its task. The other deltas may have different ones, or none.
+      name: the name of the result in the tree; by default that of the first delta.
+      check_hash: what happens if the deltas were trained on different backbones: a warning with `"warn"`, an error with
+        `True`, nothing with `False`.
 
     Returns:
-      A delta of the same method, to be saved, attached or loaded. LoRA's update has the scale 1 then.
+      A delta of the same method, to be saved, attached or loaded. The scale of LoRA's update is then 1.
 
     Raises:
       FileNotFoundError, ConnectionError: as `AutoDeltaModel.from_finetuned`.
-      TypeError: something is no delta, or no list of them.
-      ValueError: deltas of different methods, arguments, modules or shapes; a combination that is unknown, that this
-        method does not have, or whose arguments are missing, superfluous or beyond their limits; weights that
-        values cannot have; another backbone, with `check_hash=True`.
+      TypeError: `deltas` is not a list of deltas.
+      ValueError: the deltas differ in method, arguments, modules or shapes; the combination is unknown or the method
+        does not support it, or its arguments are missing, superfluous or outside their limits; the weights do not sum
+        to 1 where values are averaged; the backbones differ, with `check_hash=True`.
     """
     if name is not None:
         require_name(name)
@@ -131,21 +131,22 @@ def interpolate(
     name: str | None = None,
     check_hash: bool | Literal["warn"] = "warn",
 ) -> Finetuned:
-    """The delta at `t` on the straight line from one to another, in the space of the leaves: `(1 − t) a + t b`.
+    """Returns the delta between two others, leaf by leaf: `(1 − t) a + t b`.
 
-        jdelta.interpolate("movies/", "tweets/", 0.5)
+        half = jdelta.interpolate("movies/", "tweets/", 0.5)
+        delta = jdelta.AutoDeltaModel.from_finetuned(half, backbone_model=model)
 
-    Any method has it, as values can be averaged. Every leaf is taken for itself, LoRA's factors too, so the ends
-    are the deltas themselves, and two equal ones give the same in between. The *update* of LoRA runs along a straight
-    line in `weighted_sum([a, b], [1 - t, t])`.
+    Every method supports it. Each leaf is interpolated by itself, LoRA's factors too: the results at 0 and 1 are the
+    deltas themselves, and between two equal deltas all are equal. LoRA's *update* is interpolated by
+    `weighted_sum([a, b], [1 - t, t])`.
 
     Args:
-      a: the delta at 0: as in `weighted_sum`, and the others of this name too.
+      a: the delta at 0, given as in `weighted_sum`.
       b: the delta at 1.
-      t: where; below 0 and above 1 it extrapolates.
-      keep: patterns of the backbone's leaves that are those of `a` everywhere.
-      name: the result's name in the tree; by default that of `a`.
-      check_hash: what to do if they were trained on different backbones.
+      t: the position; below 0 and above 1 it extrapolates.
+      keep: patterns of the backbone's leaves that the result takes from `a`.
+      name: the name of the result in the tree; by default that of `a`.
+      check_hash: as in `weighted_sum`.
 
     Returns:
       A delta with the configuration of `a`.
@@ -168,25 +169,26 @@ def interpolate(
 def negate(
     delta: Source, *, base: Tree | Finetuned | None = None, keep: Sequence[str] = (), name: str | None = None
 ) -> Finetuned:
-    """The delta that undoes another: task negation (Ilharco et al. 2023, arXiv 2212.04089).
+    """Returns the delta with the opposite change: task negation (Ilharco et al. 2023, arXiv 2212.04089).
 
-        jdelta.negate("toxic/", keep=["classifier"])
+        opposite = jdelta.negate("toxic/", keep=["classifier"])
+        delta = jdelta.AutoDeltaModel.from_finetuned(opposite, backbone_model=model)
 
-    LoRA's update gets the opposite sign, by that of `a`, exactly; so do the biases that BitFit adds. A leaf of `base`
-    goes as far to the other side of it. There is no negative of an adapter, a prefix or a prompt without `base`.
+    LoRA's update is negated exactly, by the sign of `a`; so are the biases that BitFit adds. A leaf that is in `base`
+    becomes `2 · base − leaf`. Without `base`, an adapter, a prefix or a prompt has no negative.
 
     Args:
-      delta: as in `weighted_sum`, and the others of this name too.
-      base: what values were before training.
+      delta: given as in `weighted_sum`.
+      base: the values before training, as in `weighted_sum`.
       keep: patterns of the backbone's leaves that stay as they are.
-      name: the result's name in the tree; by default the delta's.
+      name: the name of the result in the tree; by default that of the delta.
 
     Returns:
       A delta with the same configuration.
 
     Raises:
       FileNotFoundError, ConnectionError, TypeError: as `weighted_sum`.
-      ValueError: a leaf holds a value that is not in `base`.
+      ValueError: a leaf holds a value, and `base` does not have it.
     """
     (found,) = checks.read_all([delta])
     kept, pairs = checks.kept_leaves([found], keep), lora_factors.pairs_of(found)
