@@ -35,7 +35,7 @@ from jdelta.names.common_names import register_common_names
 from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
 from jdelta.saved.finetuned import Finetuned
 from jdelta.scale.many import rowwise, select, stack, unstack
-from jdelta.scale.sharding import match_partition_rules, state_shardings
+from jdelta.scale.partition_rules import match_partition_rules, state_shardings
 from jdelta.speedups.fused_attention import fused_attention
 from jdelta.speedups.lean_activations import lean_activations
 from jdelta.trees.addressing import match

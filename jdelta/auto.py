@@ -16,8 +16,8 @@ from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, taken
 from jdelta.delta import DeltaModel, model_class
 from jdelta.hosts.adapting import adapt
-from jdelta.saved.extraction import read_delta
 from jdelta.saved.finetuned import Finetuned, listing
+from jdelta.saved.loading import read_delta
 from jdelta.trees import regexes
 
 

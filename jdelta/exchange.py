@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from flax.core import meta
 from jdelta.auto import AutoDeltaModel
 from jdelta.core.config import as_type
 from jdelta.core.host import unchanged_on_error
+from jdelta.core.warn import warn
 from jdelta.delta import DeltaModel
 from jdelta.hosts.adapting import adapt
 from jdelta.saved import hub
@@ -127,9 +127,8 @@ def _news(adapter: PeftAdapter, params: Tree, shapes: Mapping[str, tuple[int, ..
         if name in adapter.trains or not known:
             news[name] = value
     if rounded:
-        warnings.warn(
+        warn(
             f"from_peft: the model's dtype rounds what is saved of {listing(rounded)}, as in PEFT. To keep it, cast "
-            "the model before, for example model.params = model.to_fp32(model.params).",
-            stacklevel=4,
+            "the model before, for example model.params = model.to_fp32(model.params)."
         )
     return news

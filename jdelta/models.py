@@ -108,7 +108,7 @@ class PrefixModel(DeltaModel):
 
     A host is a module that computes one attention, such as BERT's `attention` or `crossattention`. Its leaves are
     `prefix/keys` and `prefix/values`, `(prefix_token_num, heads, width)`. With `reparameterize`, they are made in every
-    run by one small network, whose leaves are below `prefix` at the root of the tree; `fold` writes them out.
+    run by one small network, whose leaves are below `prefix` at the root of the tree; `materialise` writes them out.
     The output changes at once. Its own arguments are those of `PrefixConfig`, the common ones and errors those of
     `DeltaModel`; a host that computes no attention, or several, is a `TypeError`.
     """

@@ -1,32 +1,22 @@
-"""Onto the model and off it: all that can fail comes first, then model and parameters change."""
+"""Onto the model: all that can fail comes first, then model and parameters change."""
 
 from __future__ import annotations
 
-import dataclasses
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.core import meta
 
 from jdelta.core import training
 from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.host import unchanged_on_error
-from jdelta.core.method import Find, Method
+from jdelta.core.initial_values import initial_values
+from jdelta.core.method import Find
 from jdelta.core.placement import edits_at, warn_of_twin
-from jdelta.core.state import (
-    DeltaState,
-    carried,
-    copied,
-    digests,
-    free_name,
-    unfrozen_backbone,
-    without,
-)
+from jdelta.core.state import DeltaState, carried, copied, digests, free_name, unfrozen_backbone
 from jdelta.core.structure import require_open
 from jdelta.trees import dtypes, memory, surgery
 from jdelta.trees.surgery import Path, Tree
@@ -79,7 +69,7 @@ def put(state: DeltaState, edits: Sequence[CallEdit]) -> None:
     if params is not None:
         have = surgery.flatten(params)
         fresh = [p for p in draft[index].leaves if (*surgery.root(params), *p) not in have]
-        after = surgery.graft(params, _initial_values(state, draft, fresh, params)) if fresh else params
+        after = surgery.graft(params, initial_values(state, draft, fresh, params)) if fresh else params
     start = surgery.root(everything)
     before = state.kept
     try:
@@ -90,7 +80,7 @@ def put(state: DeltaState, edits: Sequence[CallEdit]) -> None:
                 state.kept = {p: copied(leaf) for p, leaf in unfrozen_backbone(state, after).items()} | state.kept
             if not draft[index].generated:
                 host.remember_tree(everything)
-            training.mask_of(state, state.tree(None))
+            training.trainable_mask(state)
             training.warn_of_untrainable(state, state.method.unfrozen_modules or (), "unfrozen_modules")
     except Exception:
         state.kept = before
@@ -98,107 +88,6 @@ def put(state: DeltaState, edits: Sequence[CallEdit]) -> None:
     state.shapes = surgery.unflatten({(*start, *path): shape for path, shape in own.items()})
     if params is not None and state.initial is not None:
         state.initial |= digests(surgery.parameters(after), fresh)
-
-
-def insert(
-    state: DeltaState, name: str | Sequence[str], where: Any, layer: nn.Module, start: str | None = None
-) -> None:
-    """Puts a layer at the modules that a name or patterns mean. See `DeltaModel.insert_sequential_module`."""
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"the layer is a flax.linen module, got {layer!r}.")
-    begin = None
-    if start is not None:
-        begin, *more = state.structure.find([start])
-        if more:
-            raise ValueError(f"start={start!r} means {1 + len(more)} modules; name one.")
-    own = state.attachment
-    edits = []
-    for host in state.structure.find([name] if isinstance(name, str) else name):
-        number = sum(edit.host == host.path and edit.layer is not None for edit in own.edits)
-        leaf = (state.name, str(number)) if number else (state.name,)
-        edits.append(CallEdit(host.path, where, layer, span_input=begin.path if begin else None, leaf=leaf))
-    put(state, [*own.edits, *edits])
-    state.inserted += [surgery.name_of(edit.host) for edit in edits]
-
-
-def switch(state: DeltaState, active: bool) -> None:
-    """Takes the delta off the model, or puts it back. See `DeltaModel.detach`."""
-    own, host = state.attachment, state.host
-    if state.merged:
-        raise RuntimeError(f"delta {state.name!r} is merged into the weights. Call unmerge() first.")
-    if own.active == active:
-        raise RuntimeError(f"delta {state.name!r} is {'attached' if active else 'detached'} already.")
-    attachments = [dataclasses.replace(a, active=active) if a.name == state.name else a for a in carried(state)]
-    params = host.params
-    if params is not None:
-        surgery.require_alive(params)
-        flat, start = surgery.flatten(params), surgery.root(params)
-        leaves = [(*start, *path) for path in own.leaves]
-        keep = unfrozen_backbone(state, params)
-        if not active:
-            for path in leaves:
-                if path not in flat:
-                    raise ValueError(
-                        f"detach: model.params lacks {surgery.name_of(path)!r}. Set model.params to a tree "
-                        "that holds the delta's leaves."
-                    )
-            keep.update({path: flat[path] for path in leaves})
-            flat = {path: leaf for path, leaf in flat.items() if path not in set(leaves)}
-        flat.update(state.kept)
-        keep = {path: copied(leaf) for path, leaf in keep.items()}
-        host.params = surgery.unflatten(flat, like=params)
-        state.kept = keep
-    host.install(attachments)
-
-
-def remove(state: DeltaState) -> None:
-    """Takes the delta off the model for good. See `DeltaModel.remove`."""
-    if state.attachment.active:
-        switch(state, active=False)
-    own, others = state.attachment, carried(state)
-    state.host.install(without(others, [own]) if state.was_merged else [a for a in others if a.name != state.name])
-    state.removed = own
-    state.kept = {}
-    state.unmerged = {}
-
-
-# --- values
-
-
-def init(state: DeltaState, rng: chex.PRNGKey, params: Tree | None) -> Tree:
-    """Fresh values of the delta's own leaves. See `DeltaModel.init`."""
-    own = dataclasses.replace(state.attachment, active=True)
-    attachments = [own if a.name == own.name else a for a in state.host.attachments]
-    leaves = surgery.select(state.host.init(attachments, rng), own.leaves)
-    return _from_backbone(state, leaves, state.host.params if params is None else params)
-
-
-def _initial_values(state: DeltaState, draft: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
-    """Values of new leaves; shapes, where the backbone's own are."""
-
-    def new(rng: chex.PRNGKey) -> Tree:
-        return surgery.select(state.host.init(draft, rng), paths)
-
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        return jax.eval_shape(new, state.rng)
-    return _from_backbone(state, jax.jit(new)(state.rng), params)
-
-
-def _from_backbone(state: DeltaState, own: Tree, params: Tree | None) -> Tree:
-    """The delta's own leaves after `Method.init_from_backbone`."""
-    if type(state.method).init_from_backbone is Method.init_from_backbone:
-        return own
-    surgery.require_alive(params)
-    leaves = surgery.flatten(surgery.parameters(own))
-    values = surgery.flatten(surgery.parameters(params)) if params is not None else {}
-    if not values or any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in values.values()):
-        raise ValueError(
-            f"{state.label} starts from the backbone's values, and the model holds shapes only. Pass them: "
-            "delta.init(rng, params)."
-        )
-    begin = surgery.root(own)
-    started = state.method.init_from_backbone(leaves, values)
-    return surgery.unflatten({(*begin, *path): leaf for path, leaf in started.items()}, like=own)
 
 
 # --- what can be wrong

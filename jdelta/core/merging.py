@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax.core import meta
 
-from jdelta.core import attaching, training
+from jdelta.core import switching, training
 from jdelta.core.edits import Attachment, CallEdit
 from jdelta.core.generators import with_generated
 from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, digests, require_whole, unfrozen_backbone
 from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.core.warn import warn
 from jdelta.trees import dtypes, fingerprint, surgery
 from jdelta.trees.surgery import Path, Tree
 
@@ -140,8 +140,27 @@ def scanned_axes(weights: Mapping[str, Any], seen: Mapping[str, jax.ShapeDtypeSt
 # --- a delta on a model
 
 
-def merge(state: DeltaState, params: Tree | None) -> Tree:
-    """See `DeltaModel.merge`."""
+def merge(state: DeltaState, params: Tree | None = None) -> Tree:
+    """Merges the delta into the weights of its hosts: the model then computes the same, at the bare backbone's cost.
+
+    LoRA merges into every module that it takes; trained biases of BitFit are in their place already. A bias that
+    BitFit gave to a module without one becomes the module's own leaf `bias`, as a module with biases would have it,
+    and still costs its addition. The weights keep their dtype; the sums are computed in float32. `unmerge` puts the
+    original bits back. A delta of which nothing has moved since it was initialised is a `UserWarning`.
+
+    Args:
+      params: a tree to merge into, whose leaves are only read; by default `model.params`.
+
+    Returns:
+      The tree of the bare backbone, with the delta merged in. Without `params`, it is also put into `model.params`,
+      and the delta is detached. With `params`, nothing else changes (and it can be jitted): call `detach()` for
+      a model that takes the new tree.
+
+    Raises:
+      RuntimeError: the delta is detached or merged, or the tree was donated.
+      ValueError: some of it cannot be merged, such as a layer with a non-linearity, an embedding that is tied to
+        the head, or an update of weights that are no floats of 16 bits and more. The message names the modules.
+    """
     own, tree = state.active("merged"), state.values(params)
     start, attachments = surgery.root(tree), state.host.attachments
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
@@ -149,7 +168,7 @@ def merge(state: DeltaState, params: Tree | None) -> Tree:
     require_whole(state, tree, "merge")
     made = with_generated({"params": surgery.parameters(tree)}, [own])["params"]
     if training.is_untrained(state, tree):
-        warnings.warn(training.untrained_message(state, "merge", params), stacklevel=3)
+        warn(training.untrained_message(state, "merge", params))
     weights = merged(made, state.name, attachments, state.structure)
     new = {(*start, *path): value for path, value in weights.items()}
     state.was_merged = True
@@ -158,7 +177,7 @@ def merge(state: DeltaState, params: Tree | None) -> Tree:
         own_leaves = {(*start, *path) for path in own.leaves}
         return surgery.unflatten({p: leaf for p, leaf in leaves.items() if p not in own_leaves} | new, like=tree)
     new |= unfrozen_backbone(state, tree)
-    attaching.switch(state, active=False)
+    switching.detach(state)
     before = surgery.flatten(state.host.params)
     state.unmerged = {path: (before.get(path), leaf) for path, leaf in new.items()}
     state.host.params = surgery.unflatten({**before, **new}, like=tree)
@@ -166,7 +185,12 @@ def merge(state: DeltaState, params: Tree | None) -> Tree:
 
 
 def unmerge(state: DeltaState) -> None:
-    """See `DeltaModel.unmerge`."""
+    """Takes the delta out of the weights again, which then have the bits that they had, and attaches it.
+
+    Raises:
+      RuntimeError: it is not merged, or the weights of then or of now were donated.
+      ValueError: weights were changed since, by training or by a delta that was merged later.
+    """
     host = state.host
     if not state.merged:
         raise RuntimeError(f"delta {state.name!r} is not merged.")
@@ -187,11 +211,28 @@ def unmerge(state: DeltaState) -> None:
     back = {path: leaf for path, leaf in back.items() if leaf is not None}
     host.params = surgery.unflatten(back, like=host.params)
     state.unmerged = {}
-    attaching.switch(state, active=True)
+    switching.attach(state)
 
 
-def materialise(state: DeltaState, params: Tree | None) -> Tree:
-    """See `DeltaModel.materialise`."""
+def materialise(state: DeltaState, params: Tree | None = None) -> Tree:
+    """Writes what a generator makes, such as a prefix's keys and values, in place of its parameters.
+
+    The model computes the same; the leaves are then those of `reparameterize=False`, the configuration says so,
+    and training goes on with them.
+
+        delta = jdelta.PrefixModel(model)
+        delta.materialise()
+
+    Args:
+      params: the tree to take the values from; by default `model.params`.
+
+    Returns:
+      The new tree. Without `params`, it is also put into `model.params`.
+
+    Raises:
+      RuntimeError: the tree was donated.
+      ValueError: there is no generator, or the delta is detached.
+    """
     own, method = state.attachment, state.method.materialised()
     if own.generator is None or method is None or not own.active:
         raise ValueError(f"delta {state.name!r} {'is detached' if own.generator else 'has nothing to materialise'}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jdelta.core.edits import CallEdit
 from jdelta.core.method import Find, Method, Site
 from jdelta.core.state import DeltaState, carried
 from jdelta.core.structure import ModuleInfo
+from jdelta.core.warn import warn
 from jdelta.trees import addressing, surgery
 
 COMMON = {field.name for field in dataclasses.fields(Method)}  # the arguments that every method has
@@ -77,12 +77,11 @@ def warn_of_twin(state: DeltaState, edits: Sequence[CallEdit]) -> None:
     others = [a for a in state.host.attachments if a.active and a.config is not None]
     twins = [a.name for a in others if edits and what(a.config, a.edits) == what(state.method, edits)]
     if twins:
-        warnings.warn(
+        warn(
             f"{state.label}: delta {twins[0]!r} of the same arguments is attached to the same modules. The "
             f"new one, {state.name!r}, adds to what it does, and by default only {state.name!r} trains. If the same "
             "lines ran twice, call remove() or detach() on the first before they run again, or load the model "
-            "afresh. If both are meant, give the new one a name: name=….",
-            stacklevel=5,
+            "afresh. If both are meant, give the new one a name: name=…."
         )
 
 

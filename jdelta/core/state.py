@@ -197,8 +197,11 @@ def unfrozen_backbone(state: DeltaState, params: Tree) -> dict[Path, Any]:
     return {(*start, *path): flat[(*start, *path)] for path in state.attachment.unfrozen_backbone}
 
 
-def own_leaves(state: DeltaState, tree: Tree) -> Tree:
-    """The part of a tree that belongs to this delta alone, laid out as it is grafted.
+def own(state: DeltaState, tree: Tree) -> Tree:
+    """The part of a tree that belongs to this delta alone, laid out as `init` gives it.
+
+    Args:
+      tree: of the grafted parameters' structure: values, specs, shardings, gradients.
 
     Raises:
       RuntimeError: it was donated.

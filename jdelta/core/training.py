@@ -1,8 +1,7 @@
-"""What trains with a delta, and what is frozen."""
+"""What trains with a delta, and what is frozen: masks, partitions and optimizers."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +11,47 @@ import optax
 from flax.core import meta
 
 from jdelta.core.state import DeltaState, has_value, kept_value
+from jdelta.core.warn import warn
 from jdelta.trees import addressing, dtypes, fingerprint, freezing, surgery
 from jdelta.trees.surgery import Path, Tree
 
 
-def mask_of(state: DeltaState, params: Tree) -> Tree:
-    """A tree of bools like `params`, `True` where a leaf trains now."""
-    return freezing.mask_of(params, trained(state, surgery.parameters_of(params)))
+def trainable_mask(state: DeltaState, params: Tree | None = None) -> Tree:
+    """A tree of bools, `True` where a leaf trains, for any optax wrapper.
+
+    Args:
+      params: the tree to make it for; by default `model.params`.
+    """
+    tree = state.tree(params)
+    return freezing.mask_of(tree, trained(state, surgery.parameters_of(tree)))
+
+
+def partition(state: DeltaState, params: Tree | None = None) -> tuple[Tree, Tree]:
+    """Splits a tree into what trains and what is frozen; neither part has holes.
+
+        trainable, frozen = delta.partition(model.params)
+        grads = jax.grad(lambda t: loss(jdelta.combine(t, frozen)))(trainable)
+
+    Args:
+      params: the tree to split; by default `model.params`.
+
+    Raises:
+      RuntimeError: it was donated.
+    """
+    tree = state.tree(params)
+    return surgery.partition(tree, trainable_mask(state, tree))
+
+
+def combine(state: DeltaState, *trees: Tree) -> Tree:
+    """`jdelta.combine`, and an error unless the parts make up the whole tree of this model.
+
+    Args:
+      *trees: the parts, such as those of `partition`.
+
+    Raises:
+      ValueError: the parts overlap, or leaves are missing or do not belong.
+    """
+    return surgery.combine(*trees, like=state.tree(None))
 
 
 def trained(state: DeltaState, leaves: Mapping[Path, Any]) -> set[Path]:
@@ -34,11 +67,21 @@ def trained(state: DeltaState, leaves: Mapping[Path, Any]) -> set[Path]:
     return freezing.trained_paths(leaves, state.exclude, deltas, frozen, fixed)
 
 
-def freeze(state: DeltaState, exclude: Sequence[str]) -> None:
-    """Sets what trains: what these patterns mean. See `DeltaModel.freeze_module`."""
+def freeze_module(state: DeltaState, exclude: Sequence[str] = ("deltas",)) -> None:
+    """Freezes the whole model except what is named. Calling it again replaces the first choice.
+
+    Args:
+      exclude: patterns of modules or leaves that train, with everything below them; `"deltas"` means the leaves
+        of all attached deltas.
+
+    Raises:
+      TypeError: `exclude` is a bare string.
+      ValueError: a pattern matches nothing, or nothing but leaves that cannot be trained, such as whole numbers.
+        The earlier choice then stays. A pattern that means some of those too is a `UserWarning`.
+    """
     before, state.exclude = state.exclude, tuple(addressing.checked(exclude))
     try:
-        mask_of(state, state.tree(None))
+        trainable_mask(state)
     except ValueError:
         state.exclude = before
         raise
@@ -48,7 +91,23 @@ def freeze(state: DeltaState, exclude: Sequence[str]) -> None:
 def optimizer(
     state: DeltaState, tx: optax.GradientTransformation | optax.MultiSteps
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for the whole tree that moves only what trains now. See `DeltaModel.optimizer`."""
+    """An optimizer for the whole tree that moves only what trains now, and holds state only for that.
+
+        tx = delta.optimizer(optax.adamw(1e-3))
+        state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
+        tx = delta.optimizer(optax.MultiSteps(optax.adamw(1e-3), every_k_schedule=4))  # of 4 micro-batches
+
+    It is bound to what trains when it is made. If that changes, by `freeze_module`, `detach` or another delta, its
+    next `init` or `update` is a `RuntimeError`; a compiled step goes on with what it was compiled for, until it is
+    traced again. (`trainable_mask` and `partition` give plain trees, which stay as they are too.)
+
+    Args:
+      tx: the optimizer of the trainable leaves; `optax.MultiSteps` goes in here, since around the result it would
+        sum up the gradients of the whole backbone.
+
+    Raises:
+      TypeError: `tx` is no optimizer.
+    """
     bound = _trained_in_model(state, state.tree(None))
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(f"optimizer takes one of optax's, such as optax.adamw(1e-3), got {tx!r}.")
@@ -66,10 +125,9 @@ def warn_of_untrainable(state: DeltaState, patterns: Sequence[str], verb: str) -
     """Warns if patterns of what trains mean leaves too that cannot be trained."""
     if passed := freezing.passed_over(state.tree(None), patterns):
         more = f" and {len(passed) - 3} more" if len(passed) > 3 else ""
-        warnings.warn(
+        warn(
             f"{verb}: {', '.join(passed[:3])}{more} stay frozen: only floats of 16 bits and more train. Name the "
-            "other leaves alone.",
-            stacklevel=5,
+            "other leaves alone."
         )
 
 

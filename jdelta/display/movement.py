@@ -87,15 +87,28 @@ def measured(
     }
 
 
-def of_delta(state: DeltaState, params: Tree | None) -> dict[str, np.ndarray]:
-    """The movement of each module of a delta on its model. See `DeltaModel.movement`."""
+def movement(state: DeltaState, params: Tree | None = None) -> Movement:
+    """How far each module that the delta changes moved in training: `‖change‖ / ‖weight‖`, layer by layer.
+
+    Of LoRA the change is the update of the weight, of BitFit that of the bias, and the weight is what the backbone
+    has there without biases; `jdelta.display.movement.measured` says why. What else trained, such as a head in
+    `unfrozen_modules`, is not in the table: its earlier values are not kept.
+
+    Args:
+      params: the tree to take the values from; by default `model.params`.
+
+    Raises:
+      RuntimeError: the delta is detached or merged, or the tree was donated.
+      ValueError: its layers do something else than change weights, as adapters, prefixes and prompts do; or the
+        values are elsewhere.
+    """
     own, tree = state.active("measured"), surgery.parameters(state.values(params))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
         raise ValueError("the model holds shapes only. Pass the tree that holds the values: params=….")
     require_whole(state, tree, "movement")
     pretrained = surgery.flatten(surgery.parameters(surgery.unflatten(state.kept)))
     made = with_generated({"params": tree}, [own])["params"]
-    return measured(made, pretrained, own, state.structure)
+    return tabulated(measured(made, pretrained, own, state.structure))
 
 
 def tabulated(movements: Mapping[str, np.ndarray]) -> Movement:

@@ -1,49 +1,133 @@
-"""A trained delta apart from its model, and back onto one."""
+"""A trained delta apart from its model: in memory, in a folder, on the Hub, and in PEFT's format."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import warnings
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.core import meta
 
 from jdelta.core import training
-from jdelta.core.config import as_type
+from jdelta.core.config import as_path, as_type
 from jdelta.core.merging import materialised
-from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, targets
-from jdelta.saved import hub
-from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing, misfits, require_check_hash, require_same
+from jdelta.core.warn import warn
+from jdelta.saved import hub, peft
+from jdelta.saved.finetuned import BackboneInfo, Finetuned
 from jdelta.trees import fingerprint, processes, surgery
 from jdelta.trees.surgery import Tree
 
 
-def finetuned(state: DeltaState, params: Tree | None) -> Finetuned:
-    """See `DeltaModel.finetuned`."""
+def finetuned(state: DeltaState, params: Tree | None = None) -> Finetuned:
+    """The trained delta apart from the model: to be saved, added to others, put on another copy of the backbone.
+
+    Args:
+      params: the tree to take the values from; by default `model.params`.
+
+    Returns:
+      Its own leaves and whatever else trains (but no leaves of other deltas), with the configuration and the
+      backbone's fingerprint. A prefix comes without the network that makes it, as `materialise` leaves it.
+
+    A delta of which nothing has moved since it was initialised is a `UserWarning`.
+
+    Raises:
+      RuntimeError: it is detached, or the tree was donated.
+      ValueError: leaves are missing, or are shapes.
+    """
     state.active("saved")
     if training.is_untrained(state, state.values(params)):
-        warnings.warn(training.untrained_message(state, "finetuned", params), stacklevel=3)
-    return extracted(state, params)
+        warn(training.untrained_message(state, "finetuned", params))
+    return _extracted(state, params)
 
 
-def trained_or_allowed(state: DeltaState, verb: str, params: Tree | None, allow_untrained: bool) -> Finetuned:
+def save_finetuned(
+    state: DeltaState, path: str | os.PathLike[str], params: Tree | None = None, *, allow_untrained: bool = False
+) -> None:
+    """Writes what was trained to a folder: `delta_config.json`, `delta.safetensors` and a model card.
+
+    `AutoDeltaModel.from_finetuned(path, backbone_model=…)` restores it bit for bit, in the dtype that it has now.
+    The folder is replaced as a whole: whenever this is interrupted, it holds the old delta or the new one. In a
+    program of several processes all have to call this, and the first one writes; if it fails, all raise.
+
+    Args:
+      path: the folder; it is made if need be, and other files in it stay.
+      params: the tree to take the values from; by default `model.params`.
+      allow_untrained: whether to write a delta of which nothing has moved since it was initialised, as
+        `model.params` holds it while a tree of your own is trained.
+
+    Raises:
+      OSError: no permission, no space, or the path is a file. What was there before is there still.
+      ValueError: nothing has moved. Nothing is written then.
+      RuntimeError, ValueError: as `finetuned`.
+    """
+    path = as_path("save_finetuned", path)
+    found = _trained_or_allowed(state, "save_finetuned", params, allow_untrained)
+    processes.by_first(lambda: found.save(path))
+
+
+def push_to_hub(
+    state: DeltaState, repo_id: str, params: Tree | None = None, *, allow_untrained: bool = False, **options: Any
+) -> str:
+    """Saves what was trained and uploads it to the Hub.
+
+    Args:
+      repo_id: `"user/name"`; the repository is made if need be.
+      params, allow_untrained: as in `save_finetuned`.
+      **options: `token`, `private`, `revision`, `commit_message`, `create_pr`, as huggingface_hub has them.
+
+    Returns:
+      The address of the commit. In a program of several processes all have to call this, and the first uploads.
+
+    Raises:
+      PermissionError: the token does not allow it, or there is none.
+      ConnectionError: the Hub cannot be reached, or fails.
+      FileNotFoundError: no such revision to start from.
+      TypeError: an unknown option.
+      ValueError: the Hub refuses the name; or `private` of a repository that is public already.
+      RuntimeError, ValueError: as `finetuned`.
+    """
+    found = _trained_or_allowed(state, "push_to_hub", params, allow_untrained)
+    return processes.by_first(lambda: hub.push(found.files(), repo_id, **options))
+
+
+def to_peft(
+    state: DeltaState, path: str | os.PathLike[str], params: Tree | None = None, *, allow_untrained: bool = False
+) -> None:
+    """Writes what was trained in the format of PyTorch PEFT, which `PeftModel.from_pretrained` loads.
+
+    Of LoRA, prefix tuning and prompt tuning. The folder gets `adapter_config.json` and `adapter_model.safetensors`,
+    written beside it first; other files in it stay. Whole modules that trained with the delta become
+    `modules_to_save`, single biases `bias`. In a program of several processes all have to call this.
+
+    Args:
+      path: the folder; it is made if need be.
+      params, allow_untrained: as in `save_finetuned`.
+
+    Raises:
+      OSError: no permission, no space, or the path is a file. What was there before is there still.
+      ValueError: PEFT has no such method, or cannot train what trained here; the message says what.
+      RuntimeError, ValueError: as `finetuned`.
+    """
+    path = as_path("to_peft", path)
+    found = _trained_or_allowed(state, "to_peft", params, allow_untrained)
+    processes.by_first(lambda: peft.to_peft(found, state.structure, path))
+
+
+def _trained_or_allowed(state: DeltaState, verb: str, params: Tree | None, allow_untrained: bool) -> Finetuned:
     """What is written. Raises `ValueError` if nothing has moved, unless that is allowed."""
     state.active("saved")
     allowed = as_type("allow_untrained", allow_untrained, bool)
     if not allowed and training.is_untrained(state, state.values(params)):
         message = training.untrained_message(state, verb, params)
         raise ValueError(f"{message} To write it as it is: allow_untrained=True.")
-    return extracted(state, params)
+    return _extracted(state, params)
 
 
-def extracted(state: DeltaState, params: Tree | None) -> Finetuned:
+def _extracted(state: DeltaState, params: Tree | None) -> Finetuned:
     """The delta apart from the model, whether it has moved or not."""
     own, tree, method = state.active("saved"), state.values(params), state.method
-    trains = surgery.flatten(surgery.parameters(training.mask_of(state, tree)))
+    trains = surgery.flatten(surgery.parameters(training.trainable_mask(state, tree)))
     deltas = {path for a in state.host.attachments for path in a.leaves}
     backbone = [path for path, flag in trains.items() if path not in deltas and flag is not surgery.empty_node]
     if own.generator is not None and (simple := method.materialised()) is not None:
@@ -67,102 +151,3 @@ def extracted(state: DeltaState, params: Tree | None) -> Finetuned:
         backbone=BackboneInfo(host.class_name, host.source_repo, fingerprint.fingerprint(frozen)),
         own=frozenset(map(surgery.name_of, mine)),
     )
-
-
-def load(
-    state: DeltaState,
-    source: str | os.PathLike[str] | Finetuned,
-    params: Tree | None,
-    check_hash: bool | Literal["warn"],
-    revision: str | None,
-) -> Tree:
-    """See `DeltaModel.load_finetuned`."""
-    own = state.active("loaded")
-    require_check_hash(check_hash)
-    if not isinstance(source, Finetuned):
-        source = read_delta(source, revision, state.values(params))
-    found = source.renamed(state.name)
-    _require_fit(state, found)
-    tree = state.values(params)
-    leaves = surgery.flatten(surgery.parameters(tree))
-    shapes = leaves | surgery.flatten(surgery.parameters(state.shapes))
-    paths = {surgery.name_of(path): path for path in shapes}
-    if odd := misfits(found, _to_be_loaded(state, shapes, own.leaves), leaves):
-        raise ValueError(f"delta {state.name!r} cannot be loaded: {listing(odd)}.")
-    if check_hash:
-        deltas = {path for a in state.host.attachments for path in a.leaves}
-        rest = {
-            name: leaves[path]
-            for name, path in paths.items()
-            if path in leaves and path not in deltas and name not in found.values
-        }
-        require_same({} if not rest else fingerprint.fingerprint(rest), found, check_hash)
-    narrower = [
-        f"{name} ({value.dtype} in place of {here})"
-        for name, value in found.values.items()
-        if jnp.promote_types(value.dtype, here := meta.unbox(shapes[paths[name]]).dtype) != value.dtype
-    ]
-    if narrower:
-        warnings.warn(
-            f"delta {state.name!r} was saved in a narrower dtype, and its leaves have that now: "
-            f"{listing(narrower)}. In less than float32 training rounds small steps away, or overflows: before "
-            "training on, cast what trains (trainable_mask says what) to float32.",
-            stacklevel=3,
-        )
-    state.initial = None
-    start = surgery.root(tree)
-    loaded = surgery.replaced(tree, {(*start, *paths[name]): value for name, value in found.values.items()})
-    if params is None and state.host.params is not None:
-        state.host.params = loaded
-    return loaded
-
-
-def read_delta(source: str | os.PathLike[str], revision: str | None, params: Tree | None) -> Finetuned:
-    """What is saved in a folder or on the Hub. Where other processes hold some of `params`, all have to find the same.
-
-    Raises:
-      FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
-      ValueError: a file is damaged, or the processes find different deltas.
-    """
-
-    def read() -> Finetuned:
-        return Finetuned.read(hub.fetch(source, revision))
-
-    return processes.together(read, Finetuned.checksum) if processes.spread(params) else read()
-
-
-def require_leaves(found: Finetuned, state: DeltaState, own: Any) -> None:
-    """Raises `ValueError` unless a delta that is being attached will have the leaves of a saved one."""
-    named = found.renamed(state.name)
-    mine = _to_be_loaded(state, own, own)
-    if odd := misfits(named, mine, surgery.flatten(surgery.parameters(state.tree(None)))):
-        raise ValueError(f"delta {named.name!r} cannot be loaded: {listing(odd)}.")
-
-
-def _to_be_loaded(state: DeltaState, shapes: Any, paths: Any) -> dict[Any, Any]:
-    """Path to shape of the delta's own leaves that a file holds."""
-    return {path: shapes[path] for path in paths if not state.method.regenerated(path)}
-
-
-def _require_fit(state: DeltaState, found: Finetuned) -> None:
-    """Raises `ValueError` unless the saved delta is what this one is, up to its values."""
-    mine, its, name = state.method.to_dict(), found.config.to_dict(), state.name
-    if mine["delta_type"] != its["delta_type"]:
-        raise ValueError(f"delta {name!r} is of method {mine['delta_type']!r}; saved is {its['delta_type']!r}.")
-    common = {field.name for field in dataclasses.fields(Method)}
-    for key in its.keys() - common:
-        if mine[key] != its[key]:
-            raise ValueError(f"delta {name!r} has {key}={mine[key]!r}; saved is {key}={its[key]!r}.")
-    for what, here, there in (
-        ("sits on", targets(state), found.targets),
-        ("has layers inserted at", state.inserted, found.inserted),
-    ):
-        if odd := sorted({*here} ^ {*there}):
-            side = "the saved one does not" if odd[0] in here else "the saved one does"
-            kind, own = found.backbone.kind if found.backbone is not None else "", state.host.class_name
-            on = f" (on {kind}; this is {own})" if kind not in ("", own) else ""
-            raise ValueError(
-                f"delta {name!r} {what} {len(here)} modules, the saved one{on} {what} {len(there)}; at "
-                f"{odd[0]}, {side}. Attach with the saved delta's modified_modules, or with "
-                "AutoDeltaModel.from_finetuned."
-            )

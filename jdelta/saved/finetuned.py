@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -17,6 +16,7 @@ from flax.core import meta
 
 from jdelta.core.config import as_path, as_type, config_from_dict, did_you_mean, require_name, shown
 from jdelta.core.method import Method
+from jdelta.core.warn import warn
 from jdelta.saved import folder
 from jdelta.trees import dtypes, fingerprint, surgery
 from jdelta.trees.surgery import Path
@@ -394,7 +394,7 @@ def require_same(have: Mapping[str, str], found: Finetuned, check_hash: bool | L
     )
     if check_hash != "warn":
         raise ValueError(message)
-    warnings.warn(message, stacklevel=4)
+    warn(message)
 
 
 def _is_repository(name: str) -> bool:

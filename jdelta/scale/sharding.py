@@ -1,4 +1,4 @@
-"""The shardings of deltas' leaves over a mesh, derived from the backbone's: pure functions on trees.
+"""The shardings of deltas' leaves over a mesh, derived from the backbone's.
 
 A layer declares which axes of the backbone's weights its own axes follow, in a method
 
@@ -13,93 +13,72 @@ own. A leaf that is not named is replicated, and so is an axis whose length the 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
-from flax.core import meta
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jdelta.core import axes, merging
 from jdelta.core.axes import Axes, Axis
 from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.state import DeltaState
 from jdelta.core.structure import Structure
-from jdelta.trees import addressing, surgery
+from jdelta.scale.specs import Entry, is_box, names_of, parts_of, shape_of
+from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree, empty_node
 
-Entry = str | tuple[str, ...] | None  # of a PartitionSpec: the mesh axes over which one axis of a leaf is sharded
-Rule = tuple[str, P]
 
+def partition_specs(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
+    """How every leaf is split, the deltas' too, from how the backbone's are.
 
-def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = None) -> Any:
-    """Returns the `PartitionSpec` of each leaf, by its name: the first rule that matches applies.
+        specs = jdelta.match_partition_rules(rules, params, default=P())  # or nn.get_partition_spec(…), …
+        specs = delta.partition_specs(specs)
 
-        rules = [("query.kernel", P(None, "model")), (r"[r]output\\.dense\\.kernel", P("model", None))]
-        specs = jdelta.match_partition_rules(rules, model.params, default=P())
+    A delta's leaf follows the weights of its host: LoRA's `a` the axis of their input and `b` that of their output,
+    adapters and biases the axis of the host's output, and all of them the layer axis in `nn.scan`. Its axes of its
+    own, the rank and the width in the middle, are whole.
 
     Args:
-      rules: pairs of a pattern, by the naming rules of `jdelta.match`, and a spec.
-      tree: parameters or their shapes, or a tree with such leaves, such as a `TrainState`.
-      default: the spec of leaves that no rule matches. (Scalars need no rule: theirs is always `P()`.)
+      specs: a tree of the backbone's parameters, or of the grafted ones, with `PartitionSpec`s (shorter than the
+        leaf has axes, if you like; `None` is `P()`), with `NamedSharding`s, with arrays that are placed, or with
+        boxes of `nn.Partitioned`. What it says of the deltas' own leaves is passed over.
+      mesh: the mesh. With it, the specs are checked, and a delta follows also where sizes differ and the mesh
+        divides both, as a prefix's heads do. `NamedSharding`s bring it.
 
     Returns:
-      A tree of the same structure, with a spec for each leaf.
+      A tree with the structure of the grafted parameters and a `PartitionSpec` for each leaf. `jdelta.partition`,
+      `jdelta.prune` and `delta.own` take it as they take parameters.
 
     Raises:
-      TypeError: a rule is not a pair of a pattern and a `PartitionSpec`.
-      ValueError: no rule matches a leaf, a spec has more entries than the leaf has axes, or a regex is invalid.
+      TypeError: something else is in the place of a spec, or specs of two kinds are mixed.
+      ValueError: a leaf of the backbone has no spec, or one that does not fit its shape or the mesh, or there are
+        several meshes. The message names the leaf.
     """
-    if isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
-        raise TypeError(f"match_partition_rules: expected a list of pairs (pattern, PartitionSpec), got {rules!r}.")
-    if default is not None and not isinstance(default, P):
-        raise TypeError(f"match_partition_rules: default is a PartitionSpec, got {default!r}.")
-    rules = [_checked_rule(rule) for rule in rules]
-
-    def spec(path: Any, leaf: Any) -> P:
-        name, ndim = jax.tree_util.keystr(path, simple=True, separator="."), np.ndim(meta.unbox(leaf))
-        if not ndim:
-            return P()
-        pattern, found = next(((p, s) for p, s in rules if addressing.matches(name, p)), ("default", default))
-        if found is None:
-            raise ValueError(f"match_partition_rules: no rule matches {name!r}. Add one, or give a default=P().")
-        if len(found) > ndim:
-            raise ValueError(f"match_partition_rules: {pattern!r} gives {found} to {name!r}, which has {ndim} axes.")
-        return found
-
-    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=_is_box)
+    return _worked_out(specs, state.tree(None), state.host.attachments, state.structure, mesh)[0]
 
 
-def partition_specs(
-    specs: Tree, params: Tree, attachments: Sequence[Attachment], structure: Structure, mesh: Mesh | None = None
-) -> Tree:
-    """The `PartitionSpec`s of a grafted tree, from those of the backbone's leaves.
+def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
+    """`partition_specs` as `NamedSharding`s, for `jax.jit` and `jax.device_put`.
+
+        split = delta.shardings(specs, mesh)
+        delta_params = jax.jit(delta.init, out_shardings=delta.own(split))(jax.random.key(0))
+        step = jax.jit(step, in_shardings=(split, by_data))
 
     Args:
-      specs: what `DeltaModel.partition_specs` takes.
-      params: the grafted tree; shapes suffice.
-      attachments: of the model, which that tree is for.
-      structure: the backbone's.
-      mesh: to check the specs against; where they bring their own, that is taken.
+      specs: as in `partition_specs`.
+      mesh: the mesh, unless `specs` bring one.
+
+    Returns:
+      A tree with the structure of the grafted parameters. `NamedSharding`s that were given are in it as they were.
 
     Raises:
-      TypeError, ValueError: as `DeltaModel.partition_specs`.
+      TypeError, ValueError: as `partition_specs`; also if there is no mesh.
     """
-    return _worked_out(specs, params, attachments, structure, mesh)[0]
-
-
-def shardings(
-    specs: Tree, params: Tree, attachments: Sequence[Attachment], structure: Structure, mesh: Mesh | None = None
-) -> Tree:
-    """`partition_specs` as `NamedSharding`s; those that were given for the backbone's leaves are in it as they were.
-
-    Raises:
-      TypeError, ValueError: as `DeltaModel.shardings`.
-    """
-    tree, given, mesh = _worked_out(specs, params, attachments, structure, mesh)
+    tree, given, mesh = _worked_out(specs, state.tree(None), state.host.attachments, state.structure, mesh)
     if mesh is None:
         raise ValueError("shardings: PartitionSpecs are on no mesh. Pass one: mesh=….")
 
@@ -124,52 +103,13 @@ def _worked_out(
     sizes = dict(mesh.shape) if mesh is not None else None
     own = {path: _spec(held, path) for path, held in given.items()}
     checked = {path: _entries(path, spec, leaves[path], sizes) for path, spec in own.items()}
-    shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
+    shapes = {path: shape_of(leaf) for path, leaf in leaves.items()}
     split = _Split(_below(start, checked), _below(start, shapes), structure, sizes)
     derived = {path: P() for path in deltas if (*start, *path) in leaves}
     for edit in (edit for a in attachments if a.active for edit in a.edits):
         derived |= split.specs_of(edit)
     whole = leaves | own | {(*start, *path): spec for path, spec in derived.items()}  # what is left is empty nodes
     return surgery.unflatten(whole, like=params), given, mesh
-
-
-def state_shardings(state: Any, shardings: Tree) -> Any:
-    """Returns the sharding of each leaf of a training state, from those of the parameters.
-
-        state = jax.eval_shape(lambda: TrainState.create(apply_fn=model.__call__, params=params, tx=tx))
-        shardings = jdelta.state_shardings(state, delta.shardings(specs, mesh))
-
-    Args:
-      state: a tree with leaves under the names of parameters: a `TrainState` or an optimizer's state; shapes suffice.
-      shardings: a tree of the parameters with `NamedSharding`s or `PartitionSpec`s.
-
-    Returns:
-      A tree of the structure of `state`. A leaf whose path ends with that of a parameter, such as a moment of Adam, is
-      sharded like it, if its axes allow that; all others are replicated.
-
-    Raises:
-      ValueError: `shardings` is empty.
-    """
-    split = {path: leaf for path, leaf in surgery.flatten(shardings).items() if leaf is not empty_node}
-    if not split:
-        raise ValueError("state_shardings: the tree of shardings holds nothing.")
-    first = next(iter(split.values()))
-    everywhere = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else P()
-
-    def like(keys: Any, leaf: Any) -> Any:
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        own = next((split[path[i:]] for i in range(len(path)) if path[i:] in split), everywhere)
-        return own if _fits(own, _shape(leaf)) else everywhere
-
-    return jax.tree_util.tree_map_with_path(like, state, is_leaf=_is_box)
-
-
-def _fits(held: Any, shape: tuple[int, ...]) -> bool:
-    """Whether an array of this shape can be sharded so."""
-    spec = held.spec if isinstance(held, NamedSharding) else held
-    sizes = held.mesh.shape if isinstance(held, NamedSharding) else {}
-    parts = [_parts(entry, sizes) if sizes else 1 for entry in spec]
-    return len(spec) <= len(shape) and not any(size % n for size, n in zip(shape, parts, strict=False))
 
 
 # --- what the user gave
@@ -185,7 +125,7 @@ def _of_backbone(specs: Tree, leaves: Mapping[Path, Any], backbone: set[Path]) -
         path = min(lacking)
         raise ValueError(
             f"partition_specs: {len(lacking)} of the backbone's {len(wanted)} leaves have no spec, first "
-            f"{surgery.name_of(path)!r} of shape {_shape(leaves[path])}. Give P() to a leaf that is to be replicated."
+            f"{surgery.name_of(path)!r} of shape {shape_of(leaves[path])}. Give P() to a leaf that is to be replicated."
         )
     if surplus := flat.keys() - leaves.keys():
         raise ValueError(
@@ -212,7 +152,7 @@ def _kind(leaf: Any, path: Path) -> str | None:
     for kind in (P, NamedSharding):
         if isinstance(leaf, kind):
             return f"a {kind.__name__}" if kind is NamedSharding else "a PartitionSpec"
-    if _is_box(leaf) or hasattr(leaf, "sharding") or isinstance(leaf, np.ndarray):
+    if is_box(leaf) or hasattr(leaf, "sharding") or isinstance(leaf, np.ndarray):
         return "an array"
     raise TypeError(
         f"partition_specs: {surgery.name_of(path)!r} is given as {leaf!r}; expected a PartitionSpec, a NamedSharding, "
@@ -221,11 +161,11 @@ def _kind(leaf: Any, path: Path) -> str | None:
 
 
 def _sharding(leaf: Any) -> Any:
-    return leaf if _is_box(leaf) else getattr(leaf, "sharding", leaf)
+    return leaf if is_box(leaf) else getattr(leaf, "sharding", leaf)
 
 
 def _spec(leaf: Any, path: Path) -> P:
-    if _is_box(leaf):
+    if is_box(leaf):
         return nn.get_partition_spec(leaf)
     held = _sharding(leaf)
     if isinstance(held, (NamedSharding, P)):
@@ -257,21 +197,21 @@ def _mesh_of(given: Mapping[Path, Any], mesh: Any) -> Any:
 
 def _entries(path: Path, spec: P, leaf: Any, sizes: Mapping[str, int] | None) -> tuple[Entry, ...]:
     """One entry for each axis of a leaf of the backbone's, after checking that they fit it and the mesh."""
-    shape, where = _shape(leaf), f"partition_specs: {surgery.name_of(path)!r} of shape {_shape(leaf)}"
+    shape, where = shape_of(leaf), f"partition_specs: {surgery.name_of(path)!r} of shape {shape_of(leaf)}"
     if len(spec) > len(shape):
         raise ValueError(f"{where} has {len(shape)} axes, and its spec {spec} {len(spec)} entries.")
     entries = (*spec, *[None] * (len(shape) - len(spec)))
     for size, entry in zip(shape, entries, strict=True) if sizes is not None else ():
-        for name in _names(entry):
+        for name in names_of(entry):
             if sizes is not None and name not in sizes:
                 raise ValueError(
                     f"{where} has the spec {spec}, and the mesh no axis {name!r}: it has {', '.join(sizes)}. Logical "
                     "names become those of a mesh by nn.logical_to_mesh(specs, rules)."
                 )
-        if sizes is not None and size % _parts(entry, sizes):
+        if sizes is not None and size % parts_of(entry, sizes):
             raise ValueError(
-                f"{where} has the spec {spec}, but {size} is not divided by the {_parts(entry, sizes)} devices along "
-                f"{' × '.join(_names(entry))}."
+                f"{where} has the spec {spec}, but {size} is not divided by the {parts_of(entry, sizes)} devices along "
+                f"{' × '.join(names_of(entry))}."
             )
     return entries
 
@@ -352,41 +292,18 @@ class _Split:
         used: set[str] = set()
         kept: list[Entry] = []
         for size, (entry, of) in zip(shape, followed, strict=True) if len(shape) == len(followed) else ():
-            divided = size == of if self.sizes is None else size % _parts(entry, self.sizes) == 0
-            kept.append(entry if divided and _names(entry) and used.isdisjoint(_names(entry)) else None)
-            used.update(_names(kept[-1]))
+            divided = size == of if self.sizes is None else size % parts_of(entry, self.sizes) == 0
+            kept.append(entry if divided and names_of(entry) and used.isdisjoint(names_of(entry)) else None)
+            used.update(names_of(kept[-1]))
         return P(*kept) if any(kept) else P()
 
 
 _Followed = tuple[Entry, int]  # how an axis that is followed is split, and its size
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, tuple) else ()
-
-
-def _parts(entry: Entry, sizes: Mapping[str, int]) -> int:
-    """Over how many devices an entry splits an axis."""
-    return math.prod(sizes[name] for name in _names(entry))
-
-
 def _below(start: Path, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
     """The leaves below a path, without it."""
     return {path[len(start) :]: leaf for path, leaf in leaves.items() if path[: len(start)] == start}
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return tuple(np.shape(meta.unbox(leaf))) if leaf is not empty_node else ()
-
-
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, meta.AxisMetadata)
-
-
-def _checked_rule(rule: Any) -> Rule:
-    if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], P)):
-        raise TypeError(f"match_partition_rules: a rule is a pair (pattern, PartitionSpec), got {rule!r}.")
-    return rule[0], rule[1]
 
 
 def _described(mesh: Any) -> str:

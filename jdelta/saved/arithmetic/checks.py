@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from jdelta.core.config import as_int, as_number, did_you_mean, require_positive_int, shown
 from jdelta.core.method import Method
+from jdelta.core.warn import warn
 from jdelta.methods.lora import LoraConfig
 from jdelta.saved import hub
 from jdelta.saved.arithmetic.lora_factors import SCALED, leaves_of, same_up_to_rank
@@ -151,7 +151,7 @@ def require_one_backbone(found: Sequence[Finetuned], kept: set[str], check_hash:
         )
         if check_hash != "warn":
             raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
+        warn(message)
 
 
 def kept_leaves(found: Sequence[Finetuned], keep: Sequence[str]) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.numpy import save
 
 from jdelta.core.linear import ConvMap, EinsumMap, LookupMap, MatrixMap, linear_map
 from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.core.warn import warn
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
@@ -152,10 +152,9 @@ def _write_soft_prompt(found: Finetuned, structure: Structure) -> Written:
 
 
 def _warn_of_other_numbers(found: Finetuned, does: str, field: str) -> None:
-    warnings.warn(
+    warn(
         f"to_peft: PEFT {does}, and delta {found.name!r} was trained without that, so that PEFT computes other numbers "
-        f"with it. Train it with {field}=True.",
-        stacklevel=4,
+        f"with it. Train it with {field}=True."
     )
 
 
