@@ -45,7 +45,8 @@ def test_a_verb_looks_like_a_method_that_is_written_out(name):
     assert method.__module__ == "jdelta.delta"
     assert "state" not in method.__annotations__
     summary = method.__doc__.partition("\n")[0]
-    assert summary.endswith((".", ":")) and "See `" not in method.__doc__
+    assert summary.endswith((".", ":"))
+    assert "See `" not in method.__doc__
 
 
 def test_a_wrong_argument_is_named_as_that_of_a_method(backbone):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -75,6 +76,23 @@ def globals_of(module_type: type[nn.Module]) -> list[dict[str, Any]]:
     own = [cls for cls in module_type.__mro__ if cls not in nn.Module.__mro__]
     functions = [inspect.unwrap(f) for cls in own for f in vars(cls).values() if callable(f)]
     return [f.__globals__ for f in functions if hasattr(f, "__globals__")]
+
+
+class Namespace:
+    """A module in which some names mean something else: what is made of what they meant."""
+
+    def __init__(self, module: Any, **replaced: Callable):
+        self._module = module
+        for name, make in replaced.items():
+            setattr(self, name, make(getattr(module, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def in_namespace(name: str, function: Callable) -> Callable:
+    """What makes a module in which a function, with the original as its first argument, has this name."""
+    return lambda module: Namespace(module, **{name: lambda original: functools.partial(function, original)})
 
 
 def _get(namespace: dict[str, Any] | type, name: str) -> Any:

@@ -7,6 +7,7 @@ those of PyTorch PEFT for the same prefix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts.linen.calls import describe
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import attention
+from jdelta.hosts.transformers.attention_parts import Prefix
 from jdelta.hosts.transformers.positions import positions
 from jdelta.methods.parameter import kaiming_uniform, param
 from jdelta.names import common_names
@@ -105,8 +107,8 @@ class PrefixLayer(nn.Module):
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         given = arguments(type(host.frame.module), args, kwargs).arguments
-        prefix = attention.Prefix(describe(host.frame.module), self.pair, head_mask=given.get("layer_head_mask"))
-        with prefix.active(host.frame.module), host.watched(prefix.join):
+        prefix = Prefix(describe(host.frame.module), self.pair, head_mask=given.get("layer_head_mask"))
+        with attention.active(prefix, host.frame.module), host.watched(functools.partial(attention.joined, prefix)):
             output = host(*args, **kwargs)
         return prefix.finish(output)
 

@@ -16,6 +16,7 @@ from jdelta.core.host import HostAdapter
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import attention
+from jdelta.hosts.transformers.attention_call import AttentionCall, materialised
 from jdelta.speedups.patch import Alteration, altered, reasons, tried, unaltered
 
 _NAME = "fused.attention"  # a delta's name has no dot
@@ -85,17 +86,17 @@ class _Fused(nn.Module):
 
     Attributes:
       kernel: that kernel.
-      put_off: whether weights that it returns may be put off further: BART's attention always returns them.
+      defer: whether weights that it returns may stay deferred: BART's attention always returns them.
     """
 
     kernel: Kernel
-    put_off: bool = False
+    defer: bool = False
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         with attention.active(self.kernel, host.frame.module):
             output = host(*args, **kwargs)
-            return output if self.put_off else attention.made(output)
+            return output if self.defer else materialised(output)
 
 
 class _WeightsMade(nn.Module):
@@ -103,11 +104,11 @@ class _WeightsMade(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        return attention.made(host(*args, **kwargs))
+        return materialised(host(*args, **kwargs))
 
 
 class Kernel:
-    """An `attention.Kernel` for one module.
+    """What computes the attention of one module in one go: a `Kernel` of `hosts.transformers.attention_parts`.
 
     Args:
       info: the module.
@@ -125,9 +126,9 @@ class Kernel:
         self.used = False
         self.reason = ""
 
-    def accepts(self, asked: attention.Asked) -> bool:
+    def accepts(self, call: AttentionCall) -> bool:
         """Whether the arguments allow an equal result."""
-        given = asked.given
+        given = call.given
         if any(given.get(name) is not None for name in ("precision", "einsum", "einsum_dot_general")):
             self.refuse("it asks for products of a special precision or kind")
         elif given.get("module") is not None:
@@ -140,11 +141,11 @@ class Kernel:
             return True
         return False
 
-    def attend(self, asked: attention.Asked, value: jax.Array, dtype: Any) -> jax.Array | None:
+    def attend(self, call: AttentionCall, value: jax.Array, dtype: Any) -> jax.Array | None:
         """The values, summed with the weights in this dtype."""
-        given = asked.given
+        given = call.given
         query, key, low = given["query"], given["key"], given.get("dtype")
-        value = asked.values(value)
+        value = call.values(value)
         if value.shape != key.shape:
             self.refuse("its values do not have the shape of its keys")
             return None
