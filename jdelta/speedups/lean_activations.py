@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,8 @@ from flax import linen as nn
 
 from jdelta.core.edits import CallEdit
 from jdelta.hosts.linen.running import Host
-from jdelta.hosts.patches import globals_of, patched
+from jdelta.hosts.patches import patched
+from jdelta.hosts.transformers import activations
 from jdelta.speedups.patch import Alteration, altered, tried, unaltered
 
 _NAME = "lean.activations"  # a delta's name has no dot
@@ -104,10 +104,8 @@ class _Lean(nn.Module):
 
         Not only while the module runs: it takes its activation in `setup`, before.
         """
-        files = [*globals_of(self.host_type), vars(sys.modules.get("transformers.modeling_flax_utils", object))]
-        tables = {id(table): table for file in files if isinstance(table := file.get("ACT2FN"), dict)}
         with contextlib.ExitStack() as stack:
-            for table in tables.values():
+            for table in activations.tables(self.host_type):
                 for name in _LEANER:
                     if name in table:
                         stack.enter_context(patched(table, name, _delegating))
