@@ -557,7 +557,7 @@ def test_deltas_of_other_modules_or_arguments_are_refused():
     wider = dataclasses.replace(adapter(1), config=jdelta.AdapterConfig(bottleneck_dim=5))
     with pytest.raises(ValueError, match="delta 1 has bottleneck_dim=24, delta 2 has bottleneck_dim=5"):
         jdelta.interpolate(adapter(0), wider, 0.5)
-    with pytest.raises(ValueError, match=r"has not the leaves of LoRA at dense.lora.m"):
+    with pytest.raises(ValueError, match=r"does not have the leaves of LoRA at dense.lora.m"):
         jdelta.negate(dataclasses.replace(lora(0), values={**lora(0).values, "dense.lora.m": np.ones(2)}))
 
 

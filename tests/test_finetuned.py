@@ -227,7 +227,7 @@ def test_a_method_of_ones_own_and_layers_put_in_by_hand(tmp_path):
     assert untouched(again, before)
     other = jdelta.DeltaModel(again, name="mine")
     with pytest.raises(
-        ValueError, match=r"inserted at 0 modules, the saved one has layers inserted at 1|sits on 0 modules"
+        ValueError, match=r"inserted at 0 modules, the saved one has layers inserted at 1|is attached at 0 modules"
     ):
         other.load_finetuned(tmp_path)
     other.insert_sequential_module("pooler", Scale())
@@ -496,7 +496,11 @@ DAMAGE = {
     ),
     "an argument of another type": (lambda p: argument(p, lora_r="8"), ValueError, "lora_r is a whole number, got '8'"),
     "another rank": (lambda p: argument(p, lora_r=4), ValueError, r"lora.a has shape \(16, 8\), here \(16, 4\)"),
-    "other targets": (setting(targets=["bert.pooler"]), ValueError, "sits on 4 modules, the saved one sits on 1"),
+    "other targets": (
+        setting(targets=["bert.pooler"]),
+        ValueError,
+        "is attached at 4 modules, the saved one is attached at 1",
+    ),
     "a backbone that is none": (setting(backbone={"what": 1}), ValueError, "'backbone.kind' is missing"),
     "a name that is a path": (setting(name="../x"), ValueError, "a delta's name is a word without dots"),
 }
@@ -531,7 +535,11 @@ def test_what_does_not_fit_an_attached_delta_changes_nothing(saved):
         (jdelta.AdapterModel, {}, r"is of method 'adapter'; saved is 'lora'"),
         (jdelta.LoraModel, {"lora_r": 4}, r"lora_r=4; saved is lora_r=8"),
         (jdelta.LoraModel, {"lora_alpha": 4}, r"lora_alpha=4.0; saved is lora_alpha=16.0"),
-        (jdelta.LoraModel, {"modified_modules": ["query"]}, r"sits on 2 modules, the saved one sits on 4; at bert"),
+        (
+            jdelta.LoraModel,
+            {"modified_modules": ["query"]},
+            r"is attached at 2 modules, the saved one is attached at 4; at bert",
+        ),
     ]
     for cls, arguments, message in cases:
         model = bert()

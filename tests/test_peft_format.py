@@ -515,7 +515,7 @@ def refuses(folder: Any, error: type[Exception], message: str, family: str = "be
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("peft_type", "IA3", r"peft_type='IA3' is none that jdelta reads\. It reads: LORA"),
+        ("peft_type", "IA3", r"peft_type='IA3' is not supported\. Supported are: LORA"),
         ("peft_type", ["LORA"], r"peft_type is a string, got \['LORA'\]"),
         ("use_dora", True, "use_dora=True asks for"),
         ("lora_bias", True, "lora_bias=True asks for"),

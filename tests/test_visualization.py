@@ -29,13 +29,13 @@ def model():
     return model
 
 
-def test_repeated_layers_are_folded_into_one_line_with_their_count(model):
+def test_repeated_layers_are_collapsed_into_one_line_with_their_count(model):
     text = shown(model)
     assert "0-11 (12 layers) FlaxBertLayer 1×1×16 → 1×1×16" in text
     assert text.count("query Dense") == 1
 
 
-def test_layers_that_differ_are_not_folded_together():
+def test_layers_that_differ_are_not_collapsed_together():
     model = build("bert", "FlaxBertForSequenceClassification", {"num_hidden_layers": 5}, _do_init=False)
     jdelta.LoraModel(model, modified_modules=["2.attention.self.query"], lora_r=2)
     text = shown(model)

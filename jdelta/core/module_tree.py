@@ -41,10 +41,10 @@ class Node:
                 yield from child.all_leaves()
 
     def label(self) -> list[tuple[str, str]]:
-        """Its line, in parts: what each part says (`"name"`, `"folded"`, `"type"`, `"shape"`), and the text."""
+        """Its line, in parts: what each part says (`"name"`, `"collapsed"`, `"type"`, `"shape"`), and the text."""
         if self.copies:
             numbers = f"{self.copies[0]}-{_number(self.copies[-1])} ({len(self.copies)} layers)"
-            parts = [("folded", numbers)]
+            parts = [("collapsed", numbers)]
         else:
             parts = [("name", self.name or "model")]
         if self.type:
@@ -85,21 +85,21 @@ def build(structure: Structure, leaves: dict[Path, Leaf]) -> Node:
     return node(())
 
 
-def fold(node: Node) -> Node:
-    """The same tree with runs of equal, numbered siblings folded into one node."""
-    folded: list[Node] = []
-    for child in map(fold, node.children):
-        last = folded[-1] if folded else None
+def collapse(node: Node) -> Node:
+    """The same tree with runs of equal, numbered siblings collapsed into one node."""
+    collapsed: list[Node] = []
+    for child in map(collapse, node.children):
+        last = collapsed[-1] if collapsed else None
         if last is not None and _numbered(child.name) and _alike(last, child):
             copies = (*(last.copies or (last.name,)), child.name)
-            folded[-1] = dataclasses.replace(last, copies=copies)
+            collapsed[-1] = dataclasses.replace(last, copies=copies)
         else:
-            folded.append(child)
-    return dataclasses.replace(node, children=tuple(folded))
+            collapsed.append(child)
+    return dataclasses.replace(node, children=tuple(collapsed))
 
 
 def lines(structure: Structure, most: int = 40) -> list[str]:
-    """The folded tree of the modules that hold parameters, as indented lines of names, classes and shapes.
+    """The collapsed tree of the modules that hold parameters, as indented lines of names, classes and shapes.
 
     Args:
       structure: what to show.
@@ -117,7 +117,7 @@ def lines(structure: Structure, most: int = 40) -> list[str]:
         path: Leaf(path[-1], leaf.shape, str(leaf.dtype), trainable=True, delta=False)
         for path, leaf in surgery.flatten(structure.params).items()
     }
-    grow(fold(build(structure, leaves)), 0)
+    grow(collapse(build(structure, leaves)), 0)
     depth = max(d for d, _ in rows)
     while depth > 1 and sum(d <= depth for d, _ in rows) > most:
         depth -= 1

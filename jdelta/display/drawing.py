@@ -15,7 +15,7 @@ LIGHT = {
     "shape": "#0b7285",
     "trainable": "#0550ff",
     "frozen": "#6e7178",
-    "folded": "#cf222e",
+    "collapsed": "#cf222e",
     "delta": "#af00ff",
 }
 DARK = {
@@ -24,7 +24,7 @@ DARK = {
     "shape": "#3fc1d0",
     "trainable": "#79a8ff",
     "frozen": "#8f959d",
-    "folded": "#ff7b72",
+    "collapsed": "#ff7b72",
     "delta": "#d070ff",
 }
 BACKGROUNDS = ("#ffffff", "#1b1d21")
@@ -57,7 +57,7 @@ class Drawing:
 
 
 def to_html(drawing: Drawing) -> str:
-    """A piece of a page, whose nodes fold without a script. It brings its style, dark and light, and loads nothing."""
+    """A part of a page, whose branches collapse without a script. It has its own style and loads nothing."""
     counts = "\n".join(map(html.escape, drawing.counts))
     return (
         f'<div class="jdelta"><style>{_css()}</style>\n<ul class="tree">{_item(drawing.tree)}</ul>\n'

@@ -1,4 +1,4 @@
-"""How a delta shows itself: as a tree in the terminal and in notebooks, and as a picture of what moved."""
+"""The displays of a delta: a tree in the terminal and in notebooks, and a picture of how far its modules moved."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def log(state: DeltaState, params: Tree | None = None) -> None:
     """Prints the model as a coloured tree, and how much of it trains.
 
+        delta.log()
+
     Args:
       params: the tree to show; by default `model.params`.
     """
@@ -26,11 +28,11 @@ def log(state: DeltaState, params: Tree | None = None) -> None:
 
 
 def visualization(state: DeltaState) -> Visualization:
-    """The model as a tree, with what trains now, for the terminal, notebooks, the web and papers.
+    """Returns the model as a tree, with what trains now, for the terminal, notebooks, the web and papers.
 
         delta.visualization().to_svg("bert_with_lora.svg")
 
-    In a notebook, a delta shows itself as this tree.
+    A notebook displays a delta as this tree.
     """
     return Visualization(state.backbone_model, lambda params: training.trainable_mask(state, params))
 
@@ -42,13 +44,13 @@ def plot(state: DeltaState, params: Tree | None = None, path: str | os.PathLike[
 
     Args:
       params: as in `movement`.
-      path: where to write it, if anywhere: `.png`, `.svg` or `.pdf`.
+      path: the file to write, if any: `.png`, `.svg` or `.pdf`.
 
     Returns:
-      The figure, which notebooks show.
+      The figure, which notebooks display.
 
     Raises:
-      ModuleNotFoundError: matplotlib is not there; `pip install 'jdelta[plot]'`.
+      ModuleNotFoundError: matplotlib is not installed; `pip install 'jdelta[plot]'`.
       RuntimeError, ValueError: as `movement`.
     """
     from jdelta.display import plotting  # here, since matplotlib is optional

@@ -15,7 +15,7 @@ from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from jdelta.core.config import as_path, shown
-from jdelta.core.module_tree import Leaf, Node, build, fold, shape
+from jdelta.core.module_tree import Leaf, Node, build, collapse, shape
 from jdelta.display.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
 from jdelta.hosts.adapting import adapt
 from jdelta.trees import surgery
@@ -28,7 +28,7 @@ STYLES = {
     "shape": "cyan",
     "trainable": "bright_blue",
     "frozen": "bright_black",
-    "folded": "red",
+    "collapsed": "red",
     "delta": "rgb(175,0,255)",
 }
 MARKS = {"trainable": "+", "frozen": "-", "delta": "Δ"}
@@ -130,7 +130,7 @@ class Visualization:
         deltas = {path for a in carried for path in (*a.leaves, *(a.unfrozen_backbone if a.active else ()))}
         leaves = _leaves(params, flags, deltas)
         counts = _counts(list(leaves.values()), params, flags)
-        return Drawing(_line(fold(build(structure, leaves))), LEGEND, counts)
+        return Drawing(_line(collapse(build(structure, leaves))), LEGEND, counts)
 
 
 def _checked_mask(mask: Any) -> Mask | None:

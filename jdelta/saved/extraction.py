@@ -1,4 +1,4 @@
-"""A trained delta apart from its model: in memory, in a folder, on the Hub, and in PEFT's format."""
+"""A trained delta without its model: in memory, in a folder, on the Hub, and in PEFT's format."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from jdelta.trees.surgery import Tree
 
 
 def finetuned(state: DeltaState, params: Tree | None = None) -> Finetuned:
-    """The trained delta apart from the model: to be saved, added to others, put on another copy of the backbone.
+    """Returns the trained delta without its model: to be saved, combined with others, or attached to another model.
+
+        found = delta.finetuned(params)
+        other = jdelta.AutoDeltaModel.from_finetuned(found, backbone_model=other_model)
+
+    A delta whose values have not changed since it was initialised is a `UserWarning`.
 
     Args:
-      params: the tree to take the values from; by default `model.params`.
+      params: the tree that holds the values; by default `model.params`.
 
     Returns:
-      Its own leaves and whatever else trains (but no leaves of other deltas), with the configuration and the
-      backbone's fingerprint. A prefix comes without the network that makes it, as `materialise` leaves it.
-
-    A delta of which nothing has moved since it was initialised is a `UserWarning`.
+      Its own leaves and what else trains (but no leaves of other deltas), with the configuration and the backbone's
+      fingerprint. A prefix is returned as `materialise` leaves it, without the network that generates it.
 
     Raises:
-      RuntimeError: it is detached, or the tree was donated.
+      RuntimeError: the delta is detached, or the tree was donated.
       ValueError: leaves are missing, or are shapes.
     """
     state.active("saved")
@@ -46,19 +49,22 @@ def save_finetuned(
 ) -> None:
     """Writes what was trained to a folder: `delta_config.json`, `delta.safetensors` and a model card.
 
-    `AutoDeltaModel.from_finetuned(path, backbone_model=…)` restores it bit for bit, in the dtype that it has now.
-    The folder is replaced as a whole: whenever this is interrupted, it holds the old delta or the new one. In a
-    program of several processes all have to call this, and the first one writes; if it fails, all raise.
+        delta.save_finetuned("movies/", params)
+        restored = jdelta.AutoDeltaModel.from_finetuned("movies/", backbone_model=model)
+
+    Loading restores the same bits and dtypes. The folder is replaced as a whole: if this is interrupted, it holds the
+    old delta or the new one. In a program of several processes all must call this, and the first one writes; if it
+    fails, all raise.
 
     Args:
-      path: the folder; it is made if need be, and other files in it stay.
-      params: the tree to take the values from; by default `model.params`.
-      allow_untrained: whether to write a delta of which nothing has moved since it was initialised, as
-        `model.params` holds it while a tree of your own is trained.
+      path: the folder; it is created if necessary, and other files in it stay.
+      params: the tree that holds the values; by default `model.params`.
+      allow_untrained: whether to write a delta whose values have not changed since it was initialised. While a tree of
+        your own is trained, those in `model.params` have not.
 
     Raises:
-      OSError: no permission, no space, or the path is a file. What was there before is there still.
-      ValueError: nothing has moved. Nothing is written then.
+      OSError: no permission, no space, or the path is a file. The folder is then as it was.
+      ValueError: no value has changed. Nothing is written then.
       RuntimeError, ValueError: as `finetuned`.
     """
     path = as_path("save_finetuned", path)
@@ -69,22 +75,26 @@ def save_finetuned(
 def push_to_hub(
     state: DeltaState, repo_id: str, params: Tree | None = None, *, allow_untrained: bool = False, **options: Any
 ) -> str:
-    """Saves what was trained and uploads it to the Hub.
+    """Uploads what was trained to the Hub.
+
+        address = delta.push_to_hub("user/movies", params, private=True)
+
+    In a program of several processes all must call this, and the first one uploads.
 
     Args:
-      repo_id: `"user/name"`; the repository is made if need be.
+      repo_id: `"user/name"`; the repository is created if necessary.
       params, allow_untrained: as in `save_finetuned`.
-      **options: `token`, `private`, `revision`, `commit_message`, `create_pr`, as huggingface_hub has them.
+      **options: `token`, `private`, `revision`, `commit_message`, `create_pr`, as in huggingface_hub.
 
     Returns:
-      The address of the commit. In a program of several processes all have to call this, and the first uploads.
+      The address of the commit.
 
     Raises:
-      PermissionError: the token does not allow it, or there is none.
+      PermissionError: there is no token, or it does not allow this.
       ConnectionError: the Hub cannot be reached, or fails.
-      FileNotFoundError: no such revision to start from.
-      TypeError: an unknown option.
-      ValueError: the Hub refuses the name; or `private` of a repository that is public already.
+      FileNotFoundError: the revision does not exist.
+      TypeError: an option is unknown.
+      ValueError: the Hub refuses the name, or `private` is asked of a repository that is public.
       RuntimeError, ValueError: as `finetuned`.
     """
     found = _trained_or_allowed(state, "push_to_hub", params, allow_untrained)
@@ -94,19 +104,21 @@ def push_to_hub(
 def to_peft(
     state: DeltaState, path: str | os.PathLike[str], params: Tree | None = None, *, allow_untrained: bool = False
 ) -> None:
-    """Writes what was trained in the format of PyTorch PEFT, which `PeftModel.from_pretrained` loads.
+    """Writes what was trained in the format of PyTorch PEFT, for LoRA, prefix tuning and prompt tuning.
 
-    Of LoRA, prefix tuning and prompt tuning. The folder gets `adapter_config.json` and `adapter_model.safetensors`,
-    written beside it first; other files in it stay. Whole modules that trained with the delta become
-    `modules_to_save`, single biases `bias`. In a program of several processes all have to call this.
+        delta.to_peft("adapter/", params)  # PeftModel.from_pretrained(torch_model, "adapter/") computes the same
+
+    The folder gets `adapter_config.json` and `adapter_model.safetensors`, replaced as in `save_finetuned`; other files
+    stay. Modules that trained with the delta become `modules_to_save`, single biases `bias`. In a program of several
+    processes all must call this.
 
     Args:
-      path: the folder; it is made if need be.
+      path: the folder; it is created if necessary.
       params, allow_untrained: as in `save_finetuned`.
 
     Raises:
-      OSError: no permission, no space, or the path is a file. What was there before is there still.
-      ValueError: PEFT has no such method, or cannot train what trained here; the message says what.
+      OSError: no permission, no space, or the path is a file. The folder is then as it was.
+      ValueError: PEFT does not have the method, or cannot train what trained here; the message says what.
       RuntimeError, ValueError: as `finetuned`.
     """
     path = as_path("to_peft", path)

@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
-from flax.core import meta
 
 from jdelta.core.config import as_path, as_type, config_from_dict, did_you_mean, require_name, shown
 from jdelta.core.method import Method
 from jdelta.core.warn import warn
 from jdelta.saved import folder
-from jdelta.trees import dtypes, fingerprint, surgery
-from jdelta.trees.surgery import Path
+from jdelta.trees import fingerprint
 from jdelta.version import __version__
 
 FORMAT = 2  # 1 has no checksum of the description: a change there that makes sense is not noticed
@@ -171,7 +169,7 @@ class Finetuned:
           name: the new name.
 
         Raises:
-          ValueError: the name is not an identifier, or is reserved.
+          ValueError: a delta cannot have that name.
         """
         require_name(name)
         hosts = self._hosts()
@@ -224,27 +222,6 @@ def _check(listed: Mapping[str, str], values: Mapping[str, np.ndarray], file: st
         raise ValueError(
             f"{file} was changed after it was saved: its checksum is another. Take the original, or save it again."
         )
-
-
-def misfits(found: Finetuned, own: Mapping[Path, Any], others: Mapping[Path, Any]) -> list[str]:
-    """Why saved values cannot take the place of leaves; a line for each leaf, none if they can.
-
-    Args:
-      found: what was saved, under the name that the delta has.
-      own: path to shape of the leaves that the delta has, all of which have to be there.
-      others: path to the other leaves of the model, any of which may be there.
-    """
-    held = {path: leaf for path, leaf in {**others, **own}.items() if leaf is not surgery.empty_node}
-    leaves = {surgery.name_of(path): meta.unbox(leaf) for path, leaf in held.items()}
-    odd = [f"{surgery.name_of(path)} is missing" for path in own if surgery.name_of(path) not in found.values]
-    for name, value in found.values.items():
-        if name not in leaves:
-            odd.append(f"{name} belongs to no part of this model")
-        elif value.shape != leaves[name].shape:
-            odd.append(f"{name} has shape {value.shape}, here {leaves[name].shape}")
-        elif dtypes.takes_steps(value.dtype) == dtypes.is_fixed(leaves[name]):
-            odd.append(f"{name} holds {value.dtype}, here {leaves[name].dtype}")
-    return odd
 
 
 @runtime_checkable

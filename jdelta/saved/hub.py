@@ -152,7 +152,9 @@ def _is_of_the_hub(error: Exception) -> bool:
 def _explained(error: Exception, asked: str) -> Exception:
     """What is raised in place of an error of huggingface_hub."""
     cause: BaseException = error
-    if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError):  # no news: what happened is behind them
+    if isinstance(
+        error, errors.LocalEntryNotFoundError | RuntimeError
+    ):  # an uninformative wrapper: the cause is behind it
         cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     status = None if response is None else response.status_code

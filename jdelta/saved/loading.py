@@ -1,9 +1,10 @@
-"""A saved delta back onto a model that carries one like it."""
+"""Loading saved values into a delta that is attached."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, targets
 from jdelta.core.warn import warn
 from jdelta.saved import hub
-from jdelta.saved.finetuned import Finetuned, listing, misfits, require_check_hash, require_same
-from jdelta.trees import fingerprint, processes, surgery
-from jdelta.trees.surgery import Tree
+from jdelta.saved.finetuned import Finetuned, listing, require_check_hash, require_same
+from jdelta.trees import dtypes, fingerprint, processes, surgery
+from jdelta.trees.surgery import Path, Tree
 
 
 def load_finetuned(
@@ -25,31 +26,32 @@ def load_finetuned(
     check_hash: bool | Literal["warn"] = "warn",
     revision: str | None = None,
 ) -> Tree:
-    """Puts saved values in the place of this delta's own. Compiled functions of the model stay valid.
+    """Replaces the values of this delta by saved ones. Compiled functions of the model stay valid.
 
         delta.load_finetuned("movies/")
         delta.load_finetuned("tweets/")  # another delta of the same method, arguments and modules
 
     Args:
-      source: a folder, a repository of the Hub, or what `finetuned` gave.
+      source: a folder, a repository of the Hub, or a `Finetuned`.
       params: the tree to put them into, with or without leaves of this delta; by default `model.params`.
-      check_hash: what to do if it was trained on another backbone, or on one whose head was left random: `"warn"`,
-        `True` to refuse, `False` for nothing. Where the backbone is given as shapes, these alone are compared.
-      revision: of the repository.
+      check_hash: what happens if the saved delta was trained on another backbone, or on one whose head was randomly
+        initialised: a warning with `"warn"`, an error with `True`, nothing with `False`. Where the backbone is given as
+        shapes, only these are compared.
+      revision: branch, tag or commit of the repository.
 
     Returns:
-      The tree with the saved values, in the dtype that was saved, and in the sharding of those they replace. A
-      dtype that is narrower than the one it replaces is a warning, and with any other one compiled functions are
+      The tree with the saved values, in the dtype that was saved and with the sharding of the values that they
+      replace. A narrower dtype than that of the replaced values is a warning; if the dtype differs, functions are
       compiled again. Without `params`, the tree is also put into `model.params`.
 
     Raises:
-      FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
+      FileNotFoundError, PermissionError, ConnectionError: the folder or repository does not exist or cannot be read.
       RuntimeError: the delta is detached, or the tree was donated.
-      TypeError: `source` is none of these.
-      ValueError: what is saved is damaged or was changed, is of another method or has other arguments or modules,
-        or leaves are missing, surplus or of another shape, or floats stand where there are whole numbers, or the
-        other way. Nothing has changed then. (Folders by jdelta before format 2 have a checksum of the tensors
-        alone: there a changed description is noticed where it makes no sense or does not fit them.)
+      TypeError: `source` is not one of the above.
+      ValueError: the saved delta is damaged or was changed; its method, arguments or modules differ; or leaves are
+        missing, superfluous, of another shape, or floats instead of whole numbers or the reverse. Nothing has changed
+        then. (In folders of jdelta's format 1 the checksum covers the tensors only: there a changed description is an
+        error where it is invalid or does not fit the tensors.)
     """
     own = state.active("loaded")
     require_check_hash(check_hash)
@@ -61,7 +63,7 @@ def load_finetuned(
     leaves = surgery.flatten(surgery.parameters(tree))
     shapes = leaves | surgery.flatten(surgery.parameters(state.shapes))
     paths = {surgery.name_of(path): path for path in shapes}
-    if odd := misfits(found, _to_be_loaded(state, shapes, own.leaves), leaves):
+    if odd := _misfits(found, _to_be_loaded(state, shapes, own.leaves), leaves):
         raise ValueError(f"delta {state.name!r} cannot be loaded: {listing(odd)}.")
     if check_hash:
         deltas = {path for a in state.host.attachments for path in a.leaves}
@@ -91,10 +93,10 @@ def load_finetuned(
 
 
 def read_delta(source: str | os.PathLike[str], revision: str | None, params: Tree | None) -> Finetuned:
-    """What is saved in a folder or on the Hub. Where other processes hold some of `params`, all have to find the same.
+    """Reads a folder or a repository of the Hub. Where other processes hold some of `params`, all must find the same.
 
     Raises:
-      FileNotFoundError, PermissionError, ConnectionError: no such folder or repository, or none that opens.
+      FileNotFoundError, PermissionError, ConnectionError: the folder or repository does not exist or cannot be read.
       ValueError: a file is damaged, or the processes find different deltas.
     """
 
@@ -108,8 +110,29 @@ def require_leaves(found: Finetuned, state: DeltaState, own: Any) -> None:
     """Raises `ValueError` unless a delta that is being attached will have the leaves of a saved one."""
     named = found.renamed(state.name)
     mine = _to_be_loaded(state, own, own)
-    if odd := misfits(named, mine, surgery.flatten(surgery.parameters(state.tree(None)))):
+    if odd := _misfits(named, mine, surgery.flatten(surgery.parameters(state.tree(None)))):
         raise ValueError(f"delta {named.name!r} cannot be loaded: {listing(odd)}.")
+
+
+def _misfits(found: Finetuned, own: Mapping[Path, Any], others: Mapping[Path, Any]) -> list[str]:
+    """Why saved values cannot take the place of leaves; a line for each leaf, none if they can.
+
+    Args:
+      found: what was saved, under the name that the delta has.
+      own: path to shape of the leaves that the delta has, all of which have to be there.
+      others: path to the other leaves of the model, any of which may be there.
+    """
+    held = {path: leaf for path, leaf in {**others, **own}.items() if leaf is not surgery.empty_node}
+    leaves = {surgery.name_of(path): meta.unbox(leaf) for path, leaf in held.items()}
+    odd = [f"{surgery.name_of(path)} is missing" for path in own if surgery.name_of(path) not in found.values]
+    for name, value in found.values.items():
+        if name not in leaves:
+            odd.append(f"{name} belongs to no part of this model")
+        elif value.shape != leaves[name].shape:
+            odd.append(f"{name} has shape {value.shape}, here {leaves[name].shape}")
+        elif dtypes.takes_steps(value.dtype) == dtypes.is_fixed(leaves[name]):
+            odd.append(f"{name} holds {value.dtype}, here {leaves[name].dtype}")
+    return odd
 
 
 def _to_be_loaded(state: DeltaState, shapes: Any, paths: Any) -> dict[Any, Any]:
@@ -127,7 +150,7 @@ def _require_fit(state: DeltaState, found: Finetuned) -> None:
         if mine[key] != its[key]:
             raise ValueError(f"delta {name!r} has {key}={mine[key]!r}; saved is {key}={its[key]!r}.")
     for what, here, there in (
-        ("sits on", targets(state), found.targets),
+        ("is attached at", targets(state), found.targets),
         ("has layers inserted at", state.inserted, found.inserted),
     ):
         if odd := sorted({*here} ^ {*there}):

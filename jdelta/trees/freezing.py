@@ -20,25 +20,25 @@ def trained_paths(
     leaves: Mapping[Path, Any],
     exclude: Sequence[str],
     deltas: Collection[Path] = (),
-    never: Collection[Path] = (),
-    fixed: Collection[Path] = (),
+    frozen: Collection[Path] = (),
+    untrainable: Collection[Path] = (),
 ) -> set[Path]:
-    """The paths of what trains.
+    """Returns the paths of what trains.
 
     Args:
       leaves: path to leaf of all parameters; shapes suffice.
       exclude: what is excluded from freezing: patterns of modules or leaves (everything below a match trains, so
         `["bias"]` is BitFit), and the word `"deltas"`.
       deltas: paths of the leaves that the word means.
-      never: paths of leaves that do not train even so.
-      fixed: likewise, since their dtype cannot be trained. Those are also known by the dtypes in `leaves`.
+      frozen: paths of leaves that never train.
+      untrainable: paths of leaves whose dtype cannot be trained, besides those whose dtype in `leaves` says so.
 
     Raises:
       TypeError: `exclude` is a bare string.
       ValueError: an invalid regex, or a pattern that matches nothing, or nothing that can train.
     """
     names = {path: surgery.name_of(path) for path in leaves}
-    fixed = {path for path in names if path in fixed or dtypes.is_fixed(leaves[path])}
+    untrainable = {path for path in names if path in untrainable or dtypes.is_fixed(leaves[path])}
     chosen: set[Path] = set()
     patterns = addressing.checked(exclude)
     if DELTAS in patterns:
@@ -50,13 +50,13 @@ def trained_paths(
         if not hits:
             above = [name.rpartition(".")[0] for name in names.values()]
             raise ValueError(addressing.nothing_matches(pattern, [*filter(None, above), *names.values()]))
-        if fixed.issuperset(hits):
+        if untrainable.issuperset(hits):
             raise ValueError(
                 f"{pattern!r} means {names[hits[0]]!r}, which holds {_dtype(leaves[hits[0]])}. Only floats of 16 bits "
                 "and more train."
             )
         chosen.update(hits)
-    return chosen - fixed - {*never}
+    return chosen - untrainable - {*frozen}
 
 
 def mask_of(params: Tree, trained: Collection[Path]) -> Tree:

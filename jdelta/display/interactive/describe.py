@@ -44,7 +44,7 @@ def describe(structure: Structure, reasons: dict[str, str], costs: Costs | None,
 
     numbers: dict[str, int] = {}
     modules: list[list[Any]] = []
-    for path, node, parent, run in _rows(tree, module_tree.fold(tree)):
+    for path, node, parent, run in _rows(tree, module_tree.collapse(tree)):
         name = surgery.name_of(path)
         reason = reasons.get(name) if name in structure.modules else structure.uncalled.get(name, "It is never called.")
         number = -1 if reason is None else numbers.setdefault(reason, len(numbers))
@@ -64,10 +64,10 @@ def describe(structure: Structure, reasons: dict[str, str], costs: Costs | None,
     }
 
 
-def _rows(plain: Node, folded: Node) -> Iterator[tuple[Path, Node, int, int]]:
+def _rows(plain: Node, collapsed: Node) -> Iterator[tuple[Path, Node, int, int]]:
     """Path, node, number of the parent, and number of the run of equal siblings, of every module, parents first."""
     count = runs = 0
-    waiting: list[tuple[Path, Node, Node, int, int]] = [((), plain, folded, -1, -1)]
+    waiting: list[tuple[Path, Node, Node, int, int]] = [((), plain, collapsed, -1, -1)]
     while waiting:
         path, node, pattern, parent, run = waiting.pop()
         yield path, node, parent, run

@@ -34,7 +34,7 @@ def pairs_of(found: Finetuned) -> tuple[str, ...]:
     own = {key for key in found.values if found.is_own(key)}
     pairs = tuple(sorted(key.removesuffix(".a") for key in own if key.endswith(".a")))
     if odd := own ^ leaves_of(pairs):
-        raise ValueError(f"delta {found.name!r} has not the leaves of LoRA at {listing(sorted(odd))}.")
+        raise ValueError(f"delta {found.name!r} does not have the leaves of LoRA at {listing(sorted(odd))}.")
     return pairs
 
 

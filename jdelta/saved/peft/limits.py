@@ -54,12 +54,12 @@ def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields, those that are read each of its type.
 
     Raises:
-      TypeError, ValueError: a field is missing or odd, or asks for something that jdelta lacks. The message names it.
+      TypeError, ValueError: a field is missing, wrong or an unsupported option. The message names it.
     """
     fields = {key: as_type(key, value, _TYPES[key]) if key in _TYPES else value for key, value in given.items()}
     kind = fields["peft_type"]
     if kind not in _KNOWN:
-        raise ValueError(f"peft_type={shown(kind)} is none that jdelta reads. It reads: {', '.join(_KNOWN)}.")
+        raise ValueError(f"peft_type={shown(kind)} is not supported. Supported are: {', '.join(_KNOWN)}.")
     for field in _NEEDED[kind]:
         if field not in fields:
             raise ValueError(f"{CONFIG} lacks {field!r}, which {kind} needs.")
@@ -68,8 +68,8 @@ def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     for field, value in fields.items():
         if value and field not in _COMMON and field not in _KNOWN[kind]:
             raise ValueError(
-                f"{field}={shown(value)} asks for something that jdelta's {kind} has not. If PEFT can merge the "
-                "adapter into the weights, merge it there and load the model."
+                f"{field}={shown(value)} is an unsupported option of {kind}. If PEFT can merge the adapter into the "
+                "weights, merge it there and load the model."
             )
     if (init := fields.get("init_lora_weights")) not in _INITS:
         raise ValueError(
