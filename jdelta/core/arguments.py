@@ -19,7 +19,7 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
-def main_input(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> tuple[int | str, Any]:
+def main_input(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Any]:
     """Key and value of a call's first array: among the positional arguments, else among the keywords as the
     signature orders them.
 
@@ -36,7 +36,7 @@ def main_input(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, A
     raise TypeError(f"{module_type.__name__} was called without an array argument.")
 
 
-def input_if_any(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+def input_if_any(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The value of `main_input`; `None` if the call has none."""
     try:
         return main_input(module_type, args, kwargs)[1]
@@ -44,7 +44,9 @@ def input_if_any(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str,
         return None
 
 
-def with_main_input(args: tuple, kwargs: dict, key: int | str, value: Any) -> tuple[tuple, dict]:
+def with_main_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments with another array at the place of `main_input`."""
     if isinstance(key, int):
         return (*args[:key], value, *args[key + 1 :]), kwargs
@@ -124,17 +126,17 @@ def _brief(value: Any) -> str:
     return f"{value.dtype}{list(value.shape)}" if is_array(value) else type(value).__name__
 
 
-def arguments(module_type: type[nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+def arguments(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     """The arguments of a call by name; `args` begins with `None`, for `self`."""
     return _signature(module_type.__call__).bind(None, *args, **kwargs)
 
 
 @functools.cache
-def _signature(call: Callable) -> inspect.Signature:
+def _signature(call: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(call)
 
 
 @functools.cache
-def argument_names(call: Callable) -> tuple[str, ...]:
+def argument_names(call: Callable[..., Any]) -> tuple[str, ...]:
     """The names of what a function takes."""
     return tuple(_signature(call).parameters)

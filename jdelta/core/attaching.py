@@ -214,4 +214,5 @@ def _attachment_of(
 def _is_from_here(error: Exception) -> bool:
     """Whether code of jdelta raised it, whose messages name modules, and not the model's, a layer's or jax's."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
+    module: str = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] == __name__.partition(".")[0]

@@ -206,7 +206,7 @@ def as_number(name: str, value: Any) -> float:
       TypeError: it is no number.
       ValueError: it is NaN, or infinite in float32.
     """
-    return as_type(name, value, float)
+    return float(as_type(name, value, float))
 
 
 def as_int(name: str, value: Any) -> int:
@@ -216,7 +216,7 @@ def as_int(name: str, value: Any) -> int:
       TypeError: it is no whole number.
       ValueError: it has more than 64 bits.
     """
-    return as_type(name, value, int)
+    return int(as_type(name, value, int))
 
 
 def require_name(name: Any) -> None:

@@ -29,6 +29,7 @@ _MAGNITUDES = ((1.0, 1.0), (0.01, 1.0), (100.0, 1.0), (1.0, 30.0))  # of the inp
 _MODES = ("deterministic", "train", "training", "is_training")
 
 Values = tuple[Any, Any, Any]
+Mode = tuple[Mapping[str, bool], Mapping[str, bool]]  # fields of the module, and arguments of its call
 
 
 class Map(Protocol):
@@ -114,8 +115,12 @@ def _problem(host: ModuleInfo, linear: Map, rest: Any) -> str | None:
 
 
 def _runner(
-    host: ModuleInfo, linear: Map, mode: tuple[Mapping, Mapping], draw: np.random.Generator, is_float: bool
-) -> Callable:
+    host: ModuleInfo,
+    linear: Map,
+    mode: Mode,
+    draw: np.random.Generator,
+    is_float: bool,
+) -> Callable[..., Values]:
     """From `(x, W, D, scale of both, other variables)` to what the change should be, and the outputs around it."""
     of_fields, of_call = mode
     module = host.type(**{**_in_float32(host.fields), **of_fields}, parent=None)
@@ -128,7 +133,8 @@ def _runner(
         call.arguments.update(of_call)
         variables = {**rest, "params": {**rest["params"], linear.weights: weights}}
         rngs = {"dropout": jax.random.key(0)}
-        return main_output(module.apply(variables, *call.args[1:], **call.kwargs, rngs=rngs))
+        y: jax.Array = main_output(module.apply(variables, *call.args[1:], **call.kwargs, rngs=rngs))
+        return y
 
     product = jax.jit(linear.product)
 
@@ -152,7 +158,12 @@ def _compared(want: jax.Array, before: jax.Array, after: jax.Array) -> tuple[flo
 
 
 def _difference(
-    linear: Map, is_float: bool, off: float, largest: float, shape: Shape, mode: tuple[Mapping, Mapping]
+    linear: Map,
+    is_float: bool,
+    off: float,
+    largest: float,
+    shape: Shape,
+    mode: Mode,
 ) -> str:
     said = {**mode[0], **mode[1]}
     where = f"for an input of shape {shape}{''.join(f', {key}={value}' for key, value in said.items())}"
@@ -215,7 +226,7 @@ def _variables_of(host: ModuleInfo, weights: str) -> dict[str, Any]:
     return {**variables, "params": {key: leaf for key, leaf in own.items() if key != weights}}
 
 
-def _shapes_of(host: ModuleInfo, call: Callable, given: Any) -> Any:
+def _shapes_of(host: ModuleInfo, call: Callable[..., Any], given: Any) -> Any:
     """What a function of `given` and the module's arguments returns, as shapes."""
     leaves, treedef = jax.tree.flatten((tuple(host.args), dict(host.kwargs)))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
@@ -250,9 +261,9 @@ def _other_rows(shape: Shape, linear: Map) -> list[Shape]:
 def _random(draw: np.random.Generator, leaf: Any, size: float = 1.0) -> np.ndarray:
     """Numbers in the shape of an array: floats in float32, others as they are. Large arrays repeat themselves."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return draw.integers(0, 2, leaf.shape).astype(leaf.dtype)
+        return np.asarray(draw.integers(0, 2, leaf.shape), leaf.dtype)
     some = draw.standard_normal(min(math.prod(leaf.shape), 65_537 + 2 * int(draw.integers(500))), np.float32)
-    return np.float32(size) * np.resize(some, leaf.shape)
+    return np.asarray(np.float32(size) * np.resize(some, leaf.shape))
 
 
 def _in_float32(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class ModuleInfo:
     path: Path
     type: type[nn.Module]
     fields: Mapping[str, Any]
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
     params: Mapping[str, jax.ShapeDtypeStruct]
@@ -58,12 +58,14 @@ class ModuleInfo:
     @property
     def x(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the first array among the arguments. Raises `TypeError` if there is none."""
-        return main_input(self.type, self.args, self.kwargs)[1]
+        x: jax.ShapeDtypeStruct = main_input(self.type, self.args, self.kwargs)[1]
+        return x
 
     @property
     def y(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the array that is returned, see `main_output`. Raises `TypeError` if there is none."""
-        return main_output(self.output, input_if_any(self.type, self.args, self.kwargs))
+        y: jax.ShapeDtypeStruct = main_output(self.output, input_if_any(self.type, self.args, self.kwargs))
+        return y
 
 
 @dataclasses.dataclass(frozen=True)

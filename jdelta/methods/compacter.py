@@ -197,7 +197,7 @@ def initializer(kind: str, config: CompacterConfig, zero: bool) -> nn.initialize
         return nn.initializers.zeros
     if config.hypercomplex_nonlinearity == "normal":
         return nn.initializers.normal(config.phm_init_range)
-    distribution = config.hypercomplex_nonlinearity.removeprefix("glorot-")
+    distribution: Any = config.hypercomplex_nonlinearity.removeprefix("glorot-")
     return nn.initializers.variance_scaling(2, "fan_avg", distribution, batch_axis=0)  # Glorot with gain √2
 
 

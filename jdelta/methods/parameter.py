@@ -25,7 +25,8 @@ def param(module: nn.Module, name: str, init: nn.initializers.Initializer, shape
         return module.param(name, in_float32(init), shape, jnp.float32)
     value: Any = meta.unbox(module.get_variable("params", name))
     if value.shape != shape:
-        raise ScopeParamShapeError(name, module.scope.path_text, value.shape, shape)
+        scope: Any = module.scope
+        raise ScopeParamShapeError(name, scope.path_text, value.shape, shape)
     return value
 
 

@@ -190,7 +190,8 @@ class Prompted(nn.Module):
         if generation.prompt_is_in():
             self._check_length(module, 0, length)
             return host(*args, **kwargs)
-        if module.scope.is_mutable_collection("cache") and module.scope.variables().get("cache"):
+        scope: Any = module.scope
+        if scope.is_mutable_collection("cache") and scope.variables().get("cache"):
             raise ValueError(
                 f"soft prompt at {describe(module)}: in a call with a cache, the prompt would be put in again and "
                 "again. Use model.generate, which puts it in once, or call the model without a cache."

@@ -64,7 +64,7 @@ def differences(have: Mapping[str, str], want: Mapping[str, str]) -> tuple[list[
     return structure, values
 
 
-_known: dict[int, tuple[weakref.ref, str]] = {}  # of the arrays of jax that live, by id: these never change
+_known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}  # of the arrays of jax that live, by id: these never change
 
 
 def digest(value: Any, on_host: np.ndarray | None = None) -> str:

@@ -95,7 +95,8 @@ def freeze_except(
     def labels(tree: Tree) -> Tree:
         return jax.tree.map(lambda trains: "train" if trains else "freeze", mask(tree) if callable(mask) else mask)
 
-    inner = optax.multi_transform({"train": tx, "freeze": optax.stateless(_no_update)}, labels)
+    own: Any = tx  # `MultiSteps` too
+    inner = optax.multi_transform({"train": own, "freeze": optax.stateless(_no_update)}, labels)
 
     def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
         try:

@@ -56,7 +56,8 @@ def by_first(run: Callable[[], _T]) -> _T:
     if jax.process_count() == 1:
         return run()
     result = together(lambda: run() if jax.process_index() == 0 else None)
-    return json.loads(_exchange(json.dumps(result))[0])
+    shared: _T = json.loads(_exchange(json.dumps(result))[0])
+    return shared
 
 
 def spread(tree: Any) -> bool:

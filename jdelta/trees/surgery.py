@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-import chex
 import jax
 from flax.core import FrozenDict, freeze, meta
-from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node as empty_node
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Path = tuple[str, ...]
-Tree: TypeAlias = chex.ArrayTree  # nested dict or FrozenDict of leaves
+Tree: TypeAlias = Any  # nested dict or FrozenDict of leaves
 
 
 class HasPaths(Protocol):
@@ -43,7 +43,8 @@ _LEAVES = {
 
 def flatten(tree: Tree) -> dict[Path, Any]:
     """`{path: leaf}` of a tree. Empty sub-trees are kept, as `empty_node`."""
-    return flatten_dict(dict(_checked_tree(tree)), keep_empty_nodes=True)
+    leaves: dict[Path, Any] = flatten_dict(dict(_checked_tree(tree)), keep_empty_nodes=True)
+    return leaves
 
 
 def _checked_tree(tree: Any) -> Tree:

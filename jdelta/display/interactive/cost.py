@@ -235,7 +235,9 @@ class _Mark(nn.Module):
 
 def _layer_shapes(layer: nn.Module, x: jax.ShapeDtypeStruct, wanted: tuple[int, ...]) -> list[Shapes]:
     names = inspect.signature(type(layer).__call__).parameters
-    mode = {"deterministic": True} if "deterministic" in names else {"train": False} if "train" in names else {}
+    mode: dict[str, Any] = (
+        {"deterministic": True} if "deterministic" in names else {"train": False} if "train" in names else {}
+    )
     y, variables = jax.eval_shape(lambda x: layer.init_with_output(_rngs(), x, **mode), x)
     if y.shape != wanted:
         raise ValueError(f"its layer {type(layer).__name__} gives shape {y.shape} where {wanted} is needed.")
