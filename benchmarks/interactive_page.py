@@ -2,8 +2,8 @@
 
     python benchmarks/interactive_page.py
 
-Needs Chromium and the extra `test`. Two models: a Transformer of 230 equal layers, which the page folds into one, and
-one whose layers all differ, unfolded to the last, which is the worst case. Times are measured in the browser: the first
+Needs Chromium and the extra `test`. Two models: a Transformer of 230 equal layers, which the page collapses into one,
+and one whose layers all differ, all expanded, which is the worst case. Times are measured in the browser: the first
 paint from the start of navigation, a keystroke from its event to the frame that shows its result.
 """
 
@@ -94,12 +94,12 @@ def main():
 
 def measure(browser, alike):
     backbone = jdelta.Backbone(Transformer(alike), None, dummy_inputs=(jnp.ones((1, 8)),))
-    delta = interactive._unattached(backbone, jdelta.LoraModel, {"lora_r": 2})
+    state = interactive._unattached(backbone, jdelta.LoraModel, {"lora_r": 2})
     start = time.perf_counter()
-    found = costs(delta)
+    found = costs(state)
     priced = time.perf_counter() - start
     page = interactive.describe(
-        delta.structure, dict(found.reasons), found, model="m", method="LoraModel", arguments=""
+        state.structure, dict(found.reasons), found, model="m", method="LoraModel", arguments=""
     )
     described = time.perf_counter() - start - priced
     with interactive.Server(lambda nonce: interactive.document(page, nonce), "127.0.0.1", True) as server:
@@ -122,7 +122,7 @@ def measure(browser, alike):
         )
         tab.close()
     work, shown = sorted(t[0] for t in times), sorted(t[1] for t in times)
-    print(f"\n{'equal layers, folded' if alike else 'layers that all differ, everything open'}")
+    print(f"\n{'equal layers, collapsed' if alike else 'layers that all differ, everything open'}")
     print(f"  modules {counts[0]:,}, lines {counts[1]:,}, of these in the document {counts[2]}")
     print(f"  Python: costs {priced:.2f} s, description {described:.2f} s")
     print(f"  first paint    median {statistics.median(paints):.0f} ms, worst of 5 {max(paints):.0f} ms")

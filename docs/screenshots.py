@@ -29,12 +29,12 @@ def bert():
     return FlaxBertForSequenceClassification(BertConfig(), _do_init=False)
 
 
-def draw_page():
-    delta = interactive._unattached(bert(), jdelta.LoraModel, {"lora_r": 4})
-    found = costs(delta)
+def draw_page(folder):
+    state = interactive._unattached(bert(), jdelta.LoraModel, {"lora_r": 4})
+    found = costs(state)
     titles = {"model": "FlaxBertForSequenceClassification", "method": "LoraModel"}
     page = interactive.describe(
-        delta.structure, dict(found.reasons), found, **titles, arguments=format_arguments(delta)
+        state.structure, dict(found.reasons), found, **titles, arguments=format_arguments(state.method)
     )
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with (
@@ -50,17 +50,17 @@ def draw_page():
                 tab.fill("#pattern", pattern)
                 tab.press("#pattern", keys)
             tab.fill("#pattern", r"[r]self\.(query|value)")
-            tab.screenshot(path=DOCS / name)
+            tab.screenshot(path=folder / name)
             tab.close()
         browser.close()
 
 
-def draw_tree():
+def draw_tree(folder):
     model = bert()
     delta = jdelta.LoraModel(model, ["query", "value"], lora_r=4, unfrozen_modules=["classifier"])
-    delta.visualization().to_svg(DOCS / "tree.svg")
+    delta.visualization().to_svg(folder / "tree.svg")
 
 
 if __name__ == "__main__":
-    draw_page()
-    draw_tree()
+    draw_page(DOCS)
+    draw_tree(DOCS)

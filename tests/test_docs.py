@@ -1,5 +1,6 @@
 """Every code block of the README and of the pages in docs/ runs; each page alone, from top to bottom."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -111,6 +112,17 @@ def test_files_and_public_names_are_where_the_table_says():
     for old, new in re.findall(r"^\| `jdelta\.(\w+)` \| `jdelta\.(\w+)` \|$", public, flags=re.M):
         assert hasattr(jdelta, new)
         assert not hasattr(jdelta, old)
+
+
+@pytest.mark.browser
+def test_the_pictures_are_those_that_the_program_draws(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    screenshots = importlib.import_module("screenshots")
+    screenshots.draw_tree(tmp_path)
+    assert (tmp_path / "tree.svg").read_text() == (ROOT / "docs" / "tree.svg").read_text()
+    screenshots.draw_page(tmp_path)
+    for name in screenshots.PICTURES:  # fonts differ between machines
+        assert (tmp_path / name).read_bytes()[16:24] == (ROOT / "docs" / name).read_bytes()[16:24], "width, height"
 
 
 def test_the_bash_blocks_are_the_two_commands():
