@@ -5,7 +5,7 @@
 
 The programs run in turn in one process, and a ratio is the median of the ratios within a turn. FLOPs are XLA's count,
 and exact. The gradients are those of the input and of LoRA's two leaves, in float32. jdelta chooses its form from the
-shapes while the program is traced: see jdelta/methods/products.py.
+shapes while the program is traced: see jdelta/core/products.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jdelta
-from jdelta.methods.products import folding_is_cheaper
+from jdelta.core.products import fusing_is_cheaper
 
 SHAPES = [  # tokens, d_in, d_out, rank
     (256, 384, 384, 8),
@@ -90,7 +90,7 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - start)
     flops = {name: (run.cost_analysis() or {}).get("flops", float("nan")) for name, run in steps.items()}
     figures: dict[str, Any] = dict(zip(("tokens", "d_in", "d_out", "rank"), shape, strict=True))
-    figures |= {"form": "folded" if folding_is_cheaper(*shape[:3]) else "added", "error": error}
+    figures |= {"form": "fused" if fusing_is_cheaper(*shape[:3]) else "added", "error": error}
     figures["frozen, milliseconds"] = 1e3 * statistics.median(seconds["frozen"])
     for name in ("textbook", "jdelta"):
         ratios = [one / other for one, other in zip(seconds[name], seconds["frozen"], strict=True)]

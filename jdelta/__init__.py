@@ -1,10 +1,10 @@
 """jdelta: delta tuning (parameter-efficient fine-tuning) for JAX and Flax."""
 
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
-from jdelta.core.edits import CallEdit
-from jdelta.core.linear import register_linear
+from jdelta.core.edits import CallEdit, WeightEdit
+from jdelta.core.linear import register_linear, weight_edits
 from jdelta.core.method import Method
-from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.delta import DeltaModel
 from jdelta.display.interactive import select_modules
 from jdelta.display.movement import Movement
@@ -64,12 +64,14 @@ __all__ = [
     "Movement",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
+    "ParameterInfo",
     "PrefixConfig",
     "PrefixModel",
     "SoftPromptConfig",
     "SoftPromptModel",
     "Structure",
     "Visualization",
+    "WeightEdit",
     "__version__",
     "combine",
     "from_peft",
@@ -90,6 +92,7 @@ __all__ = [
     "stack",
     "state_shardings",
     "unstack",
+    "weight_edits",
     "weighted_sum",
 ]
 

@@ -72,6 +72,8 @@ class DeltaModel:
         stops, and leaves the model as it was. See `jdelta.select_modules`.
       name: the delta's name in the tree; by default its `delta_type`, numbered if that is taken.
       rng: seed or key of the delta's initial values: a whole number, `jax.random.key(0)`, or an old-style key.
+      modified_parameters: patterns of parameters to change, by the same rules as those of modules: experts that are
+        stored in one array, weights that a tied head reads too. Without `modified_modules`, nothing else is changed.
       method: what the delta does, for a `DeltaModel` that is not of one method already.
       **arguments: the method's own, see its configuration.
 
@@ -96,11 +98,13 @@ class DeltaModel:
         interactive_modify: bool | int = False,
         name: str | None = None,
         rng: int | chex.PRNGKey = 0,
+        modified_parameters: Sequence[str] | None = None,
         method: Method | None = None,
         **arguments: Any,
     ):
         where = {
             "modified_modules": modified_modules,
+            "modified_parameters": modified_parameters,
             "exclude_modules": exclude_modules,
             "unfrozen_modules": unfrozen_modules,
             "common_structure": common_structure,
@@ -153,7 +157,9 @@ class DeltaModel:
             return
         default = type(self).default_modified_modules or method.default_modified_modules
         patterns = default if method.modified_modules is None else method.modified_modules
-        if not patterns and type(method) is not Method:
+        if method.modified_modules is None and method.modified_parameters is not None:
+            patterns = ()
+        if not patterns and not method.modified_parameters and type(method) is not Method:
             raise ValueError(f"{label} was given no modules. Name some: modified_modules=[…].")
         by_common_names = bool(method.common_structure) or method.modified_modules is None
         find = common_names.finder(state.structure, method.exclude_modules or (), label) if by_common_names else None

@@ -714,6 +714,6 @@ def test_in_a_terminal_nothing_is_shown(bert, monkeypatch):
 
 @pytest.mark.slow
 def test_ipython_is_not_imported():
-    code = "import sys, jdelta.interactive as i; i.notebook.kind(); print('IPython' in sys.modules)"
+    code = "import sys, jdelta.display.interactive as i; i.notebook.kind(); print('IPython' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

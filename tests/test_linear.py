@@ -13,7 +13,7 @@ from flax.linen import fp8_ops
 from tiers import breadth
 
 import jdelta
-from jdelta.core import linear, probing
+from jdelta.core import linear, probing, products
 
 D_IN, D_OUT = 6, 10
 KERNEL = nn.initializers.lecun_normal()
@@ -521,15 +521,15 @@ def test_gradients_past_a_module_with_a_non_linearity_beside_its_product(monkeyp
     train_deltas(delta)
     x = x_of(200)
     folds = []
-    folded = jdelta.methods.lora.folded
-    monkeypatch.setattr("jdelta.methods.lora.folded", lambda *a: folds.append(1) or folded(*a))
+    folded = products.fused
+    monkeypatch.setattr("jdelta.core.products.fused", lambda *a: folds.append(1) or folded(*a))
 
     def gradients():
         return jax.grad(lambda p, x: jnp.sum(jnp.sin(backbone(x, params=p))), (0, 1))(backbone.params, x)
 
     found = gradients()
-    assert bool(folds) == jdelta.methods.products.on_cpu()
-    monkeypatch.setattr("jdelta.methods.lora.folding_is_cheaper", lambda *_: False)
+    assert bool(folds) == jdelta.core.products.on_cpu()
+    monkeypatch.setattr("jdelta.core.products.fusing_is_cheaper", lambda *_: False)
     chex.assert_trees_all_close(found, gradients(), rtol=1e-4, atol=1e-3)
 
 

@@ -11,7 +11,7 @@ from tiers import breadth
 from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
 
 import jdelta
-from jdelta.methods import products
+from jdelta.core import products
 
 SCALE, RANK = 2.0, 2
 TOKENS = 64  # many for these widths: the update is folded
@@ -26,7 +26,7 @@ HOSTS = {
 
 def plain(monkeypatch):
     """From here on nothing is folded."""
-    monkeypatch.setattr("jdelta.methods.lora.folding_is_cheaper", lambda *_: False)
+    monkeypatch.setattr("jdelta.core.products.fusing_is_cheaper", lambda *_: False)
 
 
 def attached(host, shape, **arguments):
@@ -51,8 +51,8 @@ def same(one, other, tolerance=1e-5):
 def test_a_folded_update_is_its_formula_in_float64_forward_and_backward(kind, monkeypatch):
     backbone, params, x = attached(*HOSTS[kind])
     folds = []
-    before = products.folding_is_cheaper
-    monkeypatch.setattr("jdelta.methods.lora.folding_is_cheaper", lambda *s: folds.append(before(*s)) or folds[-1])
+    before = products.fusing_is_cheaper
+    monkeypatch.setattr("jdelta.core.products.fusing_is_cheaper", lambda *s: folds.append(before(*s)) or folds[-1])
     y, pull = jax.vjp(lambda p, x: backbone(x, params=p), params, x)
     assert folds == [True]
     g = jax.random.normal(jax.random.key(3), y.shape)
@@ -129,7 +129,7 @@ def test_an_update_is_folded_exactly_where_that_takes_fewer_operations(tokens, c
     plain(monkeypatch)
     never = flops(backbone, params, x)
     assert chosen < 0.99 * never if cheaper else chosen == never
-    monkeypatch.setattr("jdelta.methods.lora.folding_is_cheaper", lambda *_: True)
+    monkeypatch.setattr("jdelta.core.products.fusing_is_cheaper", lambda *_: True)
     assert chosen <= flops(backbone, params, x)
 
 
@@ -147,11 +147,11 @@ def test_an_update_is_added_where_it_cannot_be_folded(why, monkeypatch):
         second = jdelta.LoraModel(backbone, modified_modules=["layers_0"], name="second", lora_r=RANK)
         params = jdelta.graft(params, second.shapes() and second.init(jax.random.key(5)))
         params["layers_0"]["second"]["b"] += 1
-    folded = []
-    monkeypatch.setattr("jdelta.methods.lora.folded", lambda *a: folded.append(1) or products.folded(*a))
+    folded, fused = [], products.fused
+    monkeypatch.setattr("jdelta.core.products.fused", lambda *a: folded.append(1) or fused(*a))
     y = backbone(x, params=params, rngs=rngs)
     jax.eval_shape(jax.grad(lambda p: backbone(x, params=p, rngs=rngs).astype(jnp.float32).sum()), params)
-    assert len(folded) == 2 * (why == "another delta before it")  # of two, the first alone
+    assert len(folded) == 2 * (why == "another delta before it")  # both of them in one product
     plain(monkeypatch)
     same(y, backbone(x, params=params, rngs=rngs))
 

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jdelta.core import training
-from jdelta.core.edits import Attachment, CallEdit
-from jdelta.core.host import unchanged_on_error
+from jdelta.core.edits import Attachment, Edit, WeightEdit
+from jdelta.core.host import Trial, unchanged_on_error
 from jdelta.core.initial_values import initial_values
 from jdelta.core.method import Find
+from jdelta.core.parameters import unread
 from jdelta.core.placement import edits_at, warn_of_twin
+from jdelta.core.rules import FeatureRule, WeightRule, dropout_of
 from jdelta.core.state import DeltaState, carried, copied, digests, free_name, unfrozen_backbone
 from jdelta.core.structure import require_open
 from jdelta.trees import dtypes, memory, surgery
@@ -51,7 +53,7 @@ def attach_at(state: DeltaState, patterns: Sequence[str], find: Find | None, is_
         put(state, edits_at(state, patterns, find))
 
 
-def put(state: DeltaState, edits: Sequence[CallEdit]) -> None:
+def put(state: DeltaState, edits: Sequence[Edit]) -> None:
     """Makes these the delta's edits. If anything is raised, the model is as it was."""
     host = state.host
     surgery.require_alive(host.params)
@@ -93,21 +95,21 @@ def put(state: DeltaState, edits: Sequence[CallEdit]) -> None:
 # --- what can be wrong
 
 
-def tried(state: DeltaState, edits: Sequence[CallEdit]) -> tuple[list[Attachment], int, Tree]:
+def tried(state: DeltaState, edits: Sequence[Edit]) -> tuple[list[Attachment], int, Tree]:
     """What the model would carry with these edits, which of it they are, and its leaves' shapes.
 
     Nothing changes; raises what can be wrong with the edits.
     """
-    edits = list({(e.host, e.where, e.leaf): e for e in edits}.values())  # a module meant twice is edited once
+    edits = list({place(edit): edit for edit in edits}.values())  # a module meant twice is edited once
     others = carried(state)
     index = next((i for i, a in enumerate(others) if a.name == state.name), len(others))
     if index < len(others) and not others[index].active:
         raise RuntimeError(f"delta {state.name!r} is detached; call attach() before changing it.")
     check(state, edits, others)
     draft = [*others[:index], Attachment(state.name, tuple(edits)), *others[index + 1 :]]
-    ran: set[CallEdit] = set()
+    trial = Trial()
     try:
-        everything = jax.eval_shape(lambda key: state.host.init(draft, key, ran), state.rng)
+        everything = jax.eval_shape(lambda key: state.host.init(draft, key, trial), state.rng)
     except Exception as error:  # flax has kinds of its own, and a layer may raise anything
         kind = next((k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k)), None)
         if kind is not None and _is_from_here(error):
@@ -119,12 +121,14 @@ def tried(state: DeltaState, edits: Sequence[CallEdit]) -> tuple[list[Attachment
         ) from error
     _require_same_backbone(state, everything)
     for edit in edits:
-        if edit.layer is not None and edit not in ran:
+        runs = edit.in_call if isinstance(edit, WeightEdit) else edit.layer is not None
+        if runs and edit not in trial.ran:
             raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
+    _require_read(state, draft, edits)
     return draft, index, everything
 
 
-def check(state: DeltaState, edits: Sequence[CallEdit], others: Sequence[Attachment]) -> None:
+def check(state: DeltaState, edits: Sequence[Edit], others: Sequence[Attachment]) -> None:
     """Raises `TypeError` or `ValueError` if a module cannot have an edit."""
     spans = any(edit.span_input is not None for edit in edits)
     order = {info.path: i for i, info in enumerate(state.structure)} if spans else {}
@@ -132,6 +136,9 @@ def check(state: DeltaState, edits: Sequence[CallEdit], others: Sequence[Attachm
     held = surgery.flatten(surgery.parameters(state.tree(None))) if trains else {}
     owners = {path: a.name for a in others if a.name != state.name for path in a.unfrozen_backbone}
     for edit in edits:
+        if isinstance(edit, WeightEdit):
+            _check_weight(state, edit)
+            continue
         host = state.structure[surgery.name_of(edit.host)]
         require_open(host)
         if edit.where == "train":
@@ -157,6 +164,51 @@ def check(state: DeltaState, edits: Sequence[CallEdit], others: Sequence[Attachm
                 raise TypeError(f"{host.name} ({host.type.__name__}) cannot be a target: {error}") from error
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"{host.name} ({host.type.__name__}) {what} an array of {dtype}; a layer needs floats.")
+
+
+def place(edit: Edit) -> Any:
+    """Where an edit is: two of one delta at the same place are the same."""
+    return (edit.leaf, edit.own) if isinstance(edit, WeightEdit) else (edit.host, edit.where, edit.leaf)
+
+
+def _check_weight(state: DeltaState, edit: WeightEdit) -> None:
+    """Raises `TypeError` or `ValueError` if a leaf cannot have an edit."""
+    name, rule = surgery.name_of(edit.leaf), type(edit.rule).__name__
+    if edit.by_module:
+        require_open(state.structure[surgery.name_of(edit.host)])
+    leaf = surgery.parameters_of(state.tree(None)).get(edit.leaf)
+    if not edit.in_call and dtypes.is_fixed(leaf):
+        raise TypeError(
+            f"{state.label}: {name} holds {meta.unbox(leaf).dtype}, and an update is added only to floats of 16 bits "
+            "and more. Leave it out."
+        )
+    if dropout_of(edit.rule) and not edit.in_call:
+        raise ValueError(
+            f"{state.label}: dropout needs the input that meets the weight, and of {name} nobody knows it. Take a "
+            "dropout of 0, or name a linear module."
+        )
+    if not isinstance(edit.rule, WeightRule | FeatureRule):
+        raise TypeError(f"{state.label}: the rule {rule} at {name} has no init and update, or init and transform.")
+
+
+def _require_read(state: DeltaState, draft: Sequence[Attachment], edits: Sequence[Edit]) -> None:
+    """Raises `ValueError` if nothing in the model's run depends on a leaf that an edit would change."""
+    paths = [edit.leaf for edit in edits if isinstance(edit, WeightEdit) and not edit.in_call]
+    if not paths:
+        return
+
+    def run(probes: dict[str, jax.Array]) -> Any:
+        trial = Trial(probes)
+        state.host.init(draft, state.rng, trial)
+        return trial.outputs
+
+    probes = {surgery.name_of(path): jnp.zeros((), jnp.float32) for path in paths}
+    if names := [surgery.name_of(path) for path in unread(run, probes)]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"{state.label}: nothing in the model's run on its pseudo input reads {names[0]!r}{more}: a delta there "
+            "would train nothing. Leave it out."
+        )
 
 
 def _require_same_backbone(state: DeltaState, everything: Tree) -> None:
@@ -197,7 +249,7 @@ def _check_names(state: DeltaState, leaves: Iterable[Path], others: Sequence[Att
 
 
 def _attachment_of(
-    state: DeltaState, edits: Sequence[CallEdit], shapes: Mapping[Path, Any]
+    state: DeltaState, edits: Sequence[Edit], shapes: Mapping[Path, Any]
 ) -> tuple[Attachment, dict[Path, Any]]:
     """The attachment of these edits, whose layers have leaves of these shapes; and the shapes of its own leaves."""
     generator, own = state.method.generator(shapes), dict(shapes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from jdelta.core.linear import ConvMap, EinsumMap, MatrixMap, layout
+from jdelta.core.linear import known_map
+from jdelta.core.linear_maps import ConvMap, EinsumMap
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.trees.surgery import Path
 
@@ -44,21 +45,15 @@ def of_output(host: ModuleInfo, structure: Structure) -> Axes:
 
 def _of_weights(host: ModuleInfo) -> tuple[Axes, Axes] | None:
     """The axes of input and output among those of the module's own weights; `None` if that is not known."""
-    linear = layout(host)
+    linear = known_map(host)
     if linear is None or isinstance(linear, EinsumMap):
         vector = next((key for key in ("scale", "weight") if key in host.params), None)
         fits = vector is not None and "kernel" not in host.params and host.params[vector].shape == (_width(host, "y"),)
         return ((Axis((*host.path, vector), 0),),) * 2 if fits and vector is not None else None
     axes = tuple(Axis((*host.path, linear.weights), i) for i in range(len(host.params[linear.weights].shape)))
-    match linear:
-        case ConvMap():
-            return axes[-2:-1], axes[-1:]
-        case MatrixMap(transposed=True):
-            return axes[1:], axes[:1]
-        case MatrixMap():
-            return axes[: len(linear.axis)], axes[len(linear.axis) :]
-        case _:
-            return axes[:1], axes[1:]
+    layout = linear.layout(host.params[linear.weights].shape)
+    d_in = layout.d_in[-1:] if isinstance(linear, ConvMap) else layout.d_in  # the input has no axes of the window
+    return tuple(axes[i] for i in d_in), tuple(axes[i] for i in layout.d_out)
 
 
 def _linear_first(modules: list[ModuleInfo]) -> list[ModuleInfo]:

@@ -35,6 +35,7 @@ class DeltaConfig:
 
     Attributes:
       modified_modules: patterns of the modules to change; without them, the method's default positions.
+      modified_parameters: patterns of parameters to change, by name: experts that no module owns alone, for example.
       exclude_modules: patterns of modules to leave alone, with everything below them, also where a method walks below
         the modules that it was pointed at.
       unfrozen_modules: patterns of what trains besides the delta.
@@ -49,6 +50,7 @@ class DeltaConfig:
     pattern_fields: ClassVar[tuple[str, ...]] = ()  # dicts from patterns of the modified modules; each must mean some
 
     modified_modules: tuple[str, ...] | None = None
+    modified_parameters: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | None = None
     unfrozen_modules: tuple[str, ...] | None = None
     common_structure: bool | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from flax import linen as nn
 
@@ -19,11 +19,10 @@ class CallEdit:
 
     Attributes:
       host: path of the module that is changed; the layer's parameters live below it.
-      where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`, or what the layer's
-        `fused_with_host(host, x)` returns, if it has that and it is not `None`; `"replace"`, `layer(*args, **kwargs)`
-        in place of the host; `"around"`, `layer(host, *args, **kwargs)`, where `host` is a
-        `Host` and `__call__` is `nn.nowrap`, so that modules which a compact host makes stay its own; `"train"`, no
-        computation: the host's own leaf `leaf` trains with the delta.
+      where: `"after"`, `y -> layer(y)`; `"before"`, `x -> layer(x)`; `"parallel"`, `y + layer(x)`;
+        `"replace"`, `layer(*args, **kwargs)` in place of the host; `"around"`, `layer(host, *args, **kwargs)`,
+        where `host` is a `Host` and `__call__` is `nn.nowrap`, so that modules which a compact host makes stay its own;
+        `"train"`, no computation: the host's own leaf `leaf` trains with the delta.
       layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument. If
         it has a method `during_run`, the whole model runs inside the context that this gives.
       span_input: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
@@ -49,6 +48,60 @@ class CallEdit:
         vars(self).update(state, layer=unpacked(state["layer"]))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightEdit:
+    """One change of one leaf of the backbone.
+
+        yield jdelta.WeightEdit(("moe", "wi"), MyRule())
+        yield from jdelta.weight_edits(host, MyRule())  # of the weight in which a module is linear
+
+    Attributes:
+      leaf: path of the leaf, owned by a module that is called or not.
+      rule: a `core.rules.WeightRule`; a `FeatureRule` for a change of features.
+      own: path of the delta's own leaves, below its name at the owner of the leaf.
+      auxiliary: whether it only helps another edit.
+      is_bias: of a `FeatureRule`, whether the leaf is the bias that goes with the weight of another edit.
+      linear: which axes of the leaf are which. Attaching finds it out, as it does all that follows.
+      shape: of the leaf as its module sees it: inside `nn.scan` without the layers' axes.
+      layers: those axes of the stored leaf, outermost last.
+      by_module: whether its module was named, and not the leaf.
+      alone: whether that module can be run on its own parameters and one array.
+      in_call: whether it runs in the calls of the leaf's owner, which is known to be linear; else the leaf is
+        rewritten in the tree before the model runs.
+      name: the delta's.
+    """
+
+    leaf: Path
+    rule: Any
+    own: Path = ()
+    auxiliary: bool = False
+    is_bias: bool = False
+    linear: Any = None
+    shape: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+    by_module: bool = False
+    alone: bool = False
+    in_call: bool = False
+    name: str = ""
+
+    where: ClassVar[Literal["weight"]] = "weight"
+    layer: ClassVar[None] = None
+    span_input: ClassVar[None] = None
+
+    @property
+    def host(self) -> Path:
+        """Path of the owner of the leaf."""
+        return self.leaf[:-1]
+
+    @property
+    def own_path(self) -> Path:
+        """Path of the delta's own leaves."""
+        return (*self.host, self.name, *self.own)
+
+
+Edit = CallEdit | WeightEdit
+
+
 @dataclasses.dataclass(frozen=True)
 class Attachment:
     """A delta as the model knows it.
@@ -66,7 +119,7 @@ class Attachment:
     """
 
     name: str
-    edits: tuple[CallEdit, ...]
+    edits: tuple[Edit, ...]
     leaves: tuple[Path, ...] = ()
     active: bool = True
     frozen: frozenset[Path] = frozenset()
@@ -83,16 +136,26 @@ class Attachment:
     @property
     def unfrozen_backbone(self) -> tuple[Path, ...]:
         """Paths of the backbone's own leaves that train with the delta."""
-        return tuple((*edit.host, *edit.leaf) for edit in self.edits if edit.where == "train")
+        return tuple((*edit.host, *edit.leaf) for edit in self.call_edits if edit.where == "train")
+
+    @property
+    def call_edits(self) -> tuple[CallEdit, ...]:
+        """Those of its edits that are edits of calls."""
+        return tuple(edit for edit in self.edits if isinstance(edit, CallEdit))
+
+    @property
+    def weight_edits(self) -> tuple[WeightEdit, ...]:
+        """Those of its edits that are edits of weights."""
+        return tuple(edit for edit in self.edits if isinstance(edit, WeightEdit))
 
     @property
     def after_merge(self) -> tuple[CallEdit, ...]:
         """What runs while it is off, for leaves of the hosts that merging may have added: see `merging.folded`."""
-        layers = [(edit, getattr(edit.layer, "after_merge", None)) for edit in self.edits]
+        layers = [(edit, getattr(edit.layer, "after_merge", None)) for edit in self.call_edits]
         behind = [(edit, *make()) for edit, make in layers if make is not None]
         return tuple(CallEdit(edit.host, edit.where, layer, auxiliary=True, needs=leaf) for edit, leaf, layer in behind)
 
     @property
     def trained(self) -> set[Path]:
-        """Paths of everything that trains with the delta: its own leaves and the borrowed."""
+        """Paths of everything that trains with the delta: its own leaves, and leaves of the backbone."""
         return {*self.leaves, *self.unfrozen_backbone} - self.frozen

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import chex
+import jax
 
-from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.edits import Attachment, Edit
 from jdelta.core.structure import Structure
 from jdelta.trees.surgery import Tree
 
@@ -53,19 +55,34 @@ class HostAdapter(Protocol):
         """The parameters with those of the active deltas; their shapes, where the user holds the values."""
         ...
 
-    def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, ran: set[CallEdit] | None = None) -> Tree:
+    def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, trial: Trial | None = None) -> Tree:
         """Fresh parameters of the backbone with these attachments, laid out as `params`: it is run on its pseudo input.
 
         Args:
           attachments: what it runs, in place of what it carries.
           rng: the key.
-          ran: where to note the edits that were run.
+          trial: where to note what is seen; the model is then run once more after it was initialised.
         """
         ...
 
     def remember_tree(self, tree: Tree) -> None:
         """Notes the shapes that `tree` gives, so that they need not be traced again."""
         ...
+
+
+@dataclasses.dataclass
+class Trial:
+    """A run of a model with deltas, to see what it does.
+
+    Attributes:
+      probes: name of a rewritten leaf to a number that is added to it.
+      ran: the edits that were run.
+      outputs: what the model returned.
+    """
+
+    probes: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    ran: set[Edit] = dataclasses.field(default_factory=set)
+    outputs: list[Any] = dataclasses.field(default_factory=list)
 
 
 class Cache(dict[str, tuple[Any, Any]]):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
 
+from jdelta.core import weights
 from jdelta.core.edits import Attachment
 from jdelta.core.method import Method
 from jdelta.core.random_keys import as_key
@@ -32,19 +34,43 @@ def init(state: DeltaState, rng: int | chex.PRNGKey, params: Tree | None = None)
     """
     own = dataclasses.replace(state.attachment, active=True)
     attachments = [own if a.name == own.name else a for a in state.host.attachments]
-    leaves = surgery.select(state.host.init(attachments, as_key(rng)), own.leaves)
-    return _from_backbone(state, leaves, state.host.params if params is None else params)
+    params = state.host.params if params is None else params
+    leaves = _fresh(state, attachments, own.leaves, params, as_key(rng))
+    return _from_backbone(state, leaves, params)
 
 
 def initial_values(state: DeltaState, draft: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
     """Values of new leaves; shapes, where the backbone's own are."""
-
-    def new(rng: chex.PRNGKey) -> Tree:
-        return surgery.select(state.host.init(draft, rng), paths)
-
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        return jax.eval_shape(new, state.rng)
-    return _from_backbone(state, jax.jit(new)(state.rng), params)
+        return jax.eval_shape(lambda rng: _fresh(state, draft, paths, params, rng), state.rng)
+    return _from_backbone(state, _fresh(state, draft, paths, params, state.rng, jitted=True), params)
+
+
+def _fresh(
+    state: DeltaState,
+    attachments: Sequence[Attachment],
+    paths: Sequence[Path],
+    params: Tree | None,
+    rng: chex.PRNGKey,
+    jitted: bool = False,
+) -> Tree:
+    """Fresh values of some of the delta's own leaves: of rules at their weights, of layers by a run of the model."""
+    own = next(a for a in attachments if a.name == state.name)
+    held = surgery.parameters_of(state.host.tree() if params is None else params)
+    values: dict[Path, Any] = {}
+    for edit in own.weight_edits:
+        if not edit.is_bias:
+            made = weights.init(edit, rng, held[edit.leaf])
+            values |= {(*edit.own_path, name): value for name, value in made.items()}
+    rest = [path for path in paths if path not in values]
+    if own.generator is not None and all(path[0] == state.name for path in rest):
+        init = jax.jit(own.generator.init) if jitted else own.generator.init
+        values |= {(state.name, *path): v for path, v in surgery.flatten(init(rng)["params"]).items()}
+    elif rest:
+        run: Any = lambda rng: surgery.select(state.host.init(attachments, rng), rest)  # noqa: E731
+        values |= surgery.parameters_of((jax.jit(run) if jitted else run)(rng))
+    start = surgery.root(state.host.tree() if params is None else params)
+    return surgery.unflatten({(*start, *path): values[path] for path in paths})
 
 
 def _from_backbone(state: DeltaState, own: Tree, params: Tree | None) -> Tree:

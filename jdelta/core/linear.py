@@ -18,130 +18,18 @@ import collections
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.core import probing
+from jdelta.core.edits import WeightEdit
+from jdelta.core.linear_maps import AnyMap, ConvMap, EinsumMap, LinearMap, LookupMap, MatrixMap, StoredMap, operands
+from jdelta.core.rules import FeatureRule
 from jdelta.core.structural_key import structural_key
 from jdelta.core.structure import ModuleInfo
-
-# --- the ways in which a module can be linear
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixMap:
-    """A product over some axes of the input, as `nn.Dense` and `nn.DenseGeneral` compute it.
-
-    Attributes:
-      weights: name of the leaf, `(*d_in, *d_out)`; or if it is transposed, `(d_out, d_in)`.
-      axis: the input's axes that are contracted, in the order of the weights. The new ones come last.
-      transposed: whether the output's axis comes first.
-    """
-
-    weights: str = "kernel"
-    axis: tuple[int, ...] = (-1,)
-    transposed: bool = False
-
-    def stored(self, change: jax.Array) -> jax.Array:
-        """A change `(*d_in, *d_out)` as the leaf stores it."""
-        return change.T if self.transposed else change
-
-    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
-        """`x · D`, for a change of the leaf as it is stored."""
-        return jnp.tensordot(x, self.stored(change), (self.axis, tuple(range(len(self.axis)))))
-
-    def free(self, x: tuple[int, ...]) -> list[int]:
-        """The axes of an input of this shape whose sizes do not depend on the weights."""
-        met = {axis % len(x) for axis in self.axis}
-        return [axis for axis in range(len(x)) if axis not in met]
-
-
-@dataclasses.dataclass(frozen=True)
-class EinsumMap:
-    """`einsum(equation, x, weights)`. Axes that input, weights and output share, of experts for example, are allowed.
-
-    Attributes:
-      weights: name of the leaf.
-      equation: what is computed.
-    """
-
-    weights: str = "kernel"
-    equation: str = "...i,io->...o"
-
-    @property
-    def shared(self) -> str:
-        """The axes that weights, input and output share."""
-        x_axes, w_axes, y_axes = operands(self.equation)
-        return "".join(axis for axis in w_axes if axis in x_axes and axis in y_axes)
-
-    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
-        """`x · D`."""
-        return jnp.einsum(self.equation, x, change)
-
-    def free(self, x: tuple[int, ...]) -> list[int]:
-        """The axes of an input of this shape whose sizes do not depend on the weights."""
-        x_axes, w_axes, _ = operands(self.equation)
-        before, ellipsis, after = x_axes.partition("...")
-        letters = before + " " * (len(x) - len(before) - len(after)) * bool(ellipsis) + after
-        return [i for i, letter in enumerate(letters) if letter not in w_axes]
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvMap:
-    """A convolution.
-
-    Attributes:
-      weights: name of the leaf, `(*window, d_in / groups, d_out)`.
-      conv: the fields of an `nn.Conv` that say where its windows lie.
-      groups: of channels.
-    """
-
-    weights: str = "kernel"
-    conv: tuple[tuple[str, Any], ...] = ()
-    groups: int = 1
-
-    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
-        """`x · D`."""
-        fields = {"use_bias": False, "dtype": x.dtype, "feature_group_count": self.groups, **dict(self.conv)}
-        return nn.Conv(change.shape[-1], **fields, parent=None).apply({"params": {"kernel": change}}, x)
-
-    def free(self, x: tuple[int, ...]) -> list[int]:
-        """The axes of an input of this shape whose sizes do not depend on the weights."""
-        return list(range(len(x) - len(dict(self.conv)["kernel_size"]) - 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class LookupMap:
-    """A choice of rows, by ids.
-
-    Attributes:
-      weights: name of the leaf, `(rows, d_out)`.
-    """
-
-    weights: str = "embedding"
-
-    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
-        """`x · D`, where `x` is the ids."""
-        return jnp.take(change, x, axis=0)
-
-    def free(self, x: tuple[int, ...]) -> list[int]:
-        """The axes of an input of this shape whose sizes do not depend on the weights."""
-        return list(range(len(x)))
-
-
-LinearMap = MatrixMap | EinsumMap | ConvMap | LookupMap
-
-
-def operands(equation: str) -> tuple[str, str, str]:
-    """The axes of input, weights and output in the equation of an einsum."""
-    inputs, y_axes = equation.replace(" ", "").split("->")
-    x_axes, w_axes = inputs.split(",")
-    return x_axes, w_axes, y_axes
-
 
 # --- what is known
 
@@ -247,7 +135,7 @@ def runs_alone(host: ModuleInfo) -> bool:
     return _found(host, registered=known is not None and known.is_plain(host)).alone
 
 
-def layout(host: ModuleInfo) -> LinearMap | None:
+def known_map(host: ModuleInfo) -> LinearMap | None:
     """Which axes of its weights a module's features meet, also if it is not linear; `None` if that is not known."""
     try:
         if (known := _of(host.type)) is not None:
@@ -256,6 +144,57 @@ def layout(host: ModuleInfo) -> LinearMap | None:
         return maps[0] if len(maps) == 1 else linear_map(host)
     except TypeError:
         return None
+
+
+def weight_edits(host: ModuleInfo, rule: Any) -> Iterator[WeightEdit]:
+    """The edits of the weight in which a module is linear; of a `FeatureRule` on the output side, of its bias too.
+
+        def edits(self, host, structure):
+            yield from jdelta.weight_edits(host, MyRule())
+
+    Args:
+      host: the module.
+      rule: what happens to its weight.
+
+    Raises:
+      TypeError: the module is not linear. The message says what was found, and what to do.
+    """
+    linear = linear_map(host)
+    leaf = host.params[linear.weights]
+    if isinstance(rule, FeatureRule):
+        require_features(rule, linear, leaf.shape)
+    edit = WeightEdit((*host.path, linear.weights), rule, linear=linear, shape=leaf.shape)
+    yield dataclasses.replace(edit, by_module=True, in_call=True, alone=runs_alone(host))
+    if isinstance(rule, FeatureRule) and rule.side == "out" and "bias" in host.params:
+        shape = host.params["bias"].shape
+        yield WeightEdit(
+            (*host.path, "bias"),
+            rule,
+            auxiliary=True,
+            is_bias=True,
+            linear=MatrixMap("bias", ()),
+            shape=shape,
+            by_module=True,
+            in_call=True,
+        )
+
+
+def require_features(rule: FeatureRule, linear: AnyMap, shape: tuple[int, ...]) -> None:
+    """Raises `TypeError` unless a module's features of the rule's side are in its last axes alone."""
+    side, layout = rule.side, linear.layout(shape)
+    if isinstance(linear, MatrixMap):
+        last = side == "out" or sorted(linear.axis) == list(range(-len(linear.axis), 0))
+    elif isinstance(linear, EinsumMap):
+        x_axes, w_axes, y_axes = operands(linear.equation)
+        letters = "".join(w_axes[i] for i in layout.numbers(side))
+        last = not layout.shared and (x_axes if side == "in" else y_axes).endswith(letters)
+    else:
+        last = side == "out" and not isinstance(linear, StoredMap)
+    if not last:
+        raise TypeError(
+            f"{type(rule).__name__} changes features that go {side}, which have to be in the last axes; those of this "
+            "module are not."
+        )
 
 
 # --- what is tried

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from jdelta.core import switching, training
-from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core import switching, training, weights
+from jdelta.core.edits import Attachment, CallEdit, WeightEdit
 from jdelta.core.generators import with_generated
+from jdelta.core.linear_maps import scanned_axes
 from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, digests, require_whole, unfrozen_backbone
 from jdelta.core.structure import ModuleInfo, Structure
@@ -43,12 +44,14 @@ def merged(params: Tree, name: str, attachments: Sequence[Attachment], structure
       ValueError: an edit cannot be folded; the message names the first few modules.
     """
     active = [a for a in attachments if a.active]
-    earlier = {e.host: a.name for a in active[: [a.name for a in active].index(name)] for e in a.edits if _wraps(e)}
+    before = active[: [a.name for a in active].index(name)]
+    earlier = {e.host: a.name for a in before for e in a.call_edits if _wraps(e)}
     leaves = surgery.flatten(params)
     modules = {info.path: info for info in structure}
     changed: dict[Path, Any] = {}
     problems: dict[str, list[str]] = {}
-    for edit in next(a for a in active if a.name == name).edits:
+    own = next(a for a in active if a.name == name)
+    for edit in own.call_edits:
         if edit.where == "train":
             continue  # the value is in its place
         host = modules[edit.host]
@@ -56,6 +59,12 @@ def merged(params: Tree, name: str, attachments: Sequence[Attachment], structure
             changed |= _fold(edit, host, {**leaves, **changed}, earlier.get(edit.host), structure)
         except (TypeError, ValueError) as error:
             problems.setdefault(str(error), []).append(host.name)
+    for path in dict.fromkeys(edit.leaf for edit in own.weight_edits):
+        edits = [edit for edit in own.weight_edits if edit.leaf == path]
+        try:
+            changed[path] = _changed_weight(edits, leaves, changed.get(path, leaves[path]), structure)
+        except (TypeError, ValueError) as error:
+            problems.setdefault(str(error), []).append(surgery.name_of(path[:-1] if edits[0].in_call else path))
     if problems:
         reason, names = next(iter(problems.items()))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -74,13 +83,13 @@ def _wraps(edit: CallEdit) -> bool:
 def _fold(
     edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any], earlier: str | None, structure: Structure
 ) -> dict[Path, Any]:
-    if not foldable(edit):
+    if not is_mergeable(edit):
         raise ValueError(NO_CHANGE.format(type(edit.layer).__name__))
     if earlier is not None:
         raise ValueError(f"delta {earlier!r}, which was attached before, stands between it and the weights.")
     if host.name in structure.tied:
         raise ValueError("its weights are those of a tied head or another method too, which the delta does not change.")
-    new = fold(edit, host, leaves)
+    new = merged_by_layer(edit, host, leaves)
     require_steps(host, new, leaves)
     lacking = sorted(new.keys() - host.params.keys())
     if lacking and not hasattr(edit.layer, "after_merge"):
@@ -89,22 +98,42 @@ def _fold(
     return {(*host.path, key): surgery.in_place_of(boxes[key], value) for key, value in new.items()}
 
 
+def _changed_weight(edits: Sequence[WeightEdit], leaves: Mapping[Path, Any], held: Any, structure: Structure) -> Any:
+    """A leaf with the changes of a delta's edits, which are evaluated at the leaf without the delta."""
+    path = edits[0].leaf
+    host = surgery.name_of(path[:-1])
+    if edits[0].in_call and host in structure.tied:
+        raise ValueError(
+            "its weights are those of a tied head or another method too, which the delta does not change. With "
+            f"modified_parameters=[{surgery.name_of(path)!r}] it changes both."
+        )
+    require_steps_of(path, leaves[path])
+    own = [weights.own_leaves(edit, leaves) for edit in edits]
+    new = weights.changed(edits, meta.unbox(held), own)
+    return surgery.in_place_of(leaves[path], new)
+
+
+def require_steps_of(path: Path, leaf: Any) -> None:
+    """Raises `ValueError` if a leaf is of a dtype in which nothing can be added to it."""
+    if dtypes.is_fixed(leaf):
+        raise ValueError(
+            f"its {path[-1]} holds {meta.unbox(leaf).dtype}, and an update is added only to floats of 16 bits and more."
+        )
+
+
 def require_steps(host: ModuleInfo, keys: Iterable[str], leaves: Mapping[Path, Any]) -> None:
     """Raises `ValueError` if one of these leaves of a module is of a dtype in which nothing can be added to it."""
     for path in ((*host.path, key) for key in keys):
-        if path in leaves and dtypes.is_fixed(leaves[path]):
-            raise ValueError(
-                f"its {path[-1]} holds {meta.unbox(leaves[path]).dtype}, and an update is added only to floats of 16 "
-                "bits and more."
-            )
+        if path in leaves:
+            require_steps_of(path, leaves[path])
 
 
-def foldable(edit: CallEdit) -> bool:
+def is_mergeable(edit: CallEdit) -> bool:
     """Whether a layer changes the weights of its host: it has a `fold`, and takes the host's own input."""
     return hasattr(edit.layer, "fold") and edit.span_input in (None, edit.host)
 
 
-def fold(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[str, jax.Array]:
+def merged_by_layer(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[str, jax.Array]:
     """What the layer's `fold` returns for its host, also inside a scan, where leaves have more axes than a host sees.
 
     Args:
@@ -113,28 +142,14 @@ def fold(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[s
       leaves: path to value, those of host and layer among them.
     """
     own_keys = {*host.params, "bias"}  # a bias that it did not have may have been merged into it before
-    weights = {key: meta.unbox(leaves[(*host.path, key)]) for key in own_keys if (*host.path, key) in leaves}
+    held = {key: meta.unbox(leaves[(*host.path, key)]) for key in own_keys if (*host.path, key) in leaves}
     begin = (*host.path, *edit.leaf)
     own = {path[-1]: meta.unbox(leaf) for path, leaf in leaves.items() if path[:-1] == begin}
     run: Callable = lambda weights, own: edit.layer.fold(host, weights, own)  # type: ignore[union-attr]  # noqa: E731
-    for axis in scanned_axes(weights, host.params):
+    keys = list(host.params)
+    for axis in scanned_axes([held[key].shape for key in keys], [host.params[key].shape for key in keys]):
         run = jax.vmap(run, axis, axis)
-    return run(weights, own)
-
-
-def scanned_axes(weights: Mapping[str, Any], seen: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
-    """The axes, outermost last, that a module's leaves have inside `nn.scan` besides those that it sees itself."""
-    have = [(list(meta.unbox(weights[key]).shape), list(seen[key].shape)) for key in seen]
-    axes: list[int] = []
-    while any(len(stored) > len(own) for stored, own in have):
-        fitting = [
-            axis
-            for axis in range(min(len(stored) for stored, _ in have))
-            if all(len(stored) - len(own) > 1 or stored[:axis] + stored[axis + 1 :] == own for stored, own in have)
-        ]
-        axes.insert(0, fitting[0])
-        have = [(stored[: fitting[0]] + stored[fitting[0] + 1 :], own) for stored, own in have]
-    return axes
+    return run(held, own)
 
 
 # --- a delta on a model
@@ -169,8 +184,8 @@ def merge(state: DeltaState, params: Tree | None = None) -> Tree:
     made = with_generated({"params": surgery.parameters(tree)}, [own])["params"]
     if training.is_untrained(state, tree):
         warn(training.untrained_message(state, "merge", params))
-    weights = merged(made, state.name, attachments, state.structure)
-    new = {(*start, *path): value for path, value in weights.items()}
+    changed = merged(made, state.name, attachments, state.structure)
+    new = {(*start, *path): value for path, value in changed.items()}
     state.was_merged = True
     if params is not None:
         leaves = surgery.flatten(tree)

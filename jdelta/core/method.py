@@ -12,8 +12,9 @@ import jax
 from flax import linen as nn
 
 from jdelta.core.config import METHODS, DeltaConfig
-from jdelta.core.edits import Attachment, CallEdit
-from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.core.edits import Attachment, Edit, WeightEdit
+from jdelta.core.linear import weight_edits
+from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.trees.surgery import Path
 
 Find = Callable[[Sequence[str]], list[ModuleInfo]]
@@ -77,9 +78,9 @@ class Method(DeltaConfig):
     @classmethod
     def has_edits(cls) -> bool:
         """Whether it does anything of itself."""
-        return cls.edits is not Method.edits or cls.place is not Method.place
+        return any(getattr(cls, name) is not getattr(Method, name) for name in ("edits", "place", "rule"))
 
-    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
+    def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         """What this method does at a module that it was pointed at. Override it.
 
         The parameters of a layer are below the delta's name at its host, and below `leaf` of the edit, if it has one.
@@ -87,9 +88,29 @@ class Method(DeltaConfig):
         Raises:
           TypeError, ValueError: the module cannot take this delta; `host.name` is put in front of the message.
         """
-        return ()
+        return () if (rule := self.rule(host.name)) is None else weight_edits(host, rule)
 
-    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[CallEdit]:
+    def parameter_edits(self, parameter: ParameterInfo, structure: Structure) -> Iterable[Edit]:
+        """What this method does at a parameter that it was pointed at, by `modified_parameters`.
+
+        Override `rule`, or this.
+
+        Raises:
+          TypeError, ValueError: the parameter cannot take this delta; its name is put in front of the message.
+        """
+        if (rule := self.rule(parameter.name)) is None:
+            raise TypeError("the method changes modules; name some in modified_modules.")
+        yield WeightEdit(parameter.path, rule, own=parameter.path[-1:])
+
+    def rule(self, name: str) -> Any:
+        """What happens to the weight of a module, or to a parameter, of this name. Override it, or `edits`.
+
+        Returns:
+          A `core.rules.WeightRule` or `FeatureRule`.
+        """
+        return None
+
+    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[Edit]:
         """The edits at all modules that the patterns mean. Override it for a method whose modules come in pairs."""
         for host in site.find(patterns) if patterns else ():
             try:

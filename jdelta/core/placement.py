@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jdelta.core.edits import CallEdit
+from flax.core import meta
+
+from jdelta.core.edits import Edit, WeightEdit
+from jdelta.core.linear import linear_map, require_features, runs_alone
+from jdelta.core.linear_maps import StoredMap, scanned_axes
 from jdelta.core.method import Find, Method, Site
+from jdelta.core.parameters import find_parameters
+from jdelta.core.rules import FeatureRule
 from jdelta.core.state import DeltaState, carried
-from jdelta.core.structure import ModuleInfo
+from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.core.warn import warn
 from jdelta.trees import addressing, surgery
 
 COMMON = {field.name for field in dataclasses.fields(Method)}  # the arguments that every method has
 
 
-def edits_at(state: DeltaState, patterns: Sequence[str], find: Find | None = None) -> list[CallEdit]:
+def edits_at(state: DeltaState, patterns: Sequence[str], find: Find | None = None) -> list[Edit]:
     """What the method does at the modules that the patterns mean, but for what `exclude_modules` takes out.
 
     Args:
@@ -36,7 +43,8 @@ def edits_at(state: DeltaState, patterns: Sequence[str], find: Find | None = Non
         return found
 
     site = Site(state.structure, noted, carried(state))
-    wanted = [named(edit, state.name) for edit in state.method.place(site, patterns)]
+    made = [*state.method.place(site, patterns), *_of_parameters(state)]
+    wanted = [named(edit, state.name, state.structure) for edit in made]
     edits = without_excluded(state, wanted)
     means = f"{state.label}: none of the modules that {list(patterns)} mean gets a change from it"
     if patterns and not wanted:
@@ -50,15 +58,71 @@ def edits_at(state: DeltaState, patterns: Sequence[str], find: Find | None = Non
     return edits
 
 
-def named(edit: CallEdit, name: str) -> CallEdit:
-    """The edit with its layer's leaves below the delta's name."""
+def _of_parameters(state: DeltaState) -> Iterator[Edit]:
+    """What the method does at the parameters that `modified_parameters` names."""
+    names, exclude = state.method.modified_parameters or (), state.method.exclude_modules or ()
+    leaves = surgery.flatten(state.structure.params)
+    for path in find_parameters(state.structure, names, exclude) if names else ():
+        leaf = meta.unbox(leaves[path])
+        parameter = ParameterInfo(path, leaf.shape, leaf.dtype)
+        try:
+            yield from state.method.parameter_edits(parameter, state.structure)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{state.label} at {parameter.name}: {error}") from error
+
+
+def named(edit: Edit, name: str, structure: Structure) -> Edit:
+    """The edit with its own leaves below the delta's name; of a leaf, with how it is used."""
+    if isinstance(edit, WeightEdit):
+        found = edit if edit.linear is not None else resolved(edit, structure)
+        return dataclasses.replace(found, name=name, layers=_layers(found, structure))
     return edit if edit.where == "train" else dataclasses.replace(edit, leaf=(name, *edit.leaf))
 
 
-def without_excluded(state: DeltaState, edits: Iterable[CallEdit]) -> list[CallEdit]:
+def resolved(edit: WeightEdit, structure: Structure) -> WeightEdit:
+    """The edit of a leaf with how it is used: in the calls of a linear module alone, or in ways that nobody knows.
+
+    Raises:
+      ValueError: there is no such leaf.
+    """
+    leaves = surgery.flatten(structure.params)
+    if edit.leaf not in leaves:
+        raise ValueError(f"{surgery.name_of(edit.leaf)!r} is no parameter of this model.")
+    owner, key = structure.modules.get(surgery.name_of(edit.host)), edit.leaf[-1]
+    shape = meta.unbox(leaves[edit.leaf]).shape
+    if owner is not None and key in owner.params:
+        shape = owner.params[key].shape
+    in_call, linear = False, None
+    if owner is not None and not owner.closed:
+        with contextlib.suppress(TypeError):
+            found = linear_map(owner)
+            linear = found if found.weights == key else None
+            in_call = linear is not None and owner.name not in structure.tied
+    if isinstance(edit.rule, FeatureRule):
+        require_features(edit.rule, linear or StoredMap(key), shape)
+    alone = in_call and owner is not None and runs_alone(owner)
+    return dataclasses.replace(edit, linear=linear or StoredMap(key), shape=shape, in_call=in_call, alone=alone)
+
+
+def _layers(edit: WeightEdit, structure: Structure) -> tuple[int, ...]:
+    """The axes that a leaf has besides those that its module sees. All of the module's leaves together tell them."""
+    owner = structure.modules.get(surgery.name_of(edit.host))
+    if owner is None or edit.leaf[-1] not in owner.params:
+        return ()
+    stored = surgery.flatten(structure.params)
+    shapes = [meta.unbox(stored[(*owner.path, key)]).shape for key in owner.params]
+    return tuple(scanned_axes(shapes, [leaf.shape for leaf in owner.params.values()]))
+
+
+def without_excluded(state: DeltaState, edits: Iterable[Edit]) -> list[Edit]:
     """Those whose module is neither excluded nor below one that is. What only helps others stays."""
     exclude = state.method.exclude_modules or ()
-    state.structure.find((), exclude)  # raises if a pattern means nothing
+    parameters = (
+        map(surgery.name_of, surgery.flatten(state.structure.params)) if state.method.modified_parameters else ()
+    )
+    leaves = list(parameters)  # which may be excluded too
+    of_modules = [p for p in exclude if not any(addressing.matches_at_or_above(name, p) for name in leaves)]
+    state.structure.find((), of_modules)  # raises if a pattern means nothing
 
     def is_excluded(name: str) -> bool:
         return any(addressing.matches_at_or_above(name, pattern) for pattern in exclude)
@@ -66,10 +130,10 @@ def without_excluded(state: DeltaState, edits: Iterable[CallEdit]) -> list[CallE
     return [edit for edit in edits if edit.auxiliary or not is_excluded(_changed_name(edit))]
 
 
-def warn_of_twin(state: DeltaState, edits: Sequence[CallEdit]) -> None:
+def warn_of_twin(state: DeltaState, edits: Sequence[Edit]) -> None:
     """Warns if an attached delta is the same up to its values, however the patterns of its modules are written."""
 
-    def what(config: Method, edits: Sequence[CallEdit]) -> Any:
+    def what(config: Method, edits: Sequence[Edit]) -> Any:
         arguments = config.to_dict()
         own = {key: arguments[key] for key in arguments if key not in COMMON}
         return own, {edit.host for edit in edits}
@@ -85,7 +149,7 @@ def warn_of_twin(state: DeltaState, edits: Sequence[CallEdit]) -> None:
         )
 
 
-def _require_each_changed(state: DeltaState, asked: Sequence[ModuleInfo], edits: Sequence[CallEdit]) -> None:
+def _require_each_changed(state: DeltaState, asked: Sequence[ModuleInfo], edits: Sequence[Edit]) -> None:
     """Raises `ValueError` if the method does nothing at or below a module that was named."""
     changed = {
         path for edit in edits if not edit.auxiliary for path in (edit.host, edit.span_input) if path is not None
@@ -100,9 +164,9 @@ def _require_each_changed(state: DeltaState, asked: Sequence[ModuleInfo], edits:
         )
 
 
-def _check_patterns(state: DeltaState, field: str, edits: Sequence[CallEdit]) -> None:
+def _check_patterns(state: DeltaState, field: str, edits: Sequence[Edit]) -> None:
     """Raises `ValueError` if a pattern of modified modules counts for none of them."""
-    left = list(dict.fromkeys(surgery.name_of(edit.host) for edit in edits if not edit.auxiliary))
+    left = list(dict.fromkeys(_changed_name(edit) for edit in edits if not edit.auxiliary))
     names = left
     for pattern in getattr(state.method, field) or ():
         if not any(addressing.matches(name, pattern) for name in names):
@@ -121,6 +185,8 @@ def _check_patterns(state: DeltaState, field: str, edits: Sequence[CallEdit]) ->
         left = rest
 
 
-def _changed_name(edit: CallEdit) -> str:
+def _changed_name(edit: Edit) -> str:
     """The name of the module that an edit changes: where its leaf trains, or its host."""
+    if isinstance(edit, WeightEdit):
+        return surgery.name_of(edit.host if edit.by_module else edit.leaf)
     return surgery.name_of((*edit.host, *edit.leaf)[:-1] if edit.where == "train" else edit.host)

@@ -16,7 +16,7 @@ import numpy as np
 from flax.core import meta
 
 from jdelta.core.config import require_name
-from jdelta.core.edits import Attachment
+from jdelta.core.edits import Attachment, CallEdit, WeightEdit
 from jdelta.core.host import HostAdapter
 from jdelta.core.method import Method
 from jdelta.core.random_keys import as_key
@@ -176,9 +176,12 @@ def free_name(state: DeltaState, name: str | None, but: str = "") -> str:
 
 
 def targets(state: DeltaState) -> list[str]:
-    """The names of the modules that it is on, in the order of execution."""
-    hosts = {edit.host for edit in (state.removed or state.attachment).edits if not edit.auxiliary}
-    return [info.name for info in state.structure if info.path in hosts]
+    """The names of the modules that it is on, in the order of execution, and those of leaves that it changes."""
+    edits = [edit for edit in (state.removed or state.attachment).edits if not edit.auxiliary]
+    leaves = [edit.leaf for edit in edits if isinstance(edit, WeightEdit) and not edit.by_module]
+    hosts = {edit.host for edit in edits if isinstance(edit, CallEdit) or edit.by_module}
+    names = [info.name for info in state.structure if info.path in hosts]
+    return [*names, *map(surgery.name_of, dict.fromkeys(leaves))]
 
 
 def require_whole(state: DeltaState, tree: Tree, verb: str) -> None:

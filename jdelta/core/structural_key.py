@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jdelta.core.edits import CallEdit
+from jdelta.core.edits import CallEdit, WeightEdit
 from jdelta.core.structure import ModuleInfo
 from jdelta.trees.surgery import Path
 
@@ -29,6 +29,8 @@ def structural_key(value: Any, start: Path = ()) -> Any:
         return (value.type, structural_key(value.fields), structural_key((value.args, value.kwargs)))
     if isinstance(value, CallEdit):
         return (value.where, value.host[len(start) :], value.span_input, value.leaf, structural_key(value.layer))
+    if isinstance(value, WeightEdit):
+        return (value.leaf[len(start) :], value.own, value.shape, value.is_bias, structural_key(value.rule))
     if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         skip = ("parent", "name") if isinstance(value, nn.Module) else ()
         own = [f.name for f in dataclasses.fields(value) if f.name not in skip]

@@ -69,6 +69,26 @@ class ModuleInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter of a backbone.
+
+    Attributes:
+      path: where it is in the tree.
+      shape: as it is stored: inside `nn.scan` with the layers' axis.
+      dtype: of its numbers.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The dot-joined name."""
+        return surgery.name_of(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
 class Structure:
     """The modules of a backbone in the order of their first call, and the shapes of its parameters.
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jdelta.core import merging
-from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core import merging, weights
+from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
 from jdelta.core.generators import with_generated
+from jdelta.core.linear_maps import scanned_axes
 from jdelta.core.state import DeltaState, require_whole
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.trees import processes, surgery
@@ -71,20 +72,23 @@ def measured(
     if not attachment.edits:
         raise ValueError(f"delta {attachment.name!r} changes nothing yet: put layers in first.")
     leaves = surgery.flatten(params)
-    hosts: dict[Path, list[CallEdit]] = {}
+    hosts: dict[Path, list[Edit]] = {}
     for edit in attachment.edits:
-        if edit.where != "train" and not merging.foldable(edit):
+        if isinstance(edit, CallEdit) and edit.where != "train" and not merging.is_mergeable(edit):
             raise ValueError(
                 f"delta {attachment.name!r} moves no weights at {surgery.name_of(edit.host) or 'the root'}: "
                 f"{merging.NO_CHANGE.format(type(edit.layer).__name__)} LoRA's and BitFit's is. "
                 "delta.visualization() shows where a delta sits."
             )
-        begin = (*edit.host, *edit.leaf)[:-1] if edit.where == "train" else edit.host
+        begin = (*edit.host, *edit.leaf)[:-1] if isinstance(edit, CallEdit) and edit.where == "train" else edit.host
         hosts.setdefault(begin, []).append(edit)
     modules = {info.path: info for info in structure}
-    return {
-        info.name: _movement(info, hosts[path], leaves, pretrained) for path, info in modules.items() if path in hosts
-    }
+    found = {path: _movement(info, hosts[path], leaves, pretrained) for path, info in modules.items() if path in hosts}
+    for path in hosts.keys() - modules.keys():  # leaves whose owner is not called
+        for edit in hosts[path]:
+            if isinstance(edit, WeightEdit):
+                found[edit.leaf] = _movement_of_leaf(edit, leaves)
+    return {surgery.name_of(path): value for path, value in found.items()}
 
 
 def movement(state: DeltaState, params: Tree | None = None) -> Movement:
@@ -140,26 +144,44 @@ def tabulated(movements: Mapping[str, np.ndarray]) -> Movement:
 
 
 def _movement(
-    module: ModuleInfo, edits: Sequence[CallEdit], leaves: Mapping[Path, Any], pretrained: Mapping[Path, Any]
+    module: ModuleInfo, edits: Sequence[Edit], leaves: Mapping[Path, Any], pretrained: Mapping[Path, Any]
 ) -> np.ndarray:
     """The movement of one module, `()`, or `(layers,)` if its leaves hold several."""
     after = {(*module.path, key): _in_float32(leaves[(*module.path, key)]) for key in module.params}
     before = dict(after)
     for edit in edits:
-        if edit.where == "train":
+        if isinstance(edit, WeightEdit):
+            merging.require_steps_of(edit.leaf, leaves[edit.leaf])
+            own = weights.own_leaves(edit, leaves)
+            after[edit.leaf] = after[edit.leaf] + weights.update(edit, before[edit.leaf], own)
+        elif edit.where == "train":
             before[(*edit.host, *edit.leaf)] = _in_float32(_earlier((*edit.host, *edit.leaf), pretrained))
         else:
-            folded = merging.fold(edit, module, {**leaves, **after})
-            merging.require_steps(module, folded, leaves)
-            after |= {(*module.path, key): value for key, value in folded.items()}
-    axes = merging.scanned_axes({key: before[(*module.path, key)] for key in module.params}, module.params)
+            merged = merging.merged_by_layer(edit, module, {**leaves, **after})
+            merging.require_steps(module, merged, leaves)
+            after |= {(*module.path, key): value for key, value in merged.items()}
+    keys = list(module.params)
+    stored = [before[(*module.path, key)].shape for key in keys]
+    return _relative(after, before, scanned_axes(stored, [module.params[key].shape for key in keys]))
+
+
+def _movement_of_leaf(edit: WeightEdit, leaves: Mapping[Path, Any]) -> np.ndarray:
+    """The movement of one leaf that no module's call owns."""
+    merging.require_steps_of(edit.leaf, leaves[edit.leaf])
+    before = _in_float32(leaves[edit.leaf])
+    after = before + weights.update(edit, before, weights.own_leaves(edit, leaves))
+    return _relative({edit.leaf: after}, {edit.leaf: before}, edit.layers)
+
+
+def _relative(after: Mapping[Path, Any], before: Mapping[Path, Any], axes: Sequence[int]) -> np.ndarray:
+    """`‖change‖ / ‖weight‖`, for each layer if `axes` are those of layers."""
 
     def norm(values: Iterable[Any]) -> np.ndarray:
         return np.sqrt(np.sum([_squares(value, axes) for value in values], axis=0))
 
     change = norm(_in_float64(value) - _in_float64(before.get(path, 0.0)) for path, value in after.items())
-    weights = [value for path, value in before.items() if path[-1] != "bias"] or before.values()
-    weight = norm(map(_in_float64, weights))
+    held = [value for path, value in before.items() if path[-1] != "bias"] or before.values()
+    weight = norm(map(_in_float64, held))
     return np.divide(change, weight, out=np.full_like(change, np.nan), where=weight > 0)
 
 
@@ -174,7 +196,7 @@ def _earlier(path: Path, pretrained: Mapping[Path, Any]) -> Any:
 
 
 def _squares(value: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    """The sum of squares, `()`; or with `axes`, those of `merging.scanned_axes`, that of each layer, `(layers,)`."""
+    """The sum of squares, `()`; or with `axes`, those of `scanned_axes`, that of each layer, `(layers,)`."""
     for depth, axis in enumerate(reversed(axes)):
         value = np.moveaxis(value, depth + axis, depth)
     layers = (math.prod(value.shape[: len(axes)]),) if axes else ()

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdelta.core import products
 from jdelta.core.axes import Axes
 from jdelta.core.structure import ModuleInfo
-from jdelta.methods import products
 from jdelta.methods.parameter import in_float32
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -12,12 +12,12 @@ from typing import Literal
 import jax
 from flax import linen as nn
 
+from jdelta.core import products
 from jdelta.core.axes import Axes
 from jdelta.core.config import require_positive_int
 from jdelta.core.edits import CallEdit
 from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.methods import products
 from jdelta.methods.bottleneck import NON_LINEARITIES, reduced, require_non_linearity
 from jdelta.methods.parameter import param
 

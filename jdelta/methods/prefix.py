@@ -19,7 +19,7 @@ from flax import linen as nn
 from jdelta.core.arguments import arguments, main_input
 from jdelta.core.axes import Axes, Axis, of_output
 from jdelta.core.config import require_count, require_positive_int
-from jdelta.core.edits import CallEdit
+from jdelta.core.edits import CallEdit, Edit
 from jdelta.core.method import Method, Site
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts.linen.calls import describe
@@ -72,7 +72,7 @@ class PrefixConfig(Method):
         layer = PrefixLayer(self.prefix_token_num, key_width, key_axis)
         yield CallEdit(host.path, "around", layer)
 
-    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[CallEdit]:
+    def place(self, site: Site, patterns: Sequence[str]) -> Iterable[Edit]:
         edits = list(super().place(site, patterns))
         yield from edits
         if self.shift_positions:

@@ -13,18 +13,20 @@ own. A leaf that is not named is replicated, and so is an axis whose length the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jdelta.core import axes, merging
+from jdelta.core import axes, weights
 from jdelta.core.axes import Axes, Axis
-from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
+from jdelta.core.linear_maps import scanned_axes
+from jdelta.core.rules import axes_of
 from jdelta.core.state import DeltaState
 from jdelta.core.structure import Structure
 from jdelta.scale.specs import Entry, is_box, names_of, parts_of, shape_of
@@ -235,8 +237,25 @@ class _Split:
     structure: Structure
     sizes: Mapping[str, int] | None
 
-    def specs_of(self, edit: CallEdit) -> dict[Path, P]:
-        """The specs of the leaves of one edit's layer, as far as it says what they follow."""
+    def specs_of(self, edit: Edit) -> dict[Path, P]:
+        """The specs of the leaves of one edit, as far as it says what they follow."""
+        return self._of_rule(edit) if isinstance(edit, WeightEdit) else self._of_layer(edit)
+
+    def _of_rule(self, edit: WeightEdit) -> dict[Path, P]:
+        """The specs of a rule's own leaves: axes of the weight, and before them those that input and output share."""
+        layout, found = weights.layout_of(edit), {}
+        for name, follows in axes_of(edit.rule).items():
+            path = (*edit.own_path, name)
+            if path not in self.shapes:  # it is generated, or of an edit of the same leaves
+                continue
+            kinds = [(None,) if kind is None else layout.numbers(kind) for kind in follows]
+            numbers = (*layout.shared, *itertools.chain.from_iterable(kinds))
+            axes = tuple(None if i is None else Axis(edit.leaf, i) for i in numbers)
+            found[path] = self._allowed(self.shapes[path], self._with_layers(axes, path, edit.leaf, edit.layers))
+        return found
+
+    def _of_layer(self, edit: CallEdit) -> dict[Path, P]:
+        """The specs of the leaves of a layer."""
         found: dict[Path, P] = {}
         followed = self._followed(edit)
         leaf = next((axis.leaf for own in followed.values() for axis in own if axis), self._leaf_in(edit.host))
@@ -254,29 +273,35 @@ class _Split:
         y = axes.of_input(host, self.structure) if edit.where == "before" else axes.of_output(host, self.structure)
         return edit.layer.sharding_axes(host, x, y)  # type: ignore[union-attr]
 
-    def _with_layers(self, followed: Axes, path: Path, leaf: Path | None) -> list[_Followed]:
+    def _with_layers(
+        self, followed: Axes, path: Path, leaf: Path | None, inside: tuple[int, ...] | None = None
+    ) -> list[_Followed]:
         """What each axis of a delta's leaf follows; those of the layers in `nn.scan` are as in `leaf`."""
-        found = [self._at(axis) for axis in followed]
+        found = [self._at(axis, inside) for axis in followed]
         more = len(self.shapes[path]) - len(found)
         if more and leaf is not None:
-            _, inserted, layers = self._stored(leaf)
+            _, inserted, layers = self._stored(leaf, inside)
             if more == len(inserted):
                 for place, layer in zip(inserted, layers, strict=True):
                     found.insert(place, (self.entries[leaf][layer], self.shapes[leaf][layer]))
         return found
 
-    def _at(self, axis: Axis | None) -> _Followed:
+    def _at(self, axis: Axis | None, inside: tuple[int, ...] | None = None) -> _Followed:
         if axis is None:
             return None, 1
-        place = self._stored(axis.leaf)[0][axis.number]
+        place = self._stored(axis.leaf, inside)[0][axis.number]
         return self.entries[axis.leaf][place], self.shapes[axis.leaf][place]
 
-    def _stored(self, leaf: Path) -> tuple[list[int], list[int], list[int]]:
+    def _stored(self, leaf: Path, inside: tuple[int, ...] | None) -> tuple[list[int], list[int], list[int]]:
         """How a leaf inside `nn.scan` is stored: where the axes are that its module sees; where to insert those of the
         layers, one after the other; and where these then are."""
-        info = self.structure[surgery.name_of(leaf[:-1])]
-        weights = {key: jax.ShapeDtypeStruct(self.shapes[(*info.path, key)], np.float32) for key in info.params}
-        inserted = merging.scanned_axes(weights, info.params)
+        if inside is None:
+            info = self.structure[surgery.name_of(leaf[:-1])]
+            keys = list(info.params)
+            stored = [self.shapes[(*info.path, key)] for key in keys]
+            inserted = scanned_axes(stored, [info.params[key].shape for key in keys])
+        else:
+            inserted = list(inside)
         places = list(range(len(self.shapes[leaf])))
         layers: list[int] = []
         for axis in reversed(inserted):

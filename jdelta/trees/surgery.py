@@ -30,7 +30,7 @@ class HasPaths(Protocol):
 
 # The leaves of each of jdelta's methods, below the name that the delta has by default.
 _LEAVES = {
-    "lora": r"a|b",
+    "lora": r"(\w+\.)?(a|b)",
     "adapter": r"(down|up)\.(kernel|bias)",
     "parallel_adapter": r"(down|up)\.(kernel|bias)",
     "low_rank_adapter": r"(down|up)\.(left|right|bias)",
@@ -254,6 +254,11 @@ def in_place_of(old: Any, new: Any) -> Any:
     held = meta.unbox(old)
     placed = isinstance(held, jax.Array) and not isinstance(held, jax.core.Tracer) and held.committed
     new = jax.device_put(new, held.sharding if placed else None)  # with None it is as free to move as a new array
+    return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
+
+
+def in_box_of(old: Any, new: Any) -> Any:
+    """A value in the box of metadata that an old one had, if it had one."""
     return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
 
 

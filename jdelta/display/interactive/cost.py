@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from jdelta.core import attaching, placement
+from jdelta.core import attaching, placement, weights
 from jdelta.core.arguments import is_array
-from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
 from jdelta.core.method import Method
 from jdelta.core.state import DeltaState
 from jdelta.core.structural_key import structural_key
@@ -85,14 +85,16 @@ def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
             reasons[info.name] = "It is left out by exclude_modules."
         else:
             try:
-                wanted = {(e.host, e.where, e.leaf): e for e in _edits_at(state, info)}
+                wanted = {attaching.place(edit): edit for edit in _edits_at(state, info)}
                 if not wanted:
                     raise TypeError(f"It holds nothing that {state.label} changes.")
                 if not (edits := placement.without_excluded(state, wanted.values())):
                     raise TypeError("All that would change in it is left out by exclude_modules.")
                 attaching.check(state, edits, others)
                 leaves[info.name] = measure(info, edits)
-                borrowed[info.name] = [(*edit.host, *edit.leaf) for edit in edits if edit.where == "train"]
+                borrowed[info.name] = [
+                    (*edit.host, *edit.leaf) for edit in edits if isinstance(edit, CallEdit) and edit.where == "train"
+                ]
             except (TypeError, ValueError) as error:
                 reasons[info.name] = _sentence(str(error))
 
@@ -111,8 +113,8 @@ def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
     return Costs(table.items, table.modules, reasons, always, sum(sizes.values()), exact)
 
 
-def _edits_at(state: DeltaState, info: ModuleInfo) -> list[CallEdit]:
-    return [placement.named(edit, state.name) for edit in state.method.edits(info, state.structure)]
+def _edits_at(state: DeltaState, info: ModuleInfo) -> list[Edit]:
+    return [placement.named(edit, state.name, state.structure) for edit in state.method.edits(info, state.structure)]
 
 
 class _Table:
@@ -141,9 +143,23 @@ class _Measure:
         self._known: dict[Any, list[Shapes] | Exception] = {}
         self._alive: list[Any] = []  # keys can hold ids of parts of these
 
-    def __call__(self, info: ModuleInfo, edits: Sequence[CallEdit]) -> Shapes:
-        found: Shapes = {}
+    def __call__(self, info: ModuleInfo, edits: Sequence[Edit]) -> Shapes:
         self._alive.append(edits)
+        found = self._of_layers(info, [edit for edit in edits if isinstance(edit, CallEdit)])
+        for edit in edits:
+            if isinstance(edit, WeightEdit) and not edit.is_bias:
+                leaf = self._leaves[edit.leaf]
+                key = (structural_key(edit.rule), edit.linear, edit.shape, leaf.shape)
+                (row,) = self._once(key, functools.partial(_rule_shapes, edit, leaf))
+                found |= {(*edit.own_path, *path): shape for path, shape in row.items()}
+        return found
+
+    @functools.cached_property
+    def _leaves(self) -> dict[Path, Any]:
+        return surgery.flatten(meta.unbox(surgery.parameters(self._state.structure.params)))
+
+    def _of_layers(self, info: ModuleInfo, edits: Sequence[CallEdit]) -> Shapes:
+        found: Shapes = {}
         outside = [edit for edit in edits if edit.layer is not None and edit.where in ("around", "replace")]
         if outside:
             rows = self._once(
@@ -242,6 +258,11 @@ def _layer_shapes(layer: nn.Module, x: jax.ShapeDtypeStruct, wanted: tuple[int, 
     if y.shape != wanted:
         raise ValueError(f"its layer {type(layer).__name__} gives shape {y.shape} where {wanted} is needed.")
     return [{path: leaf.shape for path, leaf in surgery.flatten(variables.get("params", {})).items()}]
+
+
+def _rule_shapes(edit: WeightEdit, leaf: jax.ShapeDtypeStruct) -> list[Shapes]:
+    own = jax.eval_shape(lambda key, leaf: weights.init(edit, key, leaf), jax.random.key(0), leaf)
+    return [{(name,): value.shape for name, value in own.items()}]
 
 
 def _host_alone(info: ModuleInfo, edits: Sequence[CallEdit], name: str) -> Any:

@@ -8,8 +8,8 @@ import chex
 import jax
 from flax import linen as nn
 
-from jdelta.core.edits import Attachment, CallEdit
-from jdelta.core.host import Cache
+from jdelta.core.edits import Attachment
+from jdelta.core.host import Cache, Trial
 from jdelta.core.structure import Structure
 from jdelta.hosts.linen.instrument import attachments_of, bare, instrument
 from jdelta.hosts.linen.trace import trace
@@ -69,6 +69,6 @@ class LinenAdapter:
         """See `HostAdapter`."""
         self.cache["tree"] = (self.module, tree)
 
-    def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, ran: set[CallEdit] | None = None) -> Tree:
+    def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, trial: Trial | None = None) -> Tree:
         """See `HostAdapter`."""
-        return self.run_init(instrument(self.module, attachments, ran), rng)
+        return self.run_init(instrument(self.module, attachments, trial), rng)

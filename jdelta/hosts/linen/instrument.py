@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
 from flax.core.scope import in_filter
 
-from jdelta.core.edits import Attachment, CallEdit
+from jdelta.core.edits import Attachment, Edit
 from jdelta.core.generators import with_generated, without_generated
+from jdelta.core.host import Trial
 from jdelta.core.pickling import OF_EACH, packed, unpacked, with_class
-from jdelta.hosts.linen import jit_cache
+from jdelta.hosts.linen import jit_cache, weight_calls
 from jdelta.hosts.linen.running import is_running, running
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
 
 
-def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[CallEdit] | None = None) -> nn.Module:
+def instrument(module: nn.Module, attachments: Sequence[Attachment], trial: Trial | None = None) -> nn.Module:
     """A copy of a linen module that runs the active attachments' edits in `apply`, `init` and `init_with_output`.
 
     It is an instance of a subclass with the name, docstring, fields and signatures of the original. Its `apply`
     raises `ValueError` for a tree that lacks leaves of an active attachment or holds leaves of an inactive one, and
     `RuntimeError` for one that was donated. Bound in any other way it raises `NotImplementedError`.
-    `instrument(module, ())` is the original module. In `ran`, the edits that were run are noted.
+    `instrument(module, ())` is the original module. In `trial`, it is noted what was run.
     """
     module = bare(module)
     if not attachments:
         return module
     original = type(module)
     edits, number = _edits_of(attachments), jit_cache.unique()
+    rewrites = any(a.active and any(not edit.in_call for edit in a.weight_edits) for a in attachments)
 
     @nn.nowrap
     @functools.wraps(original.apply)
@@ -39,15 +41,40 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ca
         creating = in_filter(kwargs.get("mutable", False), "params")
         _check_leaves(variables.get("params", {}), attachments, creating)
         surgery.require_alive(variables)
-        with running(edits, type(self), number, ran):
-            return original.apply(self, with_generated(variables, attachments), *args, **kwargs)
+        with running(edits, type(self), number, trial):
+            given, probes = variables, trial.probes if trial is not None else {}
+            variables = weight_calls.rewritten(with_generated(variables, attachments), attachments, probes)
+            found = original.apply(self, variables, *args, **kwargs)
+        if trial is not None:
+            trial.outputs.append(found)
+        if creating and rewrites:
+            output, changed = found
+            changed = weight_calls.restored(changed, attachments, given)
+            return output, weight_calls.with_own_leaves(changed, attachments, kwargs.get("rngs"))
+        return found
+
+    def initialised(self: nn.Module, rngs: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        with running(edits, type(self), number, trial):
+            output, variables = original.init_with_output(self, rngs, *args, **kwargs)
+        variables = weight_calls.with_own_leaves(variables, attachments, rngs)
+        return output, without_generated(variables, attachments, rngs)
 
     @nn.nowrap
     @functools.wraps(original.init_with_output)
     def init_with_output(self: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        with running(edits, type(self), number, ran):
-            output, variables = original.init_with_output(self, rngs, *args, **kwargs)
-        return output, without_generated(variables, attachments, rngs)
+        output, variables = initialised(self, rngs, args, kwargs)
+        if rewrites:  # what is rewritten was made after the run
+            changing = [name for name in variables if name != "params"]
+            options = {key: value for key, value in kwargs.items() if key != "mutable"}
+            output, _ = self.apply(variables, *args, rngs=_streams(rngs), mutable=changing, **options)
+        return output, variables
+
+    @nn.nowrap
+    @functools.wraps(original.init)
+    def init(self: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        if trial is None:
+            return initialised(self, rngs, args, kwargs)[1]
+        return init_with_output(self, rngs, *args, **kwargs)[1]
 
     def __post_init__(self: nn.Module) -> None:
         original.__post_init__(self)
@@ -86,6 +113,7 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ca
         "__reduce__": __reduce__,
         "__copy__": __copy__,
         "__deepcopy__": __deepcopy__,
+        "init": init,
         "init_with_output": init_with_output,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -93,6 +121,10 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], ran: set[Ca
         "_jdelta": (module, tuple(attachments)),
     }
     return _copied(module, original, namespace)
+
+
+def _streams(rngs: Any) -> Any:
+    return rngs if isinstance(rngs, Mapping) else {"params": rngs}
 
 
 def _copied(module: nn.Module, original: type[nn.Module], namespace: dict[str, Any]) -> nn.Module:
@@ -118,9 +150,9 @@ class _NoBase:
     """Where the bases of a subclass are still to come."""
 
 
-def _edits_of(attachments: Sequence[Attachment]) -> list[CallEdit]:
+def _edits_of(attachments: Sequence[Attachment]) -> list[Edit]:
     """The edits of those that are active, and what the others left behind: at each host once."""
-    edits: list[CallEdit] = []
+    edits: list[Edit] = []
     seen: set[tuple[Path, type]] = set()
     for attachment in attachments:
         for edit in attachment.edits if attachment.active else attachment.after_merge:

@@ -27,9 +27,10 @@ from jdelta.core.arguments import (
     with_main_input,
     with_main_output,
 )
-from jdelta.core.edits import CallEdit
+from jdelta.core.edits import CallEdit, Edit, WeightEdit
+from jdelta.core.host import Trial
 from jdelta.hosts import patches
-from jdelta.hosts.linen import jit_cache
+from jdelta.hosts.linen import jit_cache, weight_calls
 from jdelta.hosts.linen.calls import Calls, Frame, describe
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
@@ -68,7 +69,7 @@ class Host:
 
 @contextlib.contextmanager
 def running(
-    edits: Sequence[CallEdit], root_type: type[nn.Module], name: Hashable, ran: set[CallEdit] | None = None
+    edits: Sequence[Edit], root_type: type[nn.Module], name: Hashable, trial: Trial | None = None
 ) -> Iterator[None]:
     """Runs the edits around the calls of one run of a model, while this lasts.
 
@@ -79,14 +80,19 @@ def running(
         around all.
       root_type: the class of the module that is applied or initialised.
       name: of these edits, among all others: runs under the same name share what `nn.jit` traced.
-      ran: where to note the edits that were run.
+      trial: where to note the edits that were run.
     """
+    call_edits = [edit for edit in edits if isinstance(edit, CallEdit)]
     by_host: dict[Path, list[CallEdit]] = {}
-    for edit in sorted(edits, key=lambda edit: edit.outermost):
+    for edit in sorted(call_edits, key=lambda edit: edit.outermost):
         if edit.layer is not None:
             by_host.setdefault(edit.host, []).append(edit)
-    calls = Calls(root_type, by_host)
-    starts = {edit.span_input for edit in edits if edit.span_input is not None}
+    of_weights: dict[Path, list[WeightEdit]] = {}
+    for each in edits:
+        if isinstance(each, WeightEdit) and each.in_call:
+            of_weights.setdefault(each.host, []).append(each)
+    calls = Calls(root_type, {**by_host, **of_weights})
+    starts = {edit.span_input for edit in call_edits if edit.span_input is not None}
     inputs: dict[Path, _Input] = {}  # of each start's newest call
     watchers: list[Watcher] = []  # of the hosts in progress, outermost first
 
@@ -102,15 +108,19 @@ def running(
                     inputs[frame.path] = _Input(main_input(type(frame.module), args, kwargs)[1], frame.body)
                 # Each edit wraps what the earlier ones made of the host.
                 call = next_call
+                if frame.path in of_weights:
+                    call = functools.partial(weight_calls.run, of_weights[frame.path], next_call, frame)
+                    if trial is not None:
+                        trial.ran.update(of_weights[frame.path])
                 for edit in by_host.get(frame.path, ()):
                     if edit.needs is not None and not frame.module.has_variable("params", edit.needs):
                         continue
                     if edit.where == "around":
                         call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
                     else:
-                        call = functools.partial(_run, edit, call, frame, inputs, calls, call is next_call)
-                    if ran is not None:
-                        ran.add(edit)
+                        call = functools.partial(_run, edit, call, frame, inputs, calls)
+                    if trial is not None:
+                        trial.ran.add(edit)
                 return call(*args, **kwargs)
 
             call: Callable = run
@@ -120,7 +130,7 @@ def running(
 
     def mark(module: nn.Module) -> Hashable:
         path = module.scope.path if module.scope is not None else ()
-        within = (edit for edit in edits if edit.span_input in inputs and edit.host[: len(path)] == path)
+        within = (edit for edit in call_edits if edit.span_input in inputs and edit.host[: len(path)] == path)
         if watchers or any(within):
             return jit_cache.unique()  # arrays from outside would become constants of what is kept
         return name, path, calls.state
@@ -193,7 +203,6 @@ def _run(
     frame: Frame,
     inputs: Mapping[Path, _Input],
     calls: Calls,
-    first: bool,
     /,
     *args: Any,
     **kwargs: Any,
@@ -226,11 +235,6 @@ def _run(
             f"the span to {describe(frame.module)} starts at {surgery.name_of(edit.span_input)}, which was not called "
             "before it in this run of the model."
         )
-    if first and edit.span_input in (None, edit.host) and len(args) + len(kwargs) == 1:
-        layer, mode = _bound(edit, frame)
-        joined = getattr(layer, "fused_with_host", None)
-        if joined is not None and (y := joined(frame.module, x, **mode)) is not None:
-            return y
     output, given = call(*args, **kwargs), input_if_any(type(frame.module), args, kwargs)
     y = main_output(output, given)
     if jnp.issubdtype(x.dtype, jnp.floating):

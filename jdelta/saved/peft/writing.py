@@ -12,7 +12,8 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save
 
-from jdelta.core.linear import ConvMap, EinsumMap, LookupMap, MatrixMap, linear_map
+from jdelta.core.linear import linear_map
+from jdelta.core.linear_maps import ConvMap, EinsumMap, LookupMap, MatrixMap
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.core.warn import warn
 from jdelta.methods.lora import LoraConfig
@@ -111,7 +112,7 @@ def _factors(host: ModuleInfo, a: np.ndarray, b: np.ndarray) -> dict[str, np.nda
     if isinstance(linear, ConvMap):
         ones = (1,) * (a.ndim - 2)
         return {f"{name}.lora_A.weight": to_torch(a), f"{name}.lora_B.weight": b.T.reshape(*b.shape[::-1], *ones)}
-    if isinstance(linear, EinsumMap) and linear.shared:
+    if isinstance(linear, EinsumMap) and linear.layout(host.params[linear.weights].shape).shared:
         raise ValueError(f"LoRA at {name}: PEFT has no module with weights for each row, as {linear.equation!r} has.")
     r = len(b)
     return {f"{name}.lora_A.weight": a.reshape(-1, r).T, f"{name}.lora_B.weight": b.reshape(r, -1).T}

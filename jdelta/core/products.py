@@ -74,12 +74,12 @@ def _total(like: jax.Array, *parts: jax.Array | None) -> jax.Array:
     return functools.reduce(operator.add, [part for part in parts if part is not None] or [jnp.zeros_like(like)])
 
 
-def folding_is_cheaper(tokens: int, d_in: int, d_out: int) -> bool:
-    """Whether `folded` is to be preferred to the sum that it stands for: on the CPU alone, where that was measured.
+def fusing_is_cheaper(tokens: int, d_in: int, d_out: int) -> bool:
+    """Whether `fused` is to be preferred to the sum that it stands for: on the CPU alone, where that was measured.
 
     In a training step the sum takes `3 · tokens · (d_in + d_out)` multiplications for each rank: two thin products
-    forward, four backward. Folded, it is `2 · tokens · (d_in + d_out) + 2 · d_in · d_out`. From twice the tokens on at
-    which they are even, it saves more than the folded weights cost, which XLA:CPU keeps for the backward pass.
+    forward, four backward. Fused, it is `2 · tokens · (d_in + d_out) + 2 · d_in · d_out`. From twice the tokens on at
+    which they are even, it saves more than the changed weights cost, which XLA:CPU keeps for the backward pass.
     """
     return on_cpu() and tokens * (d_in + d_out) >= 4 * d_in * d_out
 
@@ -90,20 +90,20 @@ class Pair(Protocol):
     def run(self, x: jax.Array, weights: Leaves) -> jax.Array:
         """What the module computes, linear in `x` and in the weights."""
 
-    def fold(self, weights: Leaves, own: Leaves) -> Leaves:
+    def merged(self, weights: Leaves, own: Any) -> Leaves:
         """The weights with the update added."""
 
-    def change(self, x: jax.Array, own: Leaves) -> jax.Array:
+    def change(self, x: jax.Array, weights: Leaves, own: Any) -> jax.Array:
         """What the update adds to the module's output."""
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all layers that are alike
-def folded(pair: Pair, x: jax.Array, weights: Leaves, own: Leaves) -> jax.Array:
-    """`pair.run(x, weights) + pair.change(x, own)`, as `pair.run(x, pair.fold(weights, own))`: one product for three.
+def fused(pair: Pair, x: jax.Array, weights: Leaves, own: Any) -> jax.Array:
+    """`pair.run(x, weights) + pair.change(x, weights, own)` as `pair.run(x, pair.merged(weights, own))`.
 
-    In a scan, the folded weights are made again for the gradient of `x`, so that they need not be kept. The gradients
-    of `own` are those of `change`. One of the forms of RunLoRA (Cherniuk et al. 2023, arXiv 2312.03415). It can be
-    differentiated in both modes and as often as one likes.
+    That is one product for three. In a scan, the changed weights are made again for the gradient of `x`, so that they
+    need not be kept. The gradients of `own` are those of `change`. One of the forms of RunLoRA (Cherniuk et al. 2023,
+    arXiv 2312.03415). It can be differentiated in both modes and as often as one likes.
 
     Args:
       pair: the module and the update.
@@ -111,27 +111,27 @@ def folded(pair: Pair, x: jax.Array, weights: Leaves, own: Leaves) -> jax.Array:
       weights: the module's.
       own: the update's.
     """
-    return _folded(pair, x, weights, own)
+    return _fused(pair, x, weights, own)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _folded(pair: Pair, x: jax.Array, weights: Leaves, own: Leaves) -> jax.Array:
-    return pair.run(x, pair.fold(weights, own))
+def _fused(pair: Pair, x: jax.Array, weights: Leaves, own: Any) -> jax.Array:
+    return pair.run(x, pair.merged(weights, own))
 
 
-@functools.partial(_folded.defjvp, symbolic_zeros=True)
-def _folded_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
+@functools.partial(_fused.defjvp, symbolic_zeros=True)
+def _fused_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, weights, own), (dx, dweights, downs) = primals, tangents
     still = {key: value for key, value in weights.items() if _is_zero(dweights[key])}
     moving = {key: value for key, value in weights.items() if key not in still}
     of_x = of_weights = None
     if not _is_zero(dx):
-        again = jax.checkpoint(lambda x, dx, *of: jax.jvp(lambda x: pair.run(x, pair.fold(*of)), (x,), (dx,))[1])
+        again = jax.checkpoint(lambda x, dx, *of: jax.jvp(lambda x: pair.run(x, pair.merged(*of)), (x,), (dx,))[1])
         of_x = again(x, dx, weights, own)
     if moving:
         dmoving = {key: dweights[key] for key in moving}
-        of_weights = jax.jvp(lambda w: pair.run(x, pair.fold({**still, **w}, own)), (moving,), (dmoving,))[1]
+        of_weights = jax.jvp(lambda w: pair.run(x, pair.merged({**still, **w}, own)), (moving,), (dmoving,))[1]
     down = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if _is_zero(d) else d, downs)
-    of_own = jax.jvp(lambda own: pair.change(x, own), (own,), (down,))[1]
-    y = pair.run(x, pair.fold(weights, own))  # a plain product, for `jax.checkpoint` policies to see
+    of_own = jax.jvp(lambda own: pair.change(x, weights, own), (own,), (down,))[1]
+    y = pair.run(x, pair.merged(weights, own))  # a plain product, for `jax.checkpoint` policies to see
     return y, _total(y, of_x, of_weights, of_own)

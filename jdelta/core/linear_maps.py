@@ -1,0 +1,292 @@
+"""The ways in which a module is linear in one of its leaves, and that leaf as a matrix.
+
+Rules of weights see matrices `(d_in, d_out)`. Here a leaf becomes one, and a matrix becomes what the leaf stores. Axes
+that input, weights and output share, such as those of experts, come before both, `(*shared, d_in, d_out)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdelta.core import products
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a leaf are which.
+
+    Attributes:
+      shared: those that input and output have too.
+      d_in: those that meet the input.
+      d_out: those that make the output.
+    """
+
+    shared: tuple[int, ...]
+    d_in: tuple[int, ...]
+    d_out: tuple[int, ...]
+
+    def matrix(self, leaf: jax.Array) -> jax.Array:
+        """A leaf as `(*shared, d_in, d_out)`."""
+        order = jnp.transpose(leaf, (*self.shared, *self.d_in, *self.d_out))
+        n, m = len(self.shared), len(self.shared) + len(self.d_in)
+        return order.reshape(*order.shape[:n], math.prod(order.shape[n:m]), math.prod(order.shape[m:]))
+
+    def stored(self, matrix: jax.Array, shape: Shape) -> jax.Array:
+        """`(*shared, d_in, d_out)` as a leaf of this shape stores it."""
+        order = (*self.shared, *self.d_in, *self.d_out)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return matrix.reshape([shape[axis] for axis in order]).transpose(inverse)
+
+    def sizes(self, shape: Shape, kind: str) -> Shape:
+        """The sizes of the axes of a kind, `"shared"`, `"in"` or `"out"`, in a leaf of this shape."""
+        return tuple(shape[axis] for axis in self.numbers(kind))
+
+    def numbers(self, kind: str) -> tuple[int, ...]:
+        """The axes of a kind."""
+        return {"shared": self.shared, "in": self.d_in, "out": self.d_out}[kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixMap:
+    """A product over some axes of the input, as `nn.Dense` and `nn.DenseGeneral` compute it.
+
+    Attributes:
+      weights: name of the leaf, `(*d_in, *d_out)`; or if it is transposed, `(d_out, d_in)`.
+      axis: the input's axes that are contracted, in the order of the weights. The new ones come last.
+      transposed: whether the output's axis comes first.
+    """
+
+    weights: str = "kernel"
+    axis: tuple[int, ...] = (-1,)
+    transposed: bool = False
+
+    def layout(self, shape: Shape) -> Layout:
+        """Which axes of a leaf of this shape are which."""
+        first, last = range(len(self.axis)), range(len(self.axis), len(shape))
+        return Layout((), tuple(last), tuple(first)) if self.transposed else Layout((), tuple(first), tuple(last))
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`, for a change of the leaf as it is stored."""
+        change = change.T if self.transposed else change
+        return jnp.tensordot(x, change, (self.axis, tuple(range(len(self.axis)))))
+
+    def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        """`x · (a b)` in two thin products, for `a`, `(d_in, r)`, and `b`, `(r, d_out)`."""
+        n = len(self.axis)
+        if self.axis != (-1,):
+            x = jnp.moveaxis(x, self.axis, range(-n, 0))
+        z = products.down(x.reshape(*products.rows(x.shape[:-n]), len(a)), a.astype(x.dtype))
+        y = products.up(z, b.astype(z.dtype))
+        return y.reshape(*x.shape[:-n], *self.layout(shape).sizes(shape, "out"))
+
+    def rows(self, x: Shape, shape: Shape) -> int:
+        """How many times an input of this shape meets the weights."""
+        return math.prod(x) // math.prod(self.layout(shape).sizes(shape, "in"))
+
+    def free(self, x: Shape) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        met = {axis % len(x) for axis in self.axis}
+        return [axis for axis in range(len(x)) if axis not in met]
+
+
+@dataclasses.dataclass(frozen=True)
+class EinsumMap:
+    """`einsum(equation, x, weights)`. Axes that input, weights and output share, of experts for example, are allowed.
+
+    Attributes:
+      weights: name of the leaf.
+      equation: what is computed.
+    """
+
+    weights: str = "kernel"
+    equation: str = "...i,io->...o"
+
+    def layout(self, shape: Shape) -> Layout:
+        """Which axes of a leaf of this shape are which."""
+        x_axes, w_axes, y_axes = operands(self.equation)
+        shared = [i for i, axis in enumerate(w_axes) if axis in x_axes and axis in y_axes]
+        d_in = [i for i, axis in enumerate(w_axes) if axis not in y_axes]
+        d_out = [i for i, axis in enumerate(w_axes) if axis not in x_axes]
+        return Layout(tuple(shared), tuple(d_in), tuple(d_out))
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`."""
+        return jnp.einsum(self.equation, x, change)
+
+    def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        """`x · (a b)`, for `a`, `(*shared, d_in, r)`, and `b`, `(*shared, r, d_out)`."""
+        x_axes, w_axes, y_axes = operands(self.equation)
+        layout = self.layout(shape)
+        shared, d_in, d_out = ("".join(w_axes[i] for i in layout.numbers(kind)) for kind in ("shared", "in", "out"))
+        a = a.reshape(*layout.sizes(shape, "shared"), *layout.sizes(shape, "in"), -1)
+        b = b.reshape(*layout.sizes(shape, "shared"), -1, *layout.sizes(shape, "out"))
+        middle = "".join(axis for axis in x_axes if axis not in w_axes or axis in y_axes) + _RANK
+        z = jnp.einsum(f"{x_axes},{shared}{d_in}{_RANK}->{middle}", x, a.astype(x.dtype))
+        return jnp.einsum(f"{middle},{shared}{_RANK}{d_out}->{y_axes}", z, b.astype(x.dtype))
+
+    def free(self, x: Shape) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        x_axes, w_axes, _ = operands(self.equation)
+        before, ellipsis, after = x_axes.partition("...")
+        letters = before + " " * (len(x) - len(before) - len(after)) * bool(ellipsis) + after
+        return [i for i, letter in enumerate(letters) if letter not in w_axes]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvMap:
+    """A convolution.
+
+    Attributes:
+      weights: name of the leaf, `(*window, d_in / groups, d_out)`.
+      conv: the fields of an `nn.Conv` that say where its windows lie.
+      groups: of channels.
+    """
+
+    weights: str = "kernel"
+    conv: tuple[tuple[str, Any], ...] = ()
+    groups: int = 1
+
+    def layout(self, shape: Shape) -> Layout:
+        """Which axes of a leaf of this shape are which."""
+        return Layout((), tuple(range(len(shape) - 1)), (len(shape) - 1,))
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`."""
+        fields = {"use_bias": False, "dtype": x.dtype, "feature_group_count": self.groups, **dict(self.conv)}
+        return nn.Conv(change.shape[-1], **fields, parent=None).apply({"params": {"kernel": change}}, x)
+
+    def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        """`x · (a b)`: a convolution to `r` channels, then one with windows of one place.
+
+        Of channels in groups, each group has its own columns of `b`, and `a` is the same for all.
+        """
+        rank, groups = a.shape[-1], self.groups
+        z = self.product(x, jnp.tile(a.reshape(*shape[:-1], rank), groups).astype(x.dtype))
+        b = b.astype(z.dtype)
+        if groups == 1:
+            return products.up(z.reshape(*products.rows(z.shape[:-1]), rank), b).reshape(*z.shape[:-1], shape[-1])
+        z, b = z.reshape(*z.shape[:-1], groups, -1), b.reshape(rank, groups, -1)
+        return jnp.einsum("...gr,rgo->...go", z, b).reshape(*z.shape[:-2], shape[-1])
+
+    def free(self, x: Shape) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        return list(range(len(x) - len(dict(self.conv)["kernel_size"]) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupMap:
+    """A choice of rows, by ids.
+
+    Attributes:
+      weights: name of the leaf, `(rows, *d_out)`.
+    """
+
+    weights: str = "embedding"
+
+    def layout(self, shape: Shape) -> Layout:
+        """Which axes of a leaf of this shape are which."""
+        return Layout((), (0,), tuple(range(1, len(shape))))
+
+    def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D`, where `x` is the ids."""
+        return jnp.take(change, x, axis=0)
+
+    def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
+        """`x · (a b)`: rows of `a`, times `b`."""
+        z = jnp.take(a, x.reshape(products.rows(x.shape)), axis=0).astype(dtype)
+        return products.up(z, b.astype(dtype)).reshape(*x.shape, *shape[1:])
+
+    def free(self, x: Shape) -> list[int]:
+        """The axes of an input of this shape whose sizes do not depend on the weights."""
+        return list(range(len(x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredMap:
+    """A leaf of which nobody knows how it is used: the last two axes are the matrix, all before them are shared.
+
+    Attributes:
+      weights: name of the leaf.
+    """
+
+    weights: str
+
+    def layout(self, shape: Shape) -> Layout:
+        """Which axes of a leaf of this shape are which; of one with a single axis, that makes the output."""
+        n = len(shape)
+        return Layout(tuple(range(n - 2)), (n - 2,), (n - 1,)) if n > 1 else Layout((), (), tuple(range(n)))
+
+
+LinearMap = MatrixMap | EinsumMap | ConvMap | LookupMap
+AnyMap = LinearMap | StoredMap
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundLinear:
+    """How a host is linear, with the leaf that it has now; what the `product` of a rule gets.
+
+    Attributes:
+      linear: how it is linear.
+      leaf: the leaf, as it is stored.
+      dtype: in which the host computes.
+    """
+
+    linear: LinearMap
+    leaf: jax.Array
+    dtype: Any = None
+
+    @property
+    def weight(self) -> jax.Array:
+        """The leaf as a matrix, `(d_in, d_out)`, or `(*shared, d_in, d_out)`, in float32."""
+        return self.linear.layout(self.leaf.shape).matrix(self.leaf).astype(jnp.float32)
+
+    def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """`x · (a b)` in the shape of the host's output, without forming `a b`.
+
+        Args:
+          x: the host's input.
+          a: `(d_in, r)`.
+          b: `(r, d_out)`.
+        """
+        return self.linear.low_rank(x, a, b, self.leaf.shape, self.dtype)
+
+    def product(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """`x · D` in the shape of the host's output, for a matrix `D`, `(d_in, d_out)`."""
+        shape = self.leaf.shape
+        change = self.linear.layout(shape).stored(matrix, shape)
+        is_lookup = isinstance(self.linear, LookupMap)
+        return self.linear.product(x, change.astype(self.dtype if is_lookup else x.dtype))
+
+
+def operands(equation: str) -> tuple[str, str, str]:
+    """The axes of input, weights and output in the equation of an einsum."""
+    inputs, y_axes = equation.replace(" ", "").split("->")
+    x_axes, w_axes = inputs.split(",")
+    return x_axes, w_axes, y_axes
+
+
+def scanned_axes(stored: Sequence[Shape], seen: Sequence[Shape]) -> list[int]:
+    """The axes, outermost last, that a module's leaves have inside `nn.scan` besides those that it sees itself."""
+    have = [(list(a), list(b)) for a, b in zip(stored, seen, strict=True)]
+    axes: list[int] = []
+    while any(len(whole) > len(own) for whole, own in have):
+        fitting = [
+            axis
+            for axis in range(min(len(whole) for whole, _ in have))
+            if all(len(whole) - len(own) > 1 or whole[:axis] + whole[axis + 1 :] == own for whole, own in have)
+        ]
+        axes.insert(0, fitting[0])
+        have = [(whole[: fitting[0]] + whole[fitting[0] + 1 :], own) for whole, own in have]
+    return axes
+
+
+_RANK = "ρ"  # einsum takes any letter, and nobody uses this one

@@ -1,0 +1,209 @@
+"""What edits of weights do to leaves: initial values of their own, and changed weights.
+
+An own leaf is stored with the axes of its weight where its rule says that it follows them; before these come the axes
+that input, weights and output share. Inside `nn.scan` all leaves have the layers' axes besides.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from jdelta.core.edits import WeightEdit
+from jdelta.core.linear_maps import Layout
+from jdelta.core.rules import FeatureRule, Leaves, axes_of, name_of, starts_from_weight
+from jdelta.trees import dtypes, surgery
+from jdelta.trees.surgery import Path
+
+
+def layout_of(edit: WeightEdit) -> Layout:
+    """The layout of the leaf that an edit changes, as its module sees it."""
+    return edit.linear.layout(edit.shape)
+
+
+# --- own leaves
+
+
+def init(edit: WeightEdit, key: jax.Array, leaf: Any) -> dict[str, jax.Array]:
+    """The initial values of an edit's own leaves, as they are stored.
+
+    Args:
+      edit: the edit.
+      key: of the delta. Each place has random numbers of its own.
+      leaf: the leaf that it changes, or its shape, as it is stored.
+
+    Raises:
+      TypeError: the rule gives something else than float32.
+      ValueError: the rule gives an array of other axes than it says.
+    """
+    stored = meta.unbox(leaf)
+    key = jax.random.fold_in(key, zlib.crc32(".".join((*edit.own_path, edit.leaf[-1])).encode()) % 2**31)
+    needs_value = starts_from_weight(edit.rule)
+    value = stored if needs_value else jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+    if needs_value and isinstance(stored, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)} starts from the backbone's values, and the model "
+            "holds shapes only. Pass them: delta.init(rng, params)."
+        )
+    return _init_over(edit, key, value, edit.layers)
+
+
+def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int]) -> dict[str, jax.Array]:
+    if layers:
+        *rest, axis = layers  # the outermost
+        size = leaf.shape[axis]
+        keys, smaller = jax.random.split(key, size), leaf.shape[:axis] + leaf.shape[axis + 1 :]
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            one: Any = jax.ShapeDtypeStruct(smaller, leaf.dtype)
+            return jax.vmap(lambda k: _init_over(edit, k, one, rest), out_axes=axis)(keys)
+        return jax.vmap(lambda k, w: _init_over(edit, k, w, rest), (0, axis), axis)(keys, leaf)
+    layout = layout_of(edit)
+    d_in, d_out = (math.prod(layout.sizes(edit.shape, kind)) for kind in ("in", "out"))
+
+    def one_matrix(key: jax.Array, weight: Any) -> dict[str, jax.Array]:
+        own = edit.rule.init(key, weight)
+        for name, value in own.items():
+            if value.dtype != jnp.float32:
+                raise TypeError(
+                    f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)}: init gives {name!r} in {value.dtype}. "
+                    "A delta's own leaves are float32."
+                )
+        return dict(own)
+
+    shared = layout.sizes(edit.shape, "shared")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        weight: Any = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
+        run: Callable = lambda key: one_matrix(key, weight)  # noqa: E731
+        given: tuple = ()
+    else:
+        run, given = one_matrix, (layout.matrix(leaf).astype(jnp.float32),)
+    keys = jax.random.split(key, shared) if shared else key
+    for _ in shared:
+        run = jax.vmap(run)
+    return {name: stored_own(edit, name, value) for name, value in run(keys, *given).items()}
+
+
+def own_shapes(edit: WeightEdit) -> dict[str, tuple[int, ...]]:
+    """The shapes of an edit's own leaves as they are stored, without layers' axes."""
+    key = (edit.rule, edit.linear, edit.shape)
+    try:
+        return _own_shapes(*key)
+    except TypeError:  # an array or a list in a field of the rule
+        return _own_shapes.__wrapped__(*key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_shapes(rule: Any, linear: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    edit = WeightEdit(("weight",), rule, linear=linear, shape=shape)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    own = jax.eval_shape(lambda key, leaf: _init_over(edit, key, leaf, ()), jax.random.key(0), leaf)
+    return {name: value.shape for name, value in own.items()}
+
+
+def stored_own(edit: WeightEdit, name: str, value: jax.Array) -> jax.Array:
+    """An own leaf `(*shared, …)` with the axes that the weight has where it follows them."""
+    layout, n = layout_of(edit), len(layout_of(edit).shared)
+    follows = axes_of(edit.rule).get(name)
+    if follows is None:
+        return value
+    if len(follows) != value.ndim - n:
+        raise ValueError(
+            f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)}: axes says that {name!r} has {len(follows)} axes, "
+            f"and init gives it shape {value.shape[n:]}."
+        )
+    sizes = [
+        (size,) if kind is None else layout.sizes(edit.shape, kind)
+        for kind, size in zip(follows, value.shape[n:], strict=True)
+    ]
+    return value.reshape(*value.shape[:n], *(size for part in sizes for size in part))
+
+
+def seen_own(edit: WeightEdit, own: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The own leaves as the rule sees them, `(*shared, …)`, from those that are stored, without layers' axes."""
+    layout = layout_of(edit)
+    n, found = len(layout.shared), {}
+    for name, leaf in own.items():
+        value = meta.unbox(leaf)
+        shape: list[int] = list(value.shape[:n])
+        rest = list(value.shape[n:])
+        for kind in axes_of(edit.rule).get(name, (None,) * len(rest)):
+            count = 1 if kind is None else len(layout.numbers(kind))
+            shape.append(math.prod(rest[:count]))
+            rest = rest[count:]
+        found[name] = value.reshape(shape)
+    return found
+
+
+# --- changes
+
+
+def changed(edits: Sequence[WeightEdit], leaf: jax.Array, own: Sequence[Mapping[str, Any]]) -> jax.Array:
+    """A leaf with the changes of some edits, each of them at the stored leaf. The sum is computed in float32.
+
+    Args:
+      edits: of this leaf.
+      leaf: as it is stored, with layers' axes if it has some.
+      own: the stored own leaves of each edit.
+    """
+    wide = wide_dtype(leaf.dtype)
+    updates = [update(edit, leaf, leaves) for edit, leaves in zip(edits, own, strict=True)]
+    total = leaf.astype(wide)
+    for one in updates:
+        total = total + one
+    return total.astype(leaf.dtype)
+
+
+def update(edit: WeightEdit, leaf: jax.Array, own: Mapping[str, Any]) -> jax.Array:
+    """The change of a leaf, in float32, in the shape of the leaf as it is stored."""
+    run: Callable = lambda leaf, own: _update(edit, leaf, own)  # noqa: E731
+    for axis in edit.layers:
+        run = jax.vmap(run, axis, axis)
+    return run(leaf, {name: meta.unbox(value) for name, value in own.items()})
+
+
+def _update(edit: WeightEdit, leaf: jax.Array, own: Mapping[str, Any]) -> jax.Array:
+    layout = layout_of(edit)
+    run: Callable = lambda weight, own: matrix_update(edit, weight, own)  # noqa: E731
+    for _ in layout.shared:
+        run = jax.vmap(run)
+    return layout.stored(run(layout.matrix(leaf).astype(wide_dtype(leaf.dtype)), seen_own(edit, own)), leaf.shape)
+
+
+def matrix_update(edit: WeightEdit, weight: jax.Array, own: Leaves) -> jax.Array:
+    """The change of one matrix. Raises `ValueError` or `TypeError` if the rule gives another shape or dtype."""
+    rule = edit.rule
+    if isinstance(rule, FeatureRule):
+        return _of_features(rule, weight, own, edit.is_bias)
+    new = rule.update(weight, {name: value.astype(jnp.float32) for name, value in own.items()})
+    where = f"{name_of(rule)} at {surgery.name_of(edit.leaf)}"
+    if jnp.shape(new) != weight.shape:
+        raise ValueError(f"{where}: update gives shape {jnp.shape(new)}, and the weight is {weight.shape}.")
+    if new.dtype not in (weight.dtype, jnp.float32):
+        raise TypeError(f"{where}: update gives {new.dtype}, and changes of weights are float32.")
+    return new
+
+
+def _of_features(rule: FeatureRule, weight: jax.Array, own: Leaves, is_bias: bool) -> jax.Array:
+    if rule.side == "out":
+        return rule.transform(weight, own) - weight
+    if is_bias:
+        return jnp.zeros_like(weight)
+    return rule.transform(jnp.eye(len(weight), dtype=weight.dtype), own) @ weight - weight
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which a leaf of this dtype is added to."""
+    return jnp.promote_types(dtype, jnp.float32) if dtypes.takes_steps(dtype) else jnp.float32
+
+
+def own_leaves(edit: WeightEdit, leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """The stored own leaves of an edit, by name."""
+    begin = edit.own_path
+    return {path[-1]: leaf for path, leaf in leaves.items() if path[:-1] == begin}
