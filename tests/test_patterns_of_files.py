@@ -185,7 +185,7 @@ def test_a_width_that_the_tensors_do_not_have_is_refused_before_anything_is_made
     delta.save_finetuned(tmp_path, noisy(model.params))
     delta.remove()
     rewritten(tmp_path, lambda d: d["arguments"].update(bottleneck_dim=4_000_000))
-    monkeypatch.setattr(attaching, "_initial_values", lambda *args: pytest.fail("values were made"))
+    monkeypatch.setattr(attaching, "initial_values", lambda *args: pytest.fail("values were made"))
     with pytest.raises(ValueError, match=r"down.kernel has shape \(4, 3\), here \(4, 4000000\)"):
         jdelta.AutoDeltaModel.from_finetuned(tmp_path, model)
     assert Finetuned.read(tmp_path).config.bottleneck_dim == 4_000_000

@@ -184,8 +184,8 @@ def _check_weight(state: DeltaState, edit: WeightEdit) -> None:
         )
     if dropout_of(edit.rule) and not edit.in_call:
         raise ValueError(
-            f"{state.label}: dropout needs the input that meets the weight, and of {name} nobody knows it. Take a "
-            "dropout of 0, or name a linear module."
+            f"{state.label}: dropout of the input, such as lora_dropout, needs the input that meets the weight, and of "
+            f"{name!r} nobody knows it. Take a dropout of 0, or name a linear module."
         )
     if not isinstance(edit.rule, WeightRule | FeatureRule):
         raise TypeError(f"{state.label}: the rule {rule} at {name} has no init and update, or init and transform.")

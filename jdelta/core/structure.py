@@ -70,7 +70,10 @@ class ModuleInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter of a backbone.
+    """One parameter of a backbone, as `Method.parameter_edits` gets it.
+
+        def parameter_edits(self, parameter, structure):
+            yield jdelta.WeightEdit(parameter.path, MyRule(), own=parameter.path[-1:])
 
     Attributes:
       path: where it is in the tree.
