@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -26,7 +25,20 @@ from flax import linen as nn
 
 from jdelta.core import probing
 from jdelta.core.edits import WeightEdit
-from jdelta.core.linear_maps import AnyMap, ConvMap, EinsumMap, LinearMap, LookupMap, MatrixMap, StoredMap, operands
+from jdelta.core.linear_maps import AnyMap, EinsumMap, LinearMap, MatrixMap, StoredMap, operands
+from jdelta.core.linear_types import (
+    by_equation,
+    conv,
+    dense,
+    dense_general,
+    einsum,
+    embed,
+    equation_in,
+    equation_of,
+    is_equation,
+    is_initializer,
+    require_floats,
+)
 from jdelta.core.rules import FeatureRule
 from jdelta.core.structural_key import structural_key
 from jdelta.core.structure import ModuleInfo
@@ -89,14 +101,14 @@ def register_linear(
         raise TypeError(f"register_linear takes a class of linen modules, got {module_type!r}.")
     if not isinstance(weights, str) or not weights:
         raise TypeError(f"register_linear: weights is the name of a leaf, got {weights!r}.")
-    if equation is not None and not _is_equation(equation):
+    if equation is not None and not is_equation(equation):
         raise ValueError(
             f"register_linear: equation is that of an einsum of input and weights, such as '...i,io->...o', in which "
             f"each axis of the weights is one of the input or of the output; got {equation!r}."
         )
 
     def describe(host: ModuleInfo) -> LinearMap:
-        return _by_equation(host, _equation_of(host, weights) if equation is None else equation, weights)
+        return by_equation(host, equation_of(host, weights) if equation is None else equation, weights)
 
     _known[module_type] = _Known(describe)
 
@@ -109,7 +121,7 @@ def register_by_name(module: str, name: str, transposed: bool, plain: Collection
       transposed: whether its kernel is `(d_out, d_in)`.
       plain: its fields which do not change that it is linear.
     """
-    _known_by_name[module, name] = _Known(lambda host: _dense(host, transposed), plain, alone=True)
+    _known_by_name[module, name] = _Known(lambda host: dense(host, transposed), plain, alone=True)
 
 
 def linear_map(host: ModuleInfo) -> LinearMap:
@@ -262,8 +274,8 @@ def _candidates(host: ModuleInfo) -> list[LinearMap]:
     except TypeError as error:
         problem = error
     for weights in host.params:
-        if (equation := _equation_in(host, weights)) is not None:
-            maps.append(_by_equation(host, equation, weights))
+        if (equation := equation_in(host, weights)) is not None:
+            maps.append(by_equation(host, equation, weights))
     maps += _by_shape(host) if problem is None else []
     if maps:
         return list(dict.fromkeys(maps))
@@ -271,7 +283,7 @@ def _candidates(host: ModuleInfo) -> list[LinearMap]:
         raise problem
     if "kernel" not in host.params:
         raise TypeError("this one has no kernel of its own.")
-    _require_floats(host)
+    require_floats(host)
     shape = host.params["kernel"].shape
     raise TypeError(f"how this one uses its kernel of shape {shape} is unknown. An adapter goes after any module.")
 
@@ -288,59 +300,20 @@ def _by_shape(host: ModuleInfo) -> list[LinearMap]:
 # --- the types of flax
 
 
-def _dense(host: ModuleInfo, transposed: bool = False) -> LinearMap:
-    _require(host, "kernel")
-    _require_floats(host)
-    return MatrixMap(transposed=transposed)
-
-
-def _dense_general(host: ModuleInfo) -> LinearMap:
-    _require(host, "kernel")
-    _require_floats(host)
-    if host.fields["batch_dims"]:
-        raise TypeError("this one is a DenseGeneral with batch_dims, which are not supported.")
-    axis = host.fields["axis"]
-    # The kernel has the axes in the order of the input, however they are given.
-    return MatrixMap(axis=tuple(sorted([axis] if isinstance(axis, int) else axis, key=lambda i: i % len(host.x.shape))))
-
-
-def _einsum(host: ModuleInfo) -> LinearMap:
-    return _by_equation(host, _equation_of(host, "kernel"), "kernel")
-
-
-def _conv(host: ModuleInfo) -> LinearMap:
-    _require(host, "kernel")
-    _require_floats(host)
-    if host.fields["mask"] is not None:
-        raise TypeError("it does not take masked convolutions: an update of the weights would not be masked.")
-    fields = {
-        key: _hashable(host.fields[key])
-        for key in ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
-    }
-    window = fields["kernel_size"]
-    fields["kernel_size"] = (window,) if isinstance(window, int) else window
-    return ConvMap("kernel", tuple(fields.items()), host.fields["feature_group_count"])
-
-
-def _embed(host: ModuleInfo) -> LinearMap:
-    _require(host, "embedding")
-    return LookupMap()
-
-
 _SHARED = ("use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
 _known |= {
-    nn.Dense: _Known(_dense, {"features", *_SHARED}, alone=True),
-    nn.DenseGeneral: _Known(_dense_general, {"features", "axis", "batch_dims", *_SHARED}, alone=True),
-    nn.Einsum: _Known(_einsum, {"shape", "einsum_str", *_SHARED}, alone=True),
+    nn.Dense: _Known(dense, {"features", *_SHARED}, alone=True),
+    nn.DenseGeneral: _Known(dense_general, {"features", "axis", "batch_dims", *_SHARED}, alone=True),
+    nn.Einsum: _Known(einsum, {"shape", "einsum_str", *_SHARED}, alone=True),
     nn.Conv: _Known(
-        _conv,
+        conv,
         {
             *("features", "kernel_size", "strides", "padding", "input_dilation", "kernel_dilation"),
             *("feature_group_count", *_SHARED),
         },
         alone=True,
     ),
-    nn.Embed: _Known(_embed, {"num_embeddings", "features", "dtype", "param_dtype", "embedding_init"}, alone=True),
+    nn.Embed: _Known(embed, {"num_embeddings", "features", "dtype", "param_dtype", "embedding_init"}, alone=True),
 }
 
 
@@ -353,61 +326,7 @@ def _of(module_type: type) -> _Known | None:
     return known if getattr(sys.modules.get(module), name, None) is module_type else None
 
 
-# --- einsums
-
-
-def _is_equation(text: Any) -> bool:
-    """Whether this is the equation of an einsum of input and weights that is linear in both."""
-    if not isinstance(text, str) or not re.fullmatch(r"[\w.\s]+,[\w\s]+->[\w.\s]+", text):
-        return False
-    x_axes, w_axes, y_axes = operands(text)
-    return all(axis in x_axes + y_axes for axis in w_axes) and len({*w_axes}) == len(w_axes)
-
-
-def _equation_in(host: ModuleInfo, weights: str) -> str | None:
-    """The equation that a module has in its field, or in an argument of its call, and that fits this leaf."""
-    for text in (host.fields.get("einsum_str"), *host.args, *host.kwargs.values()):
-        if _is_equation(text) and len(operands(text)[1]) == len(host.params[weights].shape):
-            return text
-    return None
-
-
-def _equation_of(host: ModuleInfo, weights: str) -> str:
-    _require(host, weights)
-    equation = _equation_in(host, weights)
-    if equation is None:
-        raise TypeError(f"this one has no equation of an einsum of its input and {weights!r}.")
-    return equation
-
-
-def _by_equation(host: ModuleInfo, equation: str, weights: str) -> LinearMap:
-    _require(host, weights)
-    _require_floats(host)
-    x_axes, w_axes, y_axes = operands(equation)
-    if len(w_axes) != (ndim := len(host.params[weights].shape)):
-        raise TypeError(f"{weights!r} has {ndim} axes here, and {len(w_axes)} in {equation!r}.")
-    for i, o in ((w_axes[0], w_axes[1]), (w_axes[1], w_axes[0])) if ndim == 2 else ():
-        if x_axes[-1] == i and y_axes[-1] == o and x_axes[:-1] == y_axes[:-1] and o not in x_axes:
-            return MatrixMap(weights, transposed=w_axes == o + i)
-    return EinsumMap(weights, equation)
-
-
 # --- checks
-
-
-def is_initializer(name: str, value: Any) -> bool:
-    """Whether a field of a module only says how its parameters begin."""
-    return name.endswith("_init") and callable(value)
-
-
-def _require(host: ModuleInfo, weights: str) -> None:
-    if weights not in host.params:
-        raise TypeError(f"this one has no {weights} of its own. Name a linear module inside it.")
-
-
-def _require_floats(host: ModuleInfo) -> None:
-    if not jnp.issubdtype(host.x.dtype, jnp.inexact):
-        raise TypeError(f"it needs floats, and this one takes an array of {host.x.dtype}.")
 
 
 def _is_float(dtype: Any) -> bool:
@@ -416,7 +335,3 @@ def _is_float(dtype: Any) -> bool:
 
 def _is_same(value: Any, default: Any) -> bool:
     return value is default or (isinstance(value, (int, str, type(None))) and value == default)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(v) for v in value) if isinstance(value, (list, tuple)) else value

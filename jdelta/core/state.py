@@ -56,7 +56,7 @@ class DeltaState:
     method: Method
     label: str
     name: str = ""
-    rng: chex.PRNGKey | None = None
+    rng: Any = None
     exclude: tuple[str, ...] | None = None
     inserted: list[str] = dataclasses.field(default_factory=list)
     shapes: Tree | None = None

@@ -22,8 +22,8 @@ from flax.errors import ScopeParamShapeError
 from jdelta.core import products, weights
 from jdelta.core.arguments import input_if_any, main_input, main_output, with_main_input, with_main_output
 from jdelta.core.edits import Attachment, WeightEdit
-from jdelta.core.linear import is_initializer
 from jdelta.core.linear_maps import BoundLinear, EinsumMap, LookupMap, MatrixMap, operands
+from jdelta.core.linear_types import is_initializer
 from jdelta.core.rules import FeatureRule, HasProduct, dropout_of
 from jdelta.hosts.linen.calls import Frame
 from jdelta.trees import surgery
