@@ -31,10 +31,12 @@ class AutoDeltaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Method:
-        """The configuration that a dict describes, as `Method.to_dict` gives it.
+        """Returns the configuration that a dict describes, as `Method.to_dict` returns it.
+
+            config = jdelta.AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_r": 4})
 
         Args:
-          values: the `delta_type`, and arguments of that method; what is left out has its default.
+          values: the `delta_type`, and arguments of that method; an argument that is not given has its default.
 
         Raises:
           TypeError: no mapping, an unknown key or a value of a wrong type.
@@ -45,6 +47,8 @@ class AutoDeltaConfig:
     @classmethod
     def from_json_string(cls, text: str) -> Method:
         """Returns the configuration that `Method.to_json_string` wrote.
+
+            config = jdelta.AutoDeltaConfig.from_json_string('{"delta_type": "lora", "lora_r": 4}')
 
         Args:
           text: the JSON.
@@ -62,6 +66,9 @@ class AutoDeltaConfig:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Method:
         """Reads the configuration that `Method.to_json_file` wrote.
+
+            jdelta.LoraConfig(lora_r=4).to_json_file("lora.json")
+            config = jdelta.AutoDeltaConfig.from_json_file("lora.json")
 
         Args:
           path: the file.
@@ -86,6 +93,9 @@ class AutoDeltaModel:
         cls, config: Method, backbone_model: Any, name: str | None = None, rng: int | chex.PRNGKey = 0
     ) -> DeltaModel:
         """Attaches the delta that a configuration describes.
+
+            config = jdelta.LoraConfig(modified_modules=["query"], lora_r=4)
+            delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model)
 
         Args:
           config: the configuration of any method.

@@ -253,7 +253,12 @@ class DeltaModel:
         return (self._state.removed or self._state.attachment).leaves
 
     def shapes(self) -> Tree:
-        """Shapes of the delta's own leaves, as a tree to be grafted into the backbone's."""
+        """Returns the shapes of the delta's own leaves, as a tree to be grafted into the backbone's.
+
+            params = jdelta.graft(backbone_shapes, delta.shapes())
+
+        They are `jax.ShapeDtypeStruct`s.
+        """
         return self._state.shapes
 
     # --- on and off

@@ -67,3 +67,11 @@ def methods():
 @pytest.mark.parametrize("method", methods())
 def test_each_argument_of_a_public_method_is_documented(method):
     assert set(inspect.signature(method).parameters) - {"self", "cls"} <= listed(method)
+
+
+@pytest.mark.parametrize(
+    "verb", [key for key, value in vars(jdelta.DeltaModel).items() if inspect.isfunction(value) and key[0] != "_"]
+)
+def test_each_verb_of_a_delta_has_an_example_that_uses_it(verb):
+    code = example(getattr(jdelta.DeltaModel, verb))
+    assert verb in {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}

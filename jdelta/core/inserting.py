@@ -16,19 +16,22 @@ from jdelta.trees import surgery
 def insert_sequential_module(
     state: DeltaState, name: str | Sequence[str], layer: nn.Module, where: Literal["after", "before"] = "after"
 ) -> None:
-    """Puts a layer after a module, `y -> layer(y)`, or before it, `x -> layer(x)`.
+    """Inserts a layer after a module, `y -> layer(y)`, or before it, `x -> layer(x)`.
+
+        delta = jdelta.DeltaModel(model)
+        delta.insert_sequential_module("pooler", nn.LayerNorm())
 
     `x` is the module's first array argument; `y` the array it returns, alone or as an element: the first, if that
     is an array, otherwise the only array, or the only one of the shape of `x`, as in `(cache, y)`.
 
     Args:
-      name: the name of the module, or patterns that mean one or several.
-      layer: any unbound linen module, from an array to an array.
-      where: on which side.
+      name: the name of the module, or patterns that match one or several.
+      layer: any unbound linen module that maps an array to an array.
+      where: the side of the module.
 
     Raises:
-      TypeError: the layer is no linen module, or the module gives no floating array at that place.
-      ValueError: no such module.
+      TypeError: the layer is not a linen module, or the module has no floating array at that place.
+      ValueError: there is no such module.
     """
     if not isinstance(where, str) or where not in ("after", "before"):
         raise ValueError(f"where is 'after' or 'before', got {where!r}.")
@@ -38,12 +41,15 @@ def insert_sequential_module(
 def insert_parallel_module(
     state: DeltaState, name: str | Sequence[str], layer: nn.Module, start: str | None = None
 ) -> None:
-    """Puts a layer beside a module: `y + layer(x)`.
+    """Inserts a layer beside a module: `y + layer(x)`.
+
+        delta = jdelta.DeltaModel(model)
+        delta.insert_parallel_module("0.output.dense", nn.Dense(768), start="0.intermediate")
 
     Args:
       name: the name of the module, or patterns.
       layer: any unbound linen module; its output has the shape of `y`.
-      start: a pattern of one other module that runs before; `layer` then gets the input of that one, and so
+      start: a pattern of one module that runs earlier, whose input is then the input of `layer`, so that the layer
         spans everything from there to the output of `name`.
 
     Raises:
@@ -54,6 +60,9 @@ def insert_parallel_module(
 
 def replace_module(state: DeltaState, name: str | Sequence[str], layer: nn.Module) -> None:
     """Runs a layer in place of a module, with the module's arguments. The module's parameters stay in the tree.
+
+        delta = jdelta.DeltaModel(model)
+        delta.replace_module("pooler", nn.Dense(768))
 
     Args:
       name: the name of the module, or patterns.

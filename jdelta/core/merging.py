@@ -158,6 +158,10 @@ def merged_by_layer(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]
 def merge(state: DeltaState, params: Tree | None = None) -> Tree:
     """Merges the delta into the weights of its hosts: the model then computes the same, at the bare backbone's cost.
 
+        delta.merge()
+        delta.unmerge()  # every bit as before
+        served = delta.merge(params)  # a tree of your own: the bare backbone's
+
     LoRA merges into every module that it takes; trained biases of BitFit are in their place already. A bias that
     BitFit gave to a module without one becomes the module's own leaf `bias`, as a module with biases would have it,
     and still costs its addition. The weights keep their dtype; the sums are computed in float32. `unmerge` puts the
@@ -200,11 +204,14 @@ def merge(state: DeltaState, params: Tree | None = None) -> Tree:
 
 
 def unmerge(state: DeltaState) -> None:
-    """Takes the delta out of the weights again, which then have the bits that they had, and attaches it.
+    """Restores the weights from before merging, bit for bit, and attaches the delta again.
+
+        delta.merge()
+        delta.unmerge()
 
     Raises:
-      RuntimeError: it is not merged, or the weights of then or of now were donated.
-      ValueError: weights were changed since, by training or by a delta that was merged later.
+      RuntimeError: the delta is not merged, or the weights from before or after merging were donated.
+      ValueError: weights have changed since, by training or by a delta that was merged later.
     """
     host = state.host
     if not state.merged:

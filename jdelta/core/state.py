@@ -201,14 +201,17 @@ def unfrozen_backbone(state: DeltaState, params: Tree) -> dict[Path, Any]:
 
 
 def own(state: DeltaState, tree: Tree) -> Tree:
-    """The part of a tree that belongs to this delta alone, laid out as `init` gives it.
+    """Returns the part of a tree that belongs to this delta alone, with the structure of what `init` returns.
+
+        shardings = delta.shardings(specs, mesh)
+        own = jax.jit(delta.init, out_shardings=delta.own(shardings))(jax.random.key(0))
 
     Args:
-      tree: of the grafted parameters' structure: values, specs, shardings, gradients.
+      tree: a tree with the structure of the grafted parameters: values, specs, shardings, gradients.
 
     Raises:
-      RuntimeError: it was donated.
-      ValueError: it lacks some of the delta's leaves.
+      RuntimeError: the tree was donated.
+      ValueError: the tree lacks some of the delta's leaves.
     """
     surgery.require_alive(tree)
     have, start = surgery.flatten(tree), surgery.root(tree)

@@ -1,4 +1,4 @@
-"""Off the model and back onto it."""
+"""Detaching, attaching and removing a delta."""
 
 from __future__ import annotations
 
@@ -9,37 +9,46 @@ from jdelta.trees import surgery
 
 
 def detach(state: DeltaState) -> None:
-    """Takes the delta off: the model then computes what it computed without it.
+    """Detaches the delta: the model then computes what it computed without it.
 
-    The leaves that `model.params` held are kept, and `attach` puts them back; leaves of the backbone's own that
-    trained with the delta get their earlier values meanwhile. Deltas come off in any order. A tree that you hold
-    yourself is yours to change: `jdelta.prune(params, delta)`.
+        delta.detach()
+        delta.attach()
+
+    The leaves that `model.params` held are kept, and `attach` restores them; leaves of the backbone that trained with
+    the delta have their earlier values meanwhile. Deltas can be detached in any order. A tree that you hold yourself
+    does not change; use `jdelta.prune(params, delta)`.
 
     Raises:
-      RuntimeError: it is detached already, or `model.params` was donated.
+      RuntimeError: the delta is detached already, or `model.params` was donated.
       ValueError: `model.params` lacks leaves of this delta.
     """
     _switch(state, active=False)
 
 
 def attach(state: DeltaState) -> None:
-    """Puts the delta back in its place, with the values it had when it was detached.
+    """Attaches a detached delta again, with the values that it had when it was detached.
+
+        delta.detach()
+        delta.attach()
 
     Raises:
-      RuntimeError: it is attached already, or `model.params` was donated.
+      RuntimeError: the delta is attached already, or `model.params` was donated.
     """
     _switch(state, active=True)
 
 
 def remove(state: DeltaState) -> None:
-    """Takes the delta off for good: its leaves go, and its name is free again.
+    """Detaches the delta permanently: its leaves are deleted, and its name is free again.
 
-    Nothing can be done with this object afterwards; what `finetuned` gave before can be attached anew. A delta that
-    is merged stays in the weights, which are then the model's own: `merge(); remove()` leaves a bare backbone. To
-    forget a detached delta, `del` will do: one that nobody holds does not stay on the model.
+        found = delta.finetuned()  # to attach it again later
+        delta.remove()
+
+    The object cannot be used afterwards. The update of a merged delta stays in the weights, which are then the model's
+    own: `merge(); remove()` leaves a bare backbone. A detached delta that is no longer referenced (`del delta`) does
+    not stay on the model either.
 
     Raises:
-      RuntimeError: it was removed already.
+      RuntimeError: the delta was removed already.
       RuntimeError, ValueError: as `detach`.
     """
     if state.attachment.active:
@@ -52,7 +61,7 @@ def remove(state: DeltaState) -> None:
 
 
 def _switch(state: DeltaState, active: bool) -> None:
-    """Takes the delta off the model, or puts it back."""
+    """Detaches the delta from the model, or attaches it."""
     own, host = state.attachment, state.host
     if state.merged:
         raise RuntimeError(f"delta {state.name!r} is merged into the weights. Call unmerge() first.")

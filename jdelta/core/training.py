@@ -17,7 +17,10 @@ from jdelta.trees.surgery import Path, Tree
 
 
 def trainable_mask(state: DeltaState, params: Tree | None = None) -> Tree:
-    """A tree of bools, `True` where a leaf trains, for any optax wrapper.
+    """Returns a tree of bools, `True` where a leaf trains, for any optax wrapper.
+
+        mask = delta.trainable_mask(params)
+        decayed = optax.masked(optax.add_decayed_weights(1e-2), mask)
 
     Args:
       params: the tree to make it for; by default `model.params`.
@@ -27,7 +30,7 @@ def trainable_mask(state: DeltaState, params: Tree | None = None) -> Tree:
 
 
 def partition(state: DeltaState, params: Tree | None = None) -> tuple[Tree, Tree]:
-    """Splits a tree into what trains and what is frozen; neither part has holes.
+    """Splits a tree into what trains and what is frozen: two trees without empty places.
 
         trainable, frozen = delta.partition(model.params)
         grads = jax.grad(lambda t: loss(jdelta.combine(t, frozen)))(trainable)
@@ -36,20 +39,23 @@ def partition(state: DeltaState, params: Tree | None = None) -> tuple[Tree, Tree
       params: the tree to split; by default `model.params`.
 
     Raises:
-      RuntimeError: it was donated.
+      RuntimeError: the tree was donated.
     """
     tree = state.tree(params)
     return surgery.partition(tree, trainable_mask(state, tree))
 
 
 def combine(state: DeltaState, *trees: Tree) -> Tree:
-    """`jdelta.combine`, and an error unless the parts make up the whole tree of this model.
+    """Joins parts of a tree, and raises an error unless they make up the whole tree of this model.
+
+        trainable, frozen = delta.partition(params)
+        params = delta.combine(trainable, frozen)
 
     Args:
       *trees: the parts, such as those of `partition`.
 
     Raises:
-      ValueError: the parts overlap, or leaves are missing or do not belong.
+      ValueError: the parts overlap, or leaves are missing or superfluous.
     """
     return surgery.combine(*trees, like=state.tree(None))
 
@@ -68,7 +74,9 @@ def trained(state: DeltaState, leaves: Mapping[Path, Any]) -> set[Path]:
 
 
 def freeze_module(state: DeltaState, exclude: Sequence[str] = ("deltas",)) -> None:
-    """Freezes the whole model except what is named. Calling it again replaces the first choice.
+    """Freezes the whole model except what is named. Calling it again replaces the earlier choice.
+
+        delta.freeze_module(exclude=["deltas", "classifier"])
 
     Args:
       exclude: patterns of modules or leaves that train, with everything below them; `"deltas"` means the leaves
@@ -76,8 +84,8 @@ def freeze_module(state: DeltaState, exclude: Sequence[str] = ("deltas",)) -> No
 
     Raises:
       TypeError: `exclude` is a bare string.
-      ValueError: a pattern matches nothing, or nothing but leaves that cannot be trained, such as whole numbers.
-        The earlier choice then stays. A pattern that means some of those too is a `UserWarning`.
+      ValueError: a pattern matches nothing, or only leaves that cannot be trained, such as whole numbers. The earlier
+        choice then stays. A pattern that also matches such leaves is a `UserWarning`.
     """
     before, state.exclude = state.exclude, tuple(addressing.checked(exclude))
     try:
@@ -91,22 +99,22 @@ def freeze_module(state: DeltaState, exclude: Sequence[str] = ("deltas",)) -> No
 def optimizer(
     state: DeltaState, tx: optax.GradientTransformation | optax.MultiSteps
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for the whole tree that moves only what trains now, and holds state only for that.
+    """Returns an optimizer for the whole tree that updates only what trains now, and has state only for that.
 
         tx = delta.optimizer(optax.adamw(1e-3))
         state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
         tx = delta.optimizer(optax.MultiSteps(optax.adamw(1e-3), every_k_schedule=4))  # of 4 micro-batches
 
     It is bound to what trains when it is made. If that changes, by `freeze_module`, `detach` or another delta, its
-    next `init` or `update` is a `RuntimeError`; a compiled step goes on with what it was compiled for, until it is
-    traced again. (`trainable_mask` and `partition` give plain trees, which stay as they are too.)
+    next `init` or `update` is a `RuntimeError`; a compiled step continues with what it was compiled for, until it is
+    traced again. (The trees of `trainable_mask` and `partition` do not change either.)
 
     Args:
-      tx: the optimizer of the trainable leaves; `optax.MultiSteps` goes in here, since around the result it would
-        sum up the gradients of the whole backbone.
+      tx: the optimizer of the trainable leaves. `optax.MultiSteps` belongs here: around the result it would sum the
+        gradients of the whole backbone.
 
     Raises:
-      TypeError: `tx` is no optimizer.
+      TypeError: `tx` is not an optimizer.
     """
     bound = _trained_in_model(state, state.tree(None))
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):

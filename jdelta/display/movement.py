@@ -92,19 +92,22 @@ def measured(
 
 
 def movement(state: DeltaState, params: Tree | None = None) -> Movement:
-    """How far each module that the delta changes moved in training: `‖change‖ / ‖weight‖`, layer by layer.
+    """Returns how far training moved the modules that the delta changes: `‖change‖ / ‖weight‖`, layer by layer.
 
-    Of LoRA the change is the update of the weight, of BitFit that of the bias, and the weight is what the backbone
-    has there without biases; `jdelta.display.movement.measured` says why. What else trained, such as a head in
-    `unfrozen_modules`, is not in the table: its earlier values are not kept.
+        table = delta.movement(params)
+        table.rows, table.columns, table.values
+
+    For LoRA the change is the update of the weight, for BitFit that of the bias; the weight is the backbone's, without
+    biases (`jdelta.display.movement.measured` says why). What else trained, such as a head in `unfrozen_modules`, is
+    not in the table, since its earlier values are not kept.
 
     Args:
-      params: the tree to take the values from; by default `model.params`.
+      params: the tree that holds the values; by default `model.params`.
 
     Raises:
       RuntimeError: the delta is detached or merged, or the tree was donated.
-      ValueError: its layers do something else than change weights, as adapters, prefixes and prompts do; or the
-        values are elsewhere.
+      ValueError: its layers do not change weights, as those of adapters, prefixes and prompts; or the model holds
+        shapes only.
     """
     own, tree = state.active("measured"), surgery.parameters(state.values(params))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):

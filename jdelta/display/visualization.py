@@ -65,6 +65,8 @@ class Visualization:
     ) -> None:
         """Prints the tree of modules, then the counts.
 
+            jdelta.Visualization(model).structure_graph()
+
         Args:
           params: the parameters to show, shapes suffice; by default the model's own.
           mask: what trains, in place of the mask given before.
@@ -81,6 +83,8 @@ class Visualization:
     ) -> str:
         """Returns the tree as a page whose branches collapse, light or dark like the reader's system. It loads nothing.
 
+            jdelta.Visualization(model).to_html("tree.html")
+
         Args:
           path: the file to write, if any.
           params, mask: as in `structure_graph`.
@@ -95,6 +99,8 @@ class Visualization:
     ) -> str:
         """Returns the tree as an SVG of text and lines, on white.
 
+            jdelta.Visualization(model).to_svg("tree.svg")
+
         Args:
           path: the file to write, if any.
           params, mask: as in `structure_graph`.
@@ -106,6 +112,8 @@ class Visualization:
 
     def to_png(self, path: str | os.PathLike[str], params: Tree | None = None, mask: Mask | None = None) -> None:
         """Writes the tree as a PNG on white, with 200 pixels per inch.
+
+            jdelta.Visualization(model).to_png("tree.png")
 
         Args:
           path: the file to write.

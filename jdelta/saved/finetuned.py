@@ -77,6 +77,8 @@ class Finetuned:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder, as `DeltaModel.save_finetuned` does.
 
+            jdelta.negate("toxic/").save("opposite/")
+
         Args:
           path: the folder.
         """
@@ -113,6 +115,8 @@ class Finetuned:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
         """Reads what `save` wrote.
+
+            found = jdelta.Finetuned.read("movies/")
 
         A checksum covers the tensors and the description. In folders of earlier versions, of format 1, it covers the
         tensors only: a changed description is an error where it is invalid or does not fit the tensors.
