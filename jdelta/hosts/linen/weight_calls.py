@@ -50,19 +50,18 @@ def run(edits: Sequence[WeightEdit], call: Callable, frame: Frame, /, *args: Any
     if alone and (y := _in_one_product(given, module, x)) is not None:
         return y
 
-    def on(z: jax.Array) -> Any:
-        changed_args, changed_kwargs = with_main_input(args, kwargs, key, z)
-        return call(*changed_args, **changed_kwargs)
-
-    if len(given) == 1 and _side(given[0][0]) == "in":
-        return on(_transformed(*given[0], x))
+    if output is None and len(given) == 1 and _side(given[0][0]) == "in":
+        args, kwargs = with_main_input(args, kwargs, key, _transformed(*given[0], x))
+        return call(*args, **kwargs)
     output, only = call(*args, **kwargs) if output is None else output, len(given) == 1
     total = y = main_output(output, x)
     for edit, own in given:
         if _side(edit) == "out":
             total = _transformed(edit, own, y) if only else total + _transformed(edit, own, y) - y
         elif _side(edit) == "in":
-            total = total + main_output(on(_transformed(edit, own, x)), x) - y
+            leaf = own_leaves_of(module)[edit.leaf[-1]]
+            change = edit.linear.product((_transformed(edit, own, x) - x).astype(y.dtype), leaf.astype(y.dtype))
+            total = total + change.astype(y.dtype)
         else:
             total = total + _product(edit, own, _dropped(edit, x, frame), y, module).astype(y.dtype)
     return with_main_output(output, total, input_if_any(type(module), args, kwargs))
