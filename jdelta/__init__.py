@@ -5,7 +5,7 @@ from jdelta.core.edits import CallEdit, WeightEdit
 from jdelta.core.linear import register_linear, weight_edits
 from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
-from jdelta.delta import DeltaModel
+from jdelta.delta import DeltaModel, without
 from jdelta.display.interactive import select_modules
 from jdelta.display.movement import Movement
 from jdelta.display.visualization import Visualization
@@ -94,6 +94,7 @@ __all__ = [
     "unstack",
     "weight_edits",
     "weighted_sum",
+    "without",
 ]
 
 _transformers_linear.install()

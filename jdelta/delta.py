@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import chex
 
-from jdelta.core import attaching, initial_values, inserting, merging, switching, training
+from jdelta.core import attaching, disabling, initial_values, inserting, merging, switching, training
 from jdelta.core import state as states
 from jdelta.core.host import unchanged_on_error
 from jdelta.core.method import Method, signature_of
@@ -266,6 +266,7 @@ class DeltaModel:
     detach = verb(switching.detach)
     attach = verb(switching.attach)
     remove = verb(switching.remove)
+    disabled = verb(disabling.disabled)
 
     # --- layers of your own
 
@@ -314,6 +315,39 @@ class DeltaModel:
 
     def _repr_html_(self) -> str:
         return self.visualization()._repr_html_()
+
+
+def without(params: Tree, *deltas: DeltaModel) -> Tree:
+    """Returns a tree with which the model computes what it computes without these deltas, also under `jax.jit`.
+
+        @jax.jit
+        def loss(params, batch):  # compiled once, for policy and reference
+            policy = model(**batch, params=params).logits
+            reference = model(**batch, params=jdelta.without(params, delta)).logits
+            return jnp.mean((policy - jax.lax.stop_gradient(reference)) ** 2)
+
+    The tree lacks the deltas' leaves, has the earlier values of the backbone's leaves that train as part of a delta, as
+    biases do in BitFit, and its structure says which deltas are left out: a tree that merely lacks them is refused.
+    Everything else is as in `params`, such as a head that trains besides the delta. The tree is for calls of this model
+    and its `generate`, not for other functions of jdelta. The model itself does not change, so threads can share it.
+
+    Args:
+      params: a tree with the leaves of the model's deltas.
+      *deltas: attached or detached.
+
+    Returns:
+      The tree, of the same type.
+
+    Raises:
+      RuntimeError: a delta is merged or was removed, or the tree was donated.
+      TypeError: one of the deltas is not a `DeltaModel`.
+      ValueError: the earlier value of a leaf is unknown, since the backbone held none when the delta was attached.
+    """
+    for delta in deltas:
+        if not isinstance(delta, DeltaModel):
+            raise TypeError(f"without: expected deltas, such as what jdelta.LoraModel(…) gives, got {delta!r}.")
+        params = disabling.without(delta._state, params)
+    return params
 
 
 MODELS: dict[str, type[DeltaModel]] = {"delta": DeltaModel}  # by delta_type: the constructors of the methods

@@ -93,6 +93,8 @@ VERBS = {
     "insert": lambda d: d.insert_sequential_module("first", nn.Dense(8)),
     "movement": lambda d: d.movement(),
     "log": lambda d: d.log(),
+    "disabled": lambda d: d.disabled().__enter__(),
+    "without": lambda d: jdelta.without(d.backbone_model.params, d),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from jdelta.core.host import Trial
 from jdelta.core.pickling import OF_EACH, packed, unpacked, with_class
 from jdelta.hosts.linen import jit_cache, weight_calls
 from jdelta.hosts.linen.running import is_running, running
-from jdelta.trees import surgery
+from jdelta.trees import left_out, surgery
 from jdelta.trees.surgery import Path
 
 
@@ -25,7 +26,8 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], trial: Tria
 
     It is an instance of a subclass with the name, docstring, fields and signatures of the original. Its `apply`
     raises `ValueError` for a tree that lacks leaves of an active attachment or holds leaves of an inactive one, and
-    `RuntimeError` for one that was donated. Bound in any other way it raises `NotImplementedError`.
+    `RuntimeError` for one that was donated. Deltas that a tree leaves out, see `trees.left_out`, count as inactive.
+    Bound in any other way it raises `NotImplementedError`.
     `instrument(module, ())` is the original module. In `trial`, it is noted what was run.
     """
     module = bare(module)
@@ -33,11 +35,23 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], trial: Tria
         return module
     original = type(module)
     edits, number = _edits_of(attachments), jit_cache.unique()
+    variants: dict[tuple[str, ...], nn.Module] = {}  # without deltas, by their names
     rewrites = any(a.active and any(not edit.in_call for edit in a.weight_edits) for a in attachments)
+
+    def without(self: nn.Module, names: tuple[str, ...]) -> nn.Module:
+        if bare(self) is module and names in variants:
+            return variants[names]
+        rest = [dataclasses.replace(a, active=a.active and a.name not in names) for a in attachments]
+        variant = instrument(self, rest)
+        if bare(self) is module:
+            variants[names] = variant
+        return variant
 
     @nn.nowrap
     @functools.wraps(original.apply)
     def apply(self: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        if names := left_out.names_in(variables):
+            return without(self, names).apply(left_out.unmarked(variables), *args, **kwargs)
         creating = in_filter(kwargs.get("mutable", False), "params")
         _check_leaves(variables.get("params", {}), attachments, creating)
         surgery.require_alive(variables)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.hosts.linen.instrument import attachments_of
+from jdelta.trees import left_out, surgery
 
 _prompted: contextvars.ContextVar[bool] = contextvars.ContextVar("prompted", default=False)
 
@@ -25,9 +26,10 @@ def prompt_is_in() -> bool:
     return _prompted.get()
 
 
-def prompt_ids(module: nn.Module) -> list[int]:
-    """The ids of all active prompts, in the order in which the model is to see them."""
-    edits = [edit for a in reversed(attachments_of(module)) if a.active for edit in a.edits if not edit.auxiliary]
+def prompt_ids(module: nn.Module, without: Collection[str] = ()) -> list[int]:
+    """The ids of all active prompts but of some deltas, in the order in which the model is to see them."""
+    active = [a for a in reversed(attachments_of(module)) if a.active and a.name not in without]
+    edits = [edit for a in active for edit in a.edits if not edit.auxiliary]
     return [i for edit in edits for i in getattr(edit.layer, "prompt_ids", ())]
 
 
@@ -36,7 +38,9 @@ def with_prompts(original: Any) -> Callable[..., Any]:
 
     @functools.wraps(original.generate)
     def generate(self: Any, input_ids: jax.Array, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        prompt = jnp.array(prompt_ids(self.module), jnp.int32)
+        params = kwargs.get("params")
+        names = left_out.names_in({"params": surgery.parameters(self.params if params is None else params)})
+        prompt = jnp.array(prompt_ids(self.module, names), jnp.int32)
         n, rows = len(prompt), len(input_ids)
         ids = jnp.concatenate([jnp.broadcast_to(prompt, (rows, n)), jnp.asarray(input_ids, jnp.int32)], axis=1)
         for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
