@@ -17,13 +17,13 @@ from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.transformers import attention
 from jdelta.hosts.transformers.attention_call import AttentionCall, materialised
-from jdelta.speedups.patch import Alteration, altered, reasons, tried, unaltered
+from jdelta.speedups.patch import Patch, install_patch, reasons, trace_with, unpatched
 
 _NAME = "fused.attention"  # a delta's name has no dot
 Implementation = Literal["cpu", "cudnn", "xla"]
 
 
-def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None = None) -> Alteration:
+def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None = None) -> Patch:
     """Computes the attention of a model in one operation, where the result is equal.
 
         fused = jdelta.fused_attention(model)
@@ -58,7 +58,7 @@ def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None =
     """
     if implementation is not None and str(implementation) not in ("cudnn", "xla"):
         raise ValueError(f"fused_attention: implementation is 'cudnn', 'xla' or None, got {implementation!r}.")
-    adapter = unaltered(
+    adapter = unpatched(
         model, _NAME, "fused_attention: the attention of this model is fused already. Call undo() first."
     )
     structure = adapter.structure()
@@ -74,8 +74,8 @@ def fused_attention(model: Any, implementation: Literal["cudnn", "xla"] | None =
         for info in targets
     ]
     callers = dict.fromkeys(info.caller for info in targets if info.caller is not None)
-    edits += [CallEdit(path, "around", _WeightsMade(), auxiliary=True) for path in callers]
-    return altered(adapter, _NAME, edits, "attention modules", targets, left)
+    edits += [CallEdit(path, "around", _Materialised(), auxiliary=True) for path in callers]
+    return install_patch(adapter, _NAME, edits, "attention modules", targets, left)
 
 
 # --- the modules
@@ -99,8 +99,8 @@ class _Fused(nn.Module):
             return output if self.defer else materialised(output)
 
 
-class _WeightsMade(nn.Module):
-    """Makes the weights that are still there in what a module returns."""
+class _Materialised(nn.Module):
+    """Materialises the deferred weights in what a module returns."""
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
@@ -108,12 +108,12 @@ class _WeightsMade(nn.Module):
 
 
 class Kernel:
-    """What computes the attention of one module in one go: a `Kernel` of `hosts.transformers.attention_parts`.
+    """Computes the attention of one module in one operation: a `Kernel` of `hosts.transformers.attention_parts`.
 
     Args:
       info: the module.
       once: the warnings that were given for this model.
-      kind: how it computes, if that was asked for.
+      kind: how it computes, if that was given.
       trying: whether it is only tried out, where dropout may be on.
     """
 
@@ -177,7 +177,7 @@ def _tried(adapter: HostAdapter, structure: Structure, kind: Implementation | No
     """The kernels of the modules that compute attention, after one abstract run of the model."""
     kernels = {info.path: Kernel(info, set(), kind, trying=True) for info in structure}
     # Around all modules: the innermost is the one whose own code computes attention.
-    tried(adapter, structure, _NAME, lambda info: _Fused(kernels[info.path]))
+    trace_with(adapter, structure, _NAME, lambda info: _Fused(kernels[info.path]))
     return {path: kernel for path, kernel in kernels.items() if kernel.used or kernel.reason}
 
 

@@ -17,7 +17,7 @@ from jdelta.core.edits import CallEdit
 from jdelta.hosts.linen.running import Host
 from jdelta.hosts.patches import patched
 from jdelta.hosts.transformers import activations
-from jdelta.speedups.patch import Alteration, altered, tried, unaltered
+from jdelta.speedups.patch import Patch, install_patch, trace_with, unpatched
 
 _NAME = "lean.activations"  # a delta's name has no dot
 
@@ -25,7 +25,7 @@ _NAME = "lean.activations"  # a delta's name has no dot
 _LEANER = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu", "swish")
 
 
-def lean_activations(model: Any) -> Alteration:
+def lean_activations(model: Any) -> Patch:
     """Lets GELU and SiLU keep only their input for the backward pass, and recompute the rest there.
 
         lean = jdelta.lean_activations(model)
@@ -53,12 +53,12 @@ def lean_activations(model: Any) -> Alteration:
       TypeError: the model is not a supported one.
       ValueError: no module of the model uses such an activation.
     """
-    adapter = unaltered(
+    adapter = unpatched(
         model, _NAME, "lean_activations: the activations of this model are lean already. Call undo() first."
     )
     structure = adapter.structure()
     uses = {info.path: _Use() for info in structure}
-    tried(adapter, structure, _NAME, lambda info: _Lean(uses[info.path], info.type))
+    trace_with(adapter, structure, _NAME, lambda info: _Lean(uses[info.path], info.type))
     targets = [info for info in structure if uses[info.path].seen]
     if not targets:
         raise ValueError(
@@ -66,7 +66,7 @@ def lean_activations(model: Any) -> Alteration:
             "by name from transformers. In a module of your own write jax.checkpoint(nn.gelu)."
         )
     edits = [CallEdit(info.path, "around", _Lean(_Use(), info.type)) for info in targets]
-    return altered(adapter, _NAME, edits, "modules", targets)
+    return install_patch(adapter, _NAME, edits, "modules", targets)
 
 
 class _Use:
@@ -100,7 +100,7 @@ class _Lean(nn.Module):
     @nn.nowrap
     @contextlib.contextmanager
     def during_run(self) -> Iterator[None]:
-        """While the model runs, transformers' names mean functions that delegate, unless lean ones are asked for.
+        """While the model runs, transformers' names mean functions that delegate, unless lean ones are active.
 
         Not only while the module runs: it takes its activation in `setup`, before.
         """

@@ -14,12 +14,16 @@ from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts.adapting import adapt
 
 
-class Alteration:
-    """What was changed, and the way back.
+class Patch:
+    """A change of how a model computes, with `undo`.
+
+        fused = jdelta.fused_attention(model)
+        fused.targets, fused.left
+        fused.undo()
 
     Attributes:
       targets: the names of the modules that were changed, in the order of execution.
-      left: name to reason of those that were left alone.
+      left: name to reason of those that were not changed.
     """
 
     def __init__(
@@ -37,10 +41,10 @@ class Alteration:
         self.left = dict(left)
 
     def undo(self) -> None:
-        """Gives back the model's own computation.
+        """Restores the model's own computation.
 
         Raises:
-          RuntimeError: that was done already.
+          RuntimeError: it was undone already.
         """
         carried = self._adapter.attachments
         rest = [attachment for attachment in carried if attachment is not self._attachment]
@@ -50,20 +54,20 @@ class Alteration:
 
     def __repr__(self) -> str:
         left = f"; left: {reasons(self.left)}" if self.left else ""
-        return f"{len(self.targets)} {self._what}: {', '.join(_folded(self.targets))}{left}"
+        return f"{len(self.targets)} {self._what}: {', '.join(_collapsed(self.targets))}{left}"
 
 
-def unaltered(model: object, name: str, message: str) -> HostAdapter:
-    """The model's adapter, if it carries no alteration of this name.
+def unpatched(model: object, name: str, message: str) -> HostAdapter:
+    """Returns the model's adapter, if the model has no patch of this name.
 
     Args:
       model: a Flax model of transformers, or a `jdelta.Backbone`.
-      name: of the attachment. It has a dot in it, which that of a delta has not.
+      name: of the attachment. It contains a dot, unlike that of a delta.
       message: of the error otherwise.
 
     Raises:
-      RuntimeError: it carries one.
-      TypeError: it is no such model.
+      RuntimeError: it has one.
+      TypeError: the model is not a supported one.
     """
     adapter = adapt(model)
     if any(attachment.name == name for attachment in adapter.attachments):
@@ -71,20 +75,20 @@ def unaltered(model: object, name: str, message: str) -> HostAdapter:
     return adapter
 
 
-def tried(adapter: HostAdapter, structure: Structure, name: str, layer: Callable[[ModuleInfo], nn.Module]) -> None:
+def trace_with(adapter: HostAdapter, structure: Structure, name: str, layer: Callable[[ModuleInfo], nn.Module]) -> None:
     """One abstract run of the bare model with such a layer around every module."""
     edits = tuple(CallEdit(info.path, "around", layer(info)) for info in structure)
     jax.eval_shape(lambda: adapter.init([Attachment(name, edits)], jax.random.key(0)))
 
 
-def altered(
+def install_patch(
     adapter: HostAdapter,
     name: str,
     edits: Iterable[CallEdit],
     what: str,
     targets: Iterable[ModuleInfo],
     left: Mapping[str, str] | None = None,
-) -> Alteration:
+) -> Patch:
     """Makes the model run these edits.
 
     Args:
@@ -97,7 +101,7 @@ def altered(
     """
     attachment = Attachment(name, tuple(edits))
     adapter.install([*adapter.attachments, attachment])
-    return Alteration(adapter, attachment, what, [info.name for info in targets], left or {})
+    return Patch(adapter, attachment, what, [info.name for info in targets], left or {})
 
 
 # --- names
@@ -108,10 +112,10 @@ def reasons(left: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in left.items():
         by_reason.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(_folded(names))} ({reason})" for reason, names in by_reason.items())
+    return "; ".join(f"{', '.join(_collapsed(names))} ({reason})" for reason, names in by_reason.items())
 
 
-def _folded(names: Iterable[str]) -> list[str]:
+def _collapsed(names: Iterable[str]) -> list[str]:
     """Names that differ in one number, as one: `'layer.[0-11].attention'`."""
     runs: dict[tuple[str, str], list[int]] = {}
     for name in names:
