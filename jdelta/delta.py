@@ -64,11 +64,11 @@ class DeltaModel:
     Args:
       backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
       modified_modules: patterns of the modules to change; without them, the method's default positions.
-      exclude_modules: patterns of modules to leave alone, with everything below them, also where a method walks below
-        the modules that it was pointed at.
+      exclude_modules: patterns of modules to exclude, with everything below them, also where a method edits modules
+        below those that are named.
       unfrozen_modules: patterns of what trains besides the delta, a classifier head for example.
       common_structure: whether `modified_modules` are common names (`"attn.q"`) in place of the model's own.
-      interactive_modify: choose the modules in a web page, whose link is printed: `True`, or the page's port. Ctrl-C
+      interactive_modify: select the modules in a web page, whose link is printed: `True`, or the page's port. Ctrl-C
         stops, and leaves the model as it was. See `jdelta.select_modules`.
       name: the delta's name in the tree; by default its `delta_type`, numbered if that is taken.
       rng: seed or key of the delta's initial values: a whole number, `jax.random.key(0)`, or an old-style key.
@@ -78,7 +78,7 @@ class DeltaModel:
       **arguments: the method's own, see its configuration.
 
     Raises:
-      TypeError: the backbone is none, or an argument has a wrong type or an unknown name.
+      TypeError: the backbone is not a supported model, or an argument has a wrong type or an unknown name.
       ValueError: a pattern matches nothing, a module cannot take the delta or gets nothing from it, the name is taken,
         or the leaves would be larger than all memory (where the backbone is shapes, than 2**50 bytes). The model is
         then as it was.

@@ -41,13 +41,13 @@ def from_peft(
     LoRA (of any rank pattern, on dense layers, convolutions and embeddings), prefix tuning and prompt tuning become a
     `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does in the same call: a prefix shifts
     positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and trained biases
-    go into the backbone's leaves, and train further with the delta. Keys may hold the adapter's name, and what
-    torch.compile and data parallelism put around the model. Two things differ: PEFT returns a prompt's positions among
+    become values of the backbone's leaves, and train further with the delta. Keys may contain the adapter's name, and
+    the prefixes of torch.compile and of data parallelism. Two things differ: PEFT returns a prompt's positions among
     the outputs, and in its `generate`, padding before the input counts as positions after a prompt.
 
     Args:
       source: a folder, or `"user/name"` on the Hub.
-      backbone_model: the Flax model of the same class; a backbone without its head, or with one, will do as well.
+      backbone_model: the Flax model of the same class; with or without its head.
       name: the delta's name in the tree; by default that of its method.
       revision: branch, tag or commit of the repository.
       keep_dtype: whether the delta's own leaves have the dtype of the file. By default they become float32, as PEFT
@@ -55,11 +55,11 @@ def from_peft(
         dtype that they have in the model, as in PEFT; if that rounds what is in the file, a warning says so.
 
     Raises:
-      FileNotFoundError: no such folder or repository, or one of the two files is not in it.
+      FileNotFoundError: the folder or repository does not exist, or lacks one of the two files.
       PermissionError, ConnectionError: of the Hub.
-      TypeError: the backbone is none, or the source is no path.
-      ValueError: a file is damaged, asks for something that jdelta lacks (the message names the field), or does not
-        fit the model. The model is then as it was.
+      TypeError: the backbone is not a supported model, or the source is not a path.
+      ValueError: a file is damaged, has an unsupported option (the message names the field), or does not fit the
+        model. The model is then as it was.
     """
     as_type("keep_dtype", keep_dtype, bool)
     host_adapter = adapt(backbone_model)

@@ -18,7 +18,7 @@ class LoraModel(DeltaModel):
 
         delta = jdelta.LoraModel(model, modified_modules=["query", "value"], lora_r=8)
 
-    By default it sits on query and value, or in a model without attention on the convolutions of its blocks.
+    By default it is attached at query and value, or in a model without attention at the convolutions of its blocks.
     The leaves are `lora/a`, `(*d_in, r)`, and `lora/b`, `(r, *d_out)`. The output is unchanged at initialisation.
     Modules of other types than those of flax and transformers are tried on random numbers, and refused unless a change
     of their weights changes their output by `x` times it; see `jdelta.register_linear`.

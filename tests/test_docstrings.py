@@ -55,9 +55,9 @@ def test_each_argument_of_a_public_name_is_documented(name):
 
 
 def methods():
-    """The public methods of the public classes; but those of methods are overridden, and documented at `Method`."""
+    """The public methods of the public classes. Those of jdelta's own methods are documented at `Method`."""
     for name in NAMES:
-        if inspect.isclass(cls := getattr(jdelta, name)) and not issubclass(cls, jdelta.Method):
+        if inspect.isclass(cls := getattr(jdelta, name)) and jdelta.Method not in cls.__mro__[1:]:
             for key, value in vars(cls).items():
                 function = getattr(value, "__func__", value)
                 if inspect.isfunction(function) and not key.startswith("_"):

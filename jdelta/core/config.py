@@ -36,8 +36,8 @@ class DeltaConfig:
     Attributes:
       modified_modules: patterns of the modules to change; without them, the method's default positions.
       modified_parameters: patterns of parameters to change, by name: experts that no module owns alone, for example.
-      exclude_modules: patterns of modules to leave alone, with everything below them, also where a method walks below
-        the modules that it was pointed at.
+      exclude_modules: patterns of modules to exclude, with everything below them, also where a method edits modules
+        below those that are named.
       unfrozen_modules: patterns of what trains besides the delta.
       common_structure: whether `modified_modules` are common names.
 

@@ -85,15 +85,21 @@ class Method(DeltaConfig):
 
         The parameters of a layer are below the delta's name at its host, and below `leaf` of the edit, if it has one.
 
+        Args:
+          host: the module.
+          structure: all modules of the backbone.
+
         Raises:
           TypeError, ValueError: the module cannot take this delta; `host.name` is put in front of the message.
         """
         return () if (rule := self.rule(host.name)) is None else weight_edits(host, rule)
 
     def parameter_edits(self, parameter: ParameterInfo, structure: Structure) -> Iterable[Edit]:
-        """What this method does at a parameter that it was pointed at, by `modified_parameters`.
+        """Yields the edits at one parameter that `modified_parameters` names. Override `rule`, or this.
 
-        Override `rule`, or this.
+        Args:
+          parameter: the parameter.
+          structure: all modules of the backbone.
 
         Raises:
           TypeError, ValueError: the parameter cannot take this delta; its name is put in front of the message.
@@ -103,7 +109,10 @@ class Method(DeltaConfig):
         yield WeightEdit(parameter.path, rule, own=parameter.path[-1:])
 
     def rule(self, name: str) -> Any:
-        """What happens to the weight of a module, or to a parameter, of this name. Override it, or `edits`.
+        """Returns the rule that changes the weight of a module, or a parameter. Override it, or `edits`.
+
+        Args:
+          name: the dot-joined name of the module or parameter.
 
         Returns:
           A `core.rules.WeightRule` or `FeatureRule`.
@@ -111,7 +120,12 @@ class Method(DeltaConfig):
         return None
 
     def place(self, site: Site, patterns: Sequence[str]) -> Iterable[Edit]:
-        """The edits at all modules that the patterns mean. Override it for a method whose modules come in pairs."""
+        """Yields the edits at all modules that match the patterns. Override it where modules come in pairs.
+
+        Args:
+          site: where the delta is to be attached.
+          patterns: those of `modified_modules`, or of the default positions.
+        """
         for host in site.find(patterns) if patterns else ():
             try:
                 yield from self.edits(host, site.structure)
@@ -119,10 +133,10 @@ class Method(DeltaConfig):
                 raise type(error)(f"{self.described()} at {host.name} ({host.type.__name__}): {error}") from error
 
     def generator(self, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> nn.Module | None:
-        """A module that generates leaves of several hosts from parameters of its own. Override it.
+        """Returns a module that generates leaves of several hosts from parameters of its own. Override it.
 
-        Its parameters lie once in the tree, below the delta's name at the root; what it generates is then not in the
-        tree.
+        Its parameters are in the tree once, below the delta's name at the root; the leaves that it generates are not in
+        the tree.
 
         Args:
           shapes: path to shape of each leaf that the delta's layers have.
@@ -133,24 +147,32 @@ class Method(DeltaConfig):
         return None
 
     def materialised(self) -> Self | None:
-        """The method after what `generator` makes has taken the place of its parameters. Override it.
+        """Returns the method whose leaves are those that `generator` generates, if a delta is to be saved as that.
 
-        A delta is saved in that form. `None`: it stays as it is.
+        Override it. `None`: the delta is saved as it is.
         """
         return None
 
     def frozen(self, leaf: Path) -> bool:
-        """Whether this leaf of the delta's own never trains. Override it."""
+        """Whether a leaf of the delta's own never trains. Override it.
+
+        Args:
+          leaf: its path.
+        """
         return False
 
     def regenerated(self, leaf: Path) -> bool:
-        """Whether this leaf is frozen, and made of a seed alone, as `rng` gives it: it is not saved. Override it."""
+        """Whether a leaf is frozen and generated from the seed `rng`, and so not saved. Override it.
+
+        Args:
+          leaf: its path.
+        """
         return False
 
     def init_from_backbone(
         self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array]
     ) -> Mapping[Path, jax.Array]:
-        """The initial values of the delta's own leaves, where they depend on the backbone's. Override it.
+        """Returns the initial values of the delta's own leaves, where they depend on the backbone's. Override it.
 
         Args:
           leaves: path to value, as the layers initialise it.

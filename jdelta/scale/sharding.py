@@ -35,28 +35,28 @@ from jdelta.trees.surgery import Path, Tree, empty_node
 
 
 def partition_specs(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
-    """How every leaf is split, the deltas' too, from how the backbone's are.
+    """Returns the `PartitionSpec` of every leaf, also of the deltas', from those of the backbone's.
 
         specs = jdelta.match_partition_rules(rules, params, default=P())  # or nn.get_partition_spec(…), …
         specs = delta.partition_specs(specs)
 
     A delta's leaf follows the weights of its host: LoRA's `a` the axis of their input and `b` that of their output,
-    adapters and biases the axis of the host's output, and all of them the layer axis in `nn.scan`. Its axes of its
-    own, the rank and the width in the middle, are whole.
+    adapters and biases the axis of the host's output, and all of them the layer axis in `nn.scan`. Axes of its own,
+    such as the rank and the width in the middle, are replicated.
 
     Args:
-      specs: a tree of the backbone's parameters, or of the grafted ones, with `PartitionSpec`s (shorter than the
-        leaf has axes, if you like; `None` is `P()`), with `NamedSharding`s, with arrays that are placed, or with
-        boxes of `nn.Partitioned`. What it says of the deltas' own leaves is passed over.
-      mesh: the mesh. With it, the specs are checked, and a delta follows also where sizes differ and the mesh
-        divides both, as a prefix's heads do. `NamedSharding`s bring it.
+      specs: a tree of the backbone's parameters, or of the grafted ones, of `PartitionSpec`s (which may have fewer
+        entries than the leaf has axes; `None` is `P()`), of `NamedSharding`s, of placed arrays, or of boxes of
+        `nn.Partitioned`. Entries for the deltas' own leaves are ignored.
+      mesh: the mesh. With it, the specs are checked, and a delta also follows where sizes differ and the mesh divides
+        both, such as a prefix's heads. `NamedSharding`s have it already.
 
     Returns:
       A tree with the structure of the grafted parameters and a `PartitionSpec` for each leaf. `jdelta.partition`,
       `jdelta.prune` and `delta.own` take it as they take parameters.
 
     Raises:
-      TypeError: something else is in the place of a spec, or specs of two kinds are mixed.
+      TypeError: an entry is not a spec, or specs of two types are mixed.
       ValueError: a leaf of the backbone has no spec, or one that does not fit its shape or the mesh, or there are
         several meshes. The message names the leaf.
     """
@@ -64,18 +64,18 @@ def partition_specs(state: DeltaState, specs: Tree, mesh: Mesh | None = None) ->
 
 
 def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
-    """`partition_specs` as `NamedSharding`s, for `jax.jit` and `jax.device_put`.
+    """Returns `partition_specs` as `NamedSharding`s, for `jax.jit` and `jax.device_put`.
 
-        split = delta.shardings(specs, mesh)
-        delta_params = jax.jit(delta.init, out_shardings=delta.own(split))(jax.random.key(0))
-        step = jax.jit(step, in_shardings=(split, by_data))
+        shardings = delta.shardings(specs, mesh)
+        delta_params = jax.jit(delta.init, out_shardings=delta.own(shardings))(jax.random.key(0))
+        step = jax.jit(step, in_shardings=(shardings, batch_sharding))
 
     Args:
       specs: as in `partition_specs`.
-      mesh: the mesh, unless `specs` bring one.
+      mesh: the mesh, unless `specs` have one.
 
     Returns:
-      A tree with the structure of the grafted parameters. `NamedSharding`s that were given are in it as they were.
+      A tree with the structure of the grafted parameters. It holds given `NamedSharding`s as they are.
 
     Raises:
       TypeError, ValueError: as `partition_specs`; also if there is no mesh.

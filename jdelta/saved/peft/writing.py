@@ -49,7 +49,7 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
     if found.inserted:
         raise ValueError(f"PEFT has no place for layers that were put in by hand, at {listing(found.inserted)}.")
     if "" in found.targets:
-        raise ValueError("PEFT changes modules inside a model, and this delta sits on the model itself.")
+        raise ValueError("PEFT changes modules inside a model, and this delta is attached at the model itself.")
     fields, tensors = writer(found, structure)
     base = (found.backbone or BackboneInfo("")).name or None
     fields = {"base_model_name_or_path": base, "task_type": None, "inference_mode": True} | fields
