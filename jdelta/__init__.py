@@ -8,6 +8,7 @@ from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.delta import DeltaModel, without
 from jdelta.display.interactive import select_modules
 from jdelta.display.movement import Movement
+from jdelta.display.status import Status
 from jdelta.display.visualization import Visualization
 from jdelta.exchange import from_peft
 from jdelta.hosts.linen.backbone import Backbone
@@ -69,6 +70,7 @@ __all__ = [
     "PrefixModel",
     "SoftPromptConfig",
     "SoftPromptModel",
+    "Status",
     "Structure",
     "Visualization",
     "WeightEdit",

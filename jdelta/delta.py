@@ -19,6 +19,7 @@ from jdelta.core.state import DeltaState, new_state, targets
 from jdelta.core.structure import Structure
 from jdelta.display import interactive, showing
 from jdelta.display import movement as movements
+from jdelta.display import status as statuses
 from jdelta.hosts.adapting import adapt
 from jdelta.names import common_names
 from jdelta.saved import extraction, loading
@@ -291,6 +292,7 @@ class DeltaModel:
 
     # --- how it looks, and how far it moved
 
+    status = verb(statuses.status)
     log = verb(showing.log)
     visualization = verb(showing.visualization)
     movement = verb(movements.movement)

@@ -93,6 +93,7 @@ VERBS = {
     "insert": lambda d: d.insert_sequential_module("first", nn.Dense(8)),
     "movement": lambda d: d.movement(),
     "log": lambda d: d.log(),
+    "status": lambda d: d.status(),
     "disabled": lambda d: d.disabled().__enter__(),
     "without": lambda d: jdelta.without(d.backbone_model.params, d),
 }

@@ -129,13 +129,17 @@ def new_state(
 # --- what a model carries
 
 
-def carried(state: DeltaState) -> list[Attachment]:
-    """What its model carries, without the detached deltas that nobody holds any more, as nobody can attach them."""
+def held_on(state: DeltaState) -> list[DeltaState]:
+    """All deltas on its model that somebody holds."""
     with _lock:
         held = list(_held)  # others may be made meanwhile
     mine = state.backbone_model
-    put = [s for s in held if vars(s).get("shapes") is not None and s.backbone_model is mine and s.removed is None]
-    names, attachments = {s.name for s in put}, state.host.attachments
+    return [s for s in held if vars(s).get("shapes") is not None and s.backbone_model is mine and s.removed is None]
+
+
+def carried(state: DeltaState) -> list[Attachment]:
+    """What its model carries, without the detached deltas that nobody holds any more, as nobody can attach them."""
+    names, attachments = {s.name for s in held_on(state)}, state.host.attachments
     return without(attachments, [a for a in attachments if not a.active and a.name not in names])
 
 
@@ -177,10 +181,15 @@ def free_name(state: DeltaState, name: str | None, but: str = "") -> str:
 
 def targets(state: DeltaState) -> list[str]:
     """The names of the modules that it is on, in the order of execution, and those of leaves that it changes."""
-    edits = [edit for edit in (state.removed or state.attachment).edits if not edit.auxiliary]
+    return targets_of(state.removed or state.attachment, state.structure)
+
+
+def targets_of(attachment: Attachment, structure: Structure) -> list[str]:
+    """The names of the modules that an attachment is on, and those of leaves that it changes."""
+    edits = [edit for edit in attachment.edits if not edit.auxiliary]
     leaves = [edit.leaf for edit in edits if isinstance(edit, WeightEdit) and not edit.by_module]
     hosts = {edit.host for edit in edits if isinstance(edit, CallEdit) or edit.by_module}
-    names = [info.name for info in state.structure if info.path in hosts]
+    names = [info.name for info in structure if info.path in hosts]
     return [*names, *map(surgery.name_of, dict.fromkeys(leaves))]
 
 
