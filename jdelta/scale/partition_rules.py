@@ -73,16 +73,16 @@ def state_shardings(state: Any, shardings: Tree) -> Any:
     Raises:
       ValueError: `shardings` is empty.
     """
-    split = {path: leaf for path, leaf in surgery.flatten(shardings).items() if leaf is not empty_node}
-    if not split:
+    known = {path: leaf for path, leaf in surgery.flatten(shardings).items() if leaf is not empty_node}
+    if not known:
         raise ValueError("state_shardings: the tree of shardings holds nothing.")
-    first = next(iter(split.values()))
-    everywhere = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else P()
+    first = next(iter(known.values()))
+    replicated = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else P()
 
     def like(keys: Any, leaf: Any) -> Any:
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        own = next((split[path[i:]] for i in range(len(path)) if path[i:] in split), everywhere)
-        return own if _fits(own, shape_of(leaf)) else everywhere
+        own = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), replicated)
+        return own if _fits(own, shape_of(leaf)) else replicated
 
     return jax.tree_util.tree_map_with_path(like, state, is_leaf=is_box)
 

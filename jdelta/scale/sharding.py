@@ -60,7 +60,7 @@ def partition_specs(state: DeltaState, specs: Tree, mesh: Mesh | None = None) ->
       ValueError: a leaf of the backbone has no spec, or one that does not fit its shape or the mesh, or there are
         several meshes. The message names the leaf.
     """
-    return _worked_out(specs, state.tree(None), state.host.attachments, state.structure, mesh)[0]
+    return _derived_specs(specs, state.tree(None), state.host.attachments, state.structure, mesh)[0]
 
 
 def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
@@ -80,7 +80,7 @@ def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
     Raises:
       TypeError, ValueError: as `partition_specs`; also if there is no mesh.
     """
-    tree, given, mesh = _worked_out(specs, state.tree(None), state.host.attachments, state.structure, mesh)
+    tree, given, mesh = _derived_specs(specs, state.tree(None), state.host.attachments, state.structure, mesh)
     if mesh is None:
         raise ValueError("shardings: PartitionSpecs are on no mesh. Pass one: mesh=….")
 
@@ -89,11 +89,11 @@ def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
         return held if isinstance(held, NamedSharding) else NamedSharding(mesh, spec)
 
     leaves = surgery.flatten(tree)
-    split = {path: spec if spec is empty_node else on_mesh(path, spec) for path, spec in leaves.items()}
-    return surgery.unflatten(split, like=tree)
+    placed = {path: spec if spec is empty_node else on_mesh(path, spec) for path, spec in leaves.items()}
+    return surgery.unflatten(placed, like=tree)
 
 
-def _worked_out(
+def _derived_specs(
     specs: Tree, params: Tree, attachments: Sequence[Attachment], structure: Structure, mesh: Any
 ) -> tuple[Tree, dict[Path, Any], Any]:
     """The specs of a grafted tree, what was given for each of the backbone's leaves, and the mesh, if there is one."""
@@ -106,10 +106,10 @@ def _worked_out(
     own = {path: _spec(held, path) for path, held in given.items()}
     checked = {path: _entries(path, spec, leaves[path], sizes) for path, spec in own.items()}
     shapes = {path: shape_of(leaf) for path, leaf in leaves.items()}
-    split = _Split(_below(start, checked), _below(start, shapes), structure, sizes)
+    backbone_specs = _BackboneSpecs(_below(start, checked), _below(start, shapes), structure, sizes)
     derived = {path: P() for path in deltas if (*start, *path) in leaves}
     for edit in (edit for a in attachments if a.active for edit in a.edits):
-        derived |= split.specs_of(edit)
+        derived |= backbone_specs.specs_of(edit)
     whole = leaves | own | {(*start, *path): spec for path, spec in derived.items()}  # what is left is empty nodes
     return surgery.unflatten(whole, like=params), given, mesh
 
@@ -222,8 +222,8 @@ def _entries(path: Path, spec: P, leaf: Any, sizes: Mapping[str, int] | None) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class _Split:
-    """How the backbone's leaves are split.
+class _BackboneSpecs:
+    """How the backbone's leaves are sharded, and how a delta's leaves follow.
 
     Attributes:
       entries: path to the entries of the spec, one for each axis.
@@ -261,7 +261,7 @@ class _Split:
         leaf = next((axis.leaf for own in followed.values() for axis in own if axis), self._leaf_in(edit.host))
         for name, own in followed.items():
             path = (*edit.host, *edit.leaf, *name.split("."))
-            if path in self.shapes:  # not, if it is made from shared leaves
+            if path in self.shapes:  # not, if it is generated
                 found[path] = self._allowed(self.shapes[path], self._with_layers(own, path, leaf))
         return found
 
@@ -323,7 +323,7 @@ class _Split:
         return P(*kept) if any(kept) else P()
 
 
-_Followed = tuple[Entry, int]  # how an axis that is followed is split, and its size
+_Followed = tuple[Entry, int]  # the mesh axes of an axis that is followed, and its size
 
 
 def _below(start: Path, leaves: Mapping[Path, Any]) -> dict[Path, Any]:

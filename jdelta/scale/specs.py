@@ -20,7 +20,7 @@ def names_of(entry: Any) -> tuple[str, ...]:
 
 
 def parts_of(entry: Entry, sizes: Mapping[str, int]) -> int:
-    """Over how many devices an entry splits an axis."""
+    """The number of devices over which an entry shards an axis."""
     return math.prod(sizes[name] for name in names_of(entry))
 
 
