@@ -162,7 +162,8 @@ class ConvMap:
     def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
         """`x · D`."""
         fields = {"use_bias": False, "dtype": x.dtype, "feature_group_count": self.groups, **dict(self.conv)}
-        return nn.Conv(change.shape[-1], **fields, parent=None).apply({"params": {"kernel": change}}, x)
+        y: Any = nn.Conv(change.shape[-1], **fields, parent=None).apply({"params": {"kernel": change}}, x)
+        return jnp.asarray(y)
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         """`x · (a b)`: a convolution to `r` channels, then one with windows of one place.

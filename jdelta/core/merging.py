@@ -145,7 +145,8 @@ def merged_by_layer(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]
     held = {key: meta.unbox(leaves[(*host.path, key)]) for key in own_keys if (*host.path, key) in leaves}
     begin = (*host.path, *edit.leaf)
     own = {path[-1]: meta.unbox(leaf) for path, leaf in leaves.items() if path[:-1] == begin}
-    run: Callable = lambda weights, own: edit.layer.fold(host, weights, own)  # type: ignore[union-attr]  # noqa: E731
+    layer: Any = edit.layer
+    run: Callable[..., dict[str, jax.Array]] = lambda weights, own: layer.fold(host, weights, own)  # noqa: E731
     keys = list(host.params)
     for axis in scanned_axes([held[key].shape for key in keys], [host.params[key].shape for key in keys]):
         run = jax.vmap(run, axis, axis)

@@ -25,7 +25,8 @@ from jdelta.trees.surgery import Path
 
 def layout_of(edit: WeightEdit) -> Layout:
     """The layout of the leaf that an edit changes, as its module sees it."""
-    return edit.linear.layout(edit.shape)
+    layout: Layout = edit.linear.layout(edit.shape)
+    return layout
 
 
 # --- own leaves
@@ -80,8 +81,8 @@ def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int
     shared = layout.sizes(edit.shape, "shared")
     if isinstance(leaf, jax.ShapeDtypeStruct):
         weight: Any = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
-        run: Callable = lambda key: one_matrix(key, weight)  # noqa: E731
-        given: tuple = ()
+        run: Callable[..., Any] = lambda key: one_matrix(key, weight)  # noqa: E731
+        given: tuple[jax.Array, ...] = ()
     else:
         run, given = one_matrix, (layout.matrix(leaf).astype(jnp.float32),)
     keys = jax.random.split(key, shared) if shared else key
@@ -162,7 +163,7 @@ def changed(edits: Sequence[WeightEdit], leaf: jax.Array, own: Sequence[Mapping[
 
 def update(edit: WeightEdit, leaf: jax.Array, own: Mapping[str, Any]) -> jax.Array:
     """The change of a leaf, in float32, in the shape of the leaf as it is stored."""
-    run: Callable = lambda leaf, own: _update(edit, leaf, own)  # noqa: E731
+    run: Callable[..., jax.Array] = lambda leaf, own: _update(edit, leaf, own)  # noqa: E731
     for axis in edit.layers:
         run = jax.vmap(run, axis, axis)
     return run(leaf, {name: meta.unbox(value) for name, value in own.items()})
@@ -170,7 +171,7 @@ def update(edit: WeightEdit, leaf: jax.Array, own: Mapping[str, Any]) -> jax.Arr
 
 def _update(edit: WeightEdit, leaf: jax.Array, own: Mapping[str, Any]) -> jax.Array:
     layout = layout_of(edit)
-    run: Callable = lambda weight, own: matrix_update(edit, weight, own)  # noqa: E731
+    run: Callable[..., jax.Array] = lambda weight, own: matrix_update(edit, weight, own)  # noqa: E731
     for _ in layout.shared:
         run = jax.vmap(run)
     return layout.stored(run(layout.matrix(leaf).astype(wide_dtype(leaf.dtype)), seen_own(edit, own)), leaf.shape)
@@ -181,7 +182,7 @@ def matrix_update(edit: WeightEdit, weight: jax.Array, own: Leaves) -> jax.Array
     rule = edit.rule
     if isinstance(rule, FeatureRule):
         return _of_features(rule, weight, own, edit.is_bias)
-    new = rule.update(weight, {name: value.astype(jnp.float32) for name, value in own.items()})
+    new: jax.Array = rule.update(weight, {name: value.astype(jnp.float32) for name, value in own.items()})
     where = f"{name_of(rule)} at {surgery.name_of(edit.leaf)}"
     if jnp.shape(new) != weight.shape:
         raise ValueError(f"{where}: update gives shape {jnp.shape(new)}, and the weight is {weight.shape}.")

@@ -28,6 +28,12 @@ class Frame:
     again: bool  # within a call of the same module: super().__call__, or a scope shared with a child
 
     @property
+    def scope(self) -> Scope:
+        """The scope of the module, which is bound while it is called."""
+        assert self.module.scope is not None
+        return self.module.scope
+
+    @property
     def body(self) -> Scope | None:
         """The scope that it is in of those which lifted transformations make, one for each run of theirs."""
         return None if self.module.scope is None else self.module.scope.root

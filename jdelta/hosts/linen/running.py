@@ -257,7 +257,7 @@ def _layer(edit: CallEdit, frame: Frame) -> Callable:
 def _bound(edit: CallEdit, frame: Frame) -> tuple[Any, dict[str, bool]]:
     """The edit's layer, bound into the host's scope, and its argument that says whether dropout is on, if it has it."""
     assert edit.layer is not None
-    scope = frame.module.scope
+    scope = frame.scope
     for key in edit.leaf:
         scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
     layer = edit.layer.clone(parent=scope, name=None)

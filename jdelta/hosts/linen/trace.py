@@ -104,8 +104,7 @@ class _Recorder:
             if frame.nested or frame.again:
                 return next_call(*args, **kwargs)
             self._seen.setdefault(frame.path, None)  # the order is that of entering
-            scope: Any = context.module.scope
-            if frame.path and scope.parent is None:
+            if frame.path and frame.scope.parent is None:
                 self._bodies.setdefault(frame.path, []).append(self._calls.outer)
             output = next_call(*args, **kwargs)
             self._note(frame, args, kwargs, output)
@@ -197,8 +196,7 @@ class _Recorder:
             self._sharing.setdefault(frame.path, {})[frame.module.name or one.__name__] = one
 
     def _note_nested(self, frame: Frame) -> None:
-        scope: Any = frame.module.scope
-        outer, handed = self._calls.outer, scope.variables().get("params", {})
+        outer, handed = self._calls.outer, frame.scope.variables().get("params", {})
         self._handed.update(jnp.shape(leaf) for leaf in jax.tree.leaves(handed) if jnp.ndim(leaf) == 2)
         if outer is not None and not outer.nested and frame.module.name and not _is_nnx(type(outer.module)):
             self.nested[surgery.name_of((*outer.path, frame.module.name))] = (

@@ -40,7 +40,7 @@ def run(edits: Sequence[WeightEdit], call: Callable, frame: Frame, /, *args: Any
     edits, module = [edit for edit in edits if not edit.is_bias], frame.module
     key, x = main_input(type(module), args, kwargs)
     output: Any = None
-    if module.scope.is_mutable_collection("params") and any(not _own_in_scope(edit, frame) for edit in edits):
+    if frame.scope.is_mutable_collection("params") and any(not _own_in_scope(edit, frame) for edit in edits):
         output = call(*args, **kwargs)  # it makes the module's own leaves, which come first
         for edit in edits:
             _make_own(edit, frame)
@@ -85,7 +85,7 @@ class OwnLeaves(nn.Module):
 
 def _make_own(edit: WeightEdit, frame: Frame) -> None:
     if not _own_in_scope(edit, frame):
-        scope = frame.module.scope
+        scope: Any = frame.scope
         for key in (edit.name, *edit.own):
             scope = scope.push(key, reuse=True)
         OwnLeaves(edit, parent=scope, name=None)(own_leaves_of(frame.module)[edit.leaf[-1]])
@@ -93,7 +93,7 @@ def _make_own(edit: WeightEdit, frame: Frame) -> None:
 
 def _own_in_scope(edit: WeightEdit, frame: Frame) -> dict[str, jax.Array]:
     """The edit's own leaves, as they are in the scope of the call; nothing, if they are not there yet."""
-    tree = frame.module.scope.variables().get("params", {})
+    tree = frame.scope.variables().get("params", {})
     for key in (edit.name, *edit.own):
         tree = tree.get(key, {})
     own = {name: meta.unbox(leaf) for name, leaf in tree.items() if not isinstance(leaf, Mapping)}
@@ -192,15 +192,16 @@ def _dropped(edit: WeightEdit, x: jax.Array, frame: Frame) -> jax.Array:
     rate = dropout_of(edit.rule)
     if not rate or _is_deterministic(frame) or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    scope = frame.module.scope
+    scope = frame.scope
     for key in (edit.name, *edit.own):
         scope = scope.push(key, reuse=True)
-    return nn.Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": scope.make_rng("dropout")})
+    dropped: Any = nn.Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": scope.make_rng("dropout")})
+    return dropped
 
 
 def _is_deterministic(frame: Frame) -> bool:
     given = frame.deterministic
-    return not frame.module.scope.has_rng("dropout") if given is None else given
+    return not frame.scope.has_rng("dropout") if given is None else given
 
 
 # --- in one product, with the changed weight
@@ -224,7 +225,7 @@ def _in_one_product(given: Given, module: nn.Module, x: jax.Array) -> jax.Array 
     if any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
         return None
     fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-    plain = {key: nn.initializers.zeros for key, value in fields.items() if is_initializer(key, value)}
+    plain: dict[str, Any] = {key: nn.initializers.zeros for key, value in fields.items() if is_initializer(key, value)}
     alike = tuple(_Alike(edit.rule, edit.linear, edit.shape, edit.leaf[-1:]) for edit, _ in given)
     pair = _Pair(module.clone(parent=None, name=None, **plain), alike)
     own = {str(i): leaves for i, (_, leaves) in enumerate(given)}
@@ -249,7 +250,8 @@ class _Pair:
     edits: tuple[_Alike, ...]
 
     def run(self, x: jax.Array, leaves: Own) -> jax.Array:
-        return self.module.apply({"params": leaves}, x)
+        y: Any = self.module.apply({"params": leaves}, x)
+        return y
 
     def merged(self, leaves: Own, own: Mapping[str, Own]) -> dict[str, jax.Array]:
         key = self.edits[0].leaf[-1]
