@@ -149,3 +149,8 @@ def test_beside_a_transformers_that_has_no_flax_too(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n")
     assert run("5", path=tmp_path)["transformers"] == "5.0.0"
+
+
+def test_no_file_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "jdelta").rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length >= 400} == {}

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 from conftest import fresh, noisy, train_deltas
 from flax import linen as nn
+from flax.core import freeze
 from tiers import breadth
 
 import jdelta
@@ -50,7 +52,7 @@ def attached(model, method, **more):
     cls, arguments = METHODS[method]
     if not isinstance(model, jdelta.Backbone):  # at the default positions
         arguments = {key: value for key, value in arguments.items() if key != "modified_modules"}
-    delta = cls(model, **arguments, **more)
+    delta = cls(model, **{**arguments, **more})
     train_deltas(delta)
     return delta
 
@@ -331,3 +333,69 @@ def test_a_soft_prompt_is_left_out_of_generation(params):
         given = {} if params == "in the model" else {"params": jdelta.without(model.params, delta)}
         assert np.array_equal(model.generate(IDS, **options, **given).sequences, bare)
     assert delta.attached
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(4, name="dense")(x))
+
+
+def test_other_collections_change_as_without_the_delta():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    model = jdelta.Backbone(Normed(), Normed().init(jax.random.key(0), x), (x,))
+    bare = model(x, train=True, mutable=["batch_stats"])
+    delta = attached(model, "lora")
+    found = model(x, train=True, mutable=["batch_stats"], params=jdelta.without(model.params, delta))
+    assert jax.tree.structure(found) == jax.tree.structure(bare)
+    assert bits({"y": found[0], **found[1]}) == bits({"y": bare[0], **bare[1]})
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(4, name="dense")(x)), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layers(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("method", breadth(["lora", "bitfit", "adapter"], "bitfit"))
+def test_inside_a_scan(method):
+    x = jnp.ones((3, 4))
+    model = jdelta.Backbone(Scanned(), noisy(Scanned().init(jax.random.key(0), x)["params"]), (x,))
+    bare = np.asarray(model(x))
+    delta = attached(model, method, modified_modules=["dense"])
+    assert not same(np.asarray(model(x)), bare)
+    assert same(np.asarray(model(x, params=jdelta.without(model.params, delta))), bare)
+    with delta.disabled():
+        assert same(np.asarray(model(x)), bare)
+
+
+@pytest.mark.slow
+def test_encoders_are_run_and_sequences_generated_without_prefixes():
+    model = fresh("t5", "FlaxT5ForConditionalGeneration")
+    options = {"max_length": 6, "do_sample": False}
+    states, sequences = model.encode(IDS).last_hidden_state, model.generate(IDS, **options).sequences
+    deltas = [attached(model, "prefix"), attached(model, "lora")]
+    for params in (model.params, freeze(model.params)):
+        tree = jdelta.without(params, *deltas)
+        assert type(tree) is type(params)
+        assert same(np.asarray(model.encode(IDS, params=tree).last_hidden_state), np.asarray(states))
+        assert np.array_equal(model.generate(IDS, params=tree, **options).sequences, sequences)
+    assert not (model.encode(IDS).last_hidden_state == states).all()
+
+
+def test_threads_run_policy_and_reference_on_one_model():
+    model = linen()
+    bare = output(model)
+    delta = attached(model, "lora")
+    trees = {"policy": model.params, "reference": jdelta.without(model.params, delta)}
+    expected = {"policy": output(model), "reference": bare}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: (name, output(model, trees[name])), ["policy", "reference"] * 10))
+    assert all(same(value, expected[name]) for name, value in found)
