@@ -267,7 +267,7 @@ sys.path.insert(0, sys.argv[1])
 from conftest import fresh, train_deltas
 from matrix import METHODS
 import jdelta
-from jdelta import fingerprint
+from jdelta.trees import fingerprint
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 ids = jnp.array([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])

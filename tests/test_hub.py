@@ -562,7 +562,7 @@ def test_the_cache_that_pushing_leaves_alone_serves_offline(fake, monkeypatch):
 def test_the_environment_of_a_new_process_decides(fake, tmp_path):
     """As users have it: HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, with nothing replaced in huggingface_hub."""
     publish(fake)
-    code = f"from jdelta import hub, folder; print(folder.read(hub.fetch({REPO!r}))[2])"
+    code = f"from jdelta.saved import folder, hub; print(folder.read(hub.fetch({REPO!r}))[2])"
     environment = {
         **os.environ,
         "HF_ENDPOINT": fake.url,

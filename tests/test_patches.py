@@ -264,12 +264,12 @@ def test_files_of_transformers_and_flax_that_are_reloaded():
         import transformers.modeling_flax_utils as utils
         from transformers import BertConfig
         import jdelta
-        from jdelta import transformers_repair
+        from jdelta.hosts.transformers import repairs
 
         SIZES = dict(vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
         ids = jnp.ones((1, 4), jnp.int32)
         seen = []
-        repaired = t5.FlaxT5Attention._relative_position_bucket is transformers_repair.relative_position_bucket
+        repaired = t5.FlaxT5Attention._relative_position_bucket is repairs.relative_position_bucket
         for round in range(3):
             model = bert.FlaxBertModel(BertConfig(**SIZES), seed=0)
             base = model(ids)[0]
@@ -292,7 +292,7 @@ def test_files_of_transformers_and_flax_that_are_reloaded():
         np.testing.assert_array_equal(seen[0], seen[1])
         np.testing.assert_array_equal(seen[0], seen[2])
         importlib.reload(t5)
-        now = t5.FlaxT5Attention._relative_position_bucket is transformers_repair.relative_position_bucket
+        now = t5.FlaxT5Attention._relative_position_bucket is repairs.relative_position_bucket
         assert now == repaired
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600)
