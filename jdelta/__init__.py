@@ -1,6 +1,7 @@
 """jdelta: delta tuning (parameter-efficient fine-tuning) for JAX and Flax."""
 
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
+from jdelta.core.context import Context, training_step
 from jdelta.core.edits import CallEdit, WeightEdit
 from jdelta.core.linear import register_linear, weight_edits
 from jdelta.core.method import Method
@@ -54,6 +55,7 @@ __all__ = [
     "CallEdit",
     "CompacterConfig",
     "CompacterModel",
+    "Context",
     "DeltaModel",
     "Finetuned",
     "LoraConfig",
@@ -93,6 +95,7 @@ __all__ = [
     "select_modules",
     "stack",
     "state_shardings",
+    "training_step",
     "unstack",
     "weight_edits",
     "weighted_sum",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import chex
 
-from jdelta.core import attaching, disabling, initial_values, inserting, merging, switching, training
+from jdelta.core import attaching, data_init, disabling, initial_values, inserting, merging, switching, training
 from jdelta.core import state as states
 from jdelta.core.host import unchanged_on_error
 from jdelta.core.method import Method, signature_of
@@ -279,11 +279,13 @@ class DeltaModel:
 
     init = verb(initial_values.init)
     own = verb(states.own)
+    init_from_batch = verb(data_init.init_from_batch)
     freeze_module = verb(training.freeze_module)
     trainable_mask = verb(training.trainable_mask)
     partition = verb(training.partition)
     combine = verb(training.combine)
     optimizer = verb(training.optimizer)
+    penalty = verb(training.penalty)
 
     # --- how it is split over a mesh
 

@@ -108,3 +108,18 @@ def test_what_comes_from_a_seed_is_neither_trained_nor_saved_and_lies_once_in_th
     with pytest.warns(UserWarning, match="nothing of delta 'vera' has moved"):
         saved = delta.finetuned()
     assert not [name for name in saved.values if name.rpartition(".")[2] in SHARED]
+
+
+def test_merging_below_a_change_that_depends_on_the_weight_is_refused():
+    backbone, dora, _ = of("dora", False)
+    lora = jdelta.LoraModel(backbone, ["block_0.dense"], lora_r=2)
+    backbone.params = jax.tree.map(lambda leaf: leaf + 0.1, backbone.params)
+    changed, params = backbone(X), backbone.params
+    with pytest.raises(
+        ValueError, match=r"'lora' cannot be merged at block_0\.dense: the change of delta 'dora' depends"
+    ):
+        lora.merge()
+    assert backbone.params is params
+    dora.merge()
+    lora.merge()
+    np.testing.assert_allclose(backbone(X), changed, rtol=1e-5, atol=1e-5)

@@ -139,7 +139,7 @@ def check(state: DeltaState, edits: Sequence[Edit], others: Sequence[Attachment]
         if isinstance(edit, WeightEdit):
             _check_weight(state, edit)
             continue
-        host = state.structure[surgery.name_of(edit.host)]
+        host = state.structure.run_by(surgery.name_of(edit.host), edit.method)
         require_open(host)
         if edit.where == "train":
             if (*edit.host, *edit.leaf) in owners:
@@ -168,7 +168,7 @@ def check(state: DeltaState, edits: Sequence[Edit], others: Sequence[Attachment]
 
 def place(edit: Edit) -> Any:
     """Where an edit is: two of one delta at the same place are the same."""
-    return (edit.leaf, edit.own) if isinstance(edit, WeightEdit) else (edit.host, edit.where, edit.leaf)
+    return (edit.leaf, edit.own) if isinstance(edit, WeightEdit) else (edit.host, edit.method, edit.where, edit.leaf)
 
 
 def _check_weight(state: DeltaState, edit: WeightEdit) -> None:

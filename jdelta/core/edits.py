@@ -23,13 +23,14 @@ class CallEdit:
         `"replace"`, `layer(*args, **kwargs)` in place of the host; `"around"`, `layer(host, *args, **kwargs)`,
         where `host` is a `Host` and `__call__` is `nn.nowrap`, so that modules which a compact host makes stay its own;
         `"train"`, no computation: the host's own leaf `leaf` trains with the delta.
-      layer: an unbound linen module. It is told `deterministic` (or `train`) if its `__call__` has such an argument. If
-        it has a method `during_run`, the whole model runs inside the context that this gives.
+      layer: an unbound linen module. It is told `deterministic` (or `train`) and `context`, a `jdelta.Context`, if its
+        `__call__` has such arguments. If it has a method `during_run`, the whole model runs inside what this gives.
       span_input: for `"parallel"`, path of the module whose input is the layer's `x`, if that is not the host itself.
       leaf: path below the host: of the layer's parameters, or of the leaf that trains.
       auxiliary: whether it only supports another edit, so that its host is not one of the delta's targets.
       outermost: whether it goes around all other edits of its host, whenever those were attached.
       needs: a leaf of the host's own without which it does nothing.
+      method: name of the host's method that it goes around, if the host is run by another one than `__call__`.
     """
 
     host: Path
@@ -40,6 +41,7 @@ class CallEdit:
     auxiliary: bool = False
     outermost: bool = False
     needs: str | None = None
+    method: str = "__call__"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "layer": packed(self.layer)}

@@ -14,7 +14,11 @@ from jdelta.trees import surgery
 
 
 def insert_sequential_module(
-    state: DeltaState, name: str | Sequence[str], layer: nn.Module, where: Literal["after", "before"] = "after"
+    state: DeltaState,
+    name: str | Sequence[str],
+    layer: nn.Module,
+    where: Literal["after", "before"] = "after",
+    method: str = "__call__",
 ) -> None:
     """Inserts a layer after a module, `y -> layer(y)`, or before it, `x -> layer(x)`.
 
@@ -28,6 +32,7 @@ def insert_sequential_module(
       name: the name of the module, or patterns that match one or several.
       layer: any unbound linen module that maps an array to an array.
       where: the side of the module.
+      method: the module's method that it goes around, where the model runs the module by another one than `__call__`.
 
     Raises:
       TypeError: the layer is not a linen module, or the module has no floating array at that place.
@@ -35,7 +40,7 @@ def insert_sequential_module(
     """
     if not isinstance(where, str) or where not in ("after", "before"):
         raise ValueError(f"where is 'after' or 'before', got {where!r}.")
-    _insert(state, name, where, layer)
+    _insert(state, name, where, layer, method=method)
 
 
 def insert_parallel_module(
@@ -80,6 +85,7 @@ def _insert(
     where: Literal["after", "before", "parallel", "replace"],
     layer: nn.Module,
     start: str | None = None,
+    method: str = "__call__",
 ) -> None:
     """Puts a layer at the modules that a name or patterns mean."""
     if not isinstance(layer, nn.Module):
@@ -91,9 +97,11 @@ def _insert(
             raise ValueError(f"start={start!r} means {1 + len(more)} modules; name one.")
     own = state.attachment
     edits = []
-    for host in state.structure.find([name] if isinstance(name, str) else name):
+    for host in state.structure.find_run_by([name] if isinstance(name, str) else name, method):
         number = sum(edit.host == host.path and edit.layer is not None for edit in own.edits)
         leaf = (state.name, str(number)) if number else (state.name,)
-        edits.append(CallEdit(host.path, where, layer, span_input=begin.path if begin else None, leaf=leaf))
+        edits.append(
+            CallEdit(host.path, where, layer, span_input=begin.path if begin else None, leaf=leaf, method=method)
+        )
     put(state, [*own.edits, *edits])
     state.inserted += [surgery.name_of(edit.host) for edit in edits]

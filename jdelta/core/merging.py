@@ -59,9 +59,15 @@ def merged(params: Tree, name: str, attachments: Sequence[Attachment], structure
             changed |= _fold(edit, host, {**leaves, **changed}, earlier.get(edit.host), structure)
         except (TypeError, ValueError) as error:
             problems.setdefault(str(error), []).append(host.name)
+    others = {e.leaf: a.name for a in active if a.name != name for e in a.weight_edits if weights.reads_weight(e)}
     for path in dict.fromkeys(edit.leaf for edit in own.weight_edits):
         edits = [edit for edit in own.weight_edits if edit.leaf == path]
         try:
+            if path in others:
+                raise ValueError(
+                    f"the change of delta {others[path]!r} depends on this weight, and would be another one after "
+                    "merging. Merge that delta first, or detach it."
+                )
             changed[path] = _changed_weight(edits, leaves, changed.get(path, leaves[path]), structure)
         except (TypeError, ValueError) as error:
             problems.setdefault(str(error), []).append(surgery.name_of(path[:-1] if edits[0].in_call else path))

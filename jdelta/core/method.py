@@ -180,6 +180,40 @@ class Method(DeltaConfig):
         """
         return leaves
 
+    def optimizer(self, tx: Any) -> Any:
+        """The optimizer of what trains, made of the user's; `delta.optimizer` applies it. Override it.
+
+            def optimizer(self, tx):
+                return optax.chain(tx, budget_schedule(self.target_r))
+
+        Args:
+          tx: what the user passed to `delta.optimizer`.
+        """
+        return tx
+
+    def penalty(self, own: Mapping[Path, jax.Array]) -> jax.Array | float:
+        """What the method adds to the loss; `delta.penalty` gives it. Override it.
+
+        Args:
+          own: path to value of the delta's own leaves.
+        """
+        return 0.0
+
+    def init_from_inputs(
+        self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array], inputs: Mapping[str, jax.Array]
+    ) -> Mapping[Path, jax.Array]:
+        """The initial values of the delta's own leaves, from a batch of data; `delta.init_from_batch` puts them in.
+
+        Override it.
+
+        Args:
+          leaves: path to value, as they are.
+          params: path to value of the backbone's parameters.
+          inputs: name of a module to the input that it has in the run of the batch, all calls one after the other in
+            the first axis.
+        """
+        return leaves
+
 
 def _register(method: type[Method]) -> None:
     """Makes a method known by its `delta_type`. A class that is defined anew, as in a notebook, replaces itself."""

@@ -122,6 +122,17 @@ class HasDropout(Protocol):
 
 
 @runtime_checkable
+class UsesContext(Protocol):
+    """A rule whose `product` takes a keyword `context`, a `core.context.Context`, besides.
+
+    Attributes:
+      uses_context: whether it does.
+    """
+
+    uses_context: bool
+
+
+@runtime_checkable
 class StartsFromWeight(Protocol):
     """A rule whose `init` needs the weight's value.
 
@@ -145,6 +156,11 @@ def axes_of(rule: Any) -> Mapping[str, tuple[Side | None, ...]]:
 def dropout_of(rule: Any) -> float:
     """The rate of dropout of a rule."""
     return rule.dropout if isinstance(rule, HasDropout) else 0.0
+
+
+def uses_context(rule: Any) -> bool:
+    """Whether a rule's `product` takes a context."""
+    return isinstance(rule, UsesContext) and rule.uses_context
 
 
 def starts_from_weight(rule: Any) -> bool:

@@ -190,7 +190,9 @@ def targets_of(attachment: Attachment, structure: Structure) -> list[str]:
     leaves = [edit.leaf for edit in edits if isinstance(edit, WeightEdit) and not edit.by_module]
     hosts = {edit.host for edit in edits if isinstance(edit, CallEdit) or edit.by_module}
     names = [info.name for info in structure if info.path in hosts]
-    return [*names, *map(surgery.name_of, dict.fromkeys(leaves))]
+    known = structure.modules
+    others = [name for name in map(surgery.name_of, sorted(hosts)) if name not in known]  # run by another method
+    return [*names, *others, *map(surgery.name_of, dict.fromkeys(leaves))]
 
 
 def require_whole(state: DeltaState, tree: Tree, verb: str) -> None:

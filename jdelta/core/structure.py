@@ -104,6 +104,7 @@ class Structure:
       uncalled: name to the reason why a delta cannot be attached at that part of the model.
       params: the tree of parameter shapes, without other collections.
       tied: names of the modules with whose weights something computes besides their calls, such as a tied head.
+      by_method: name and method to what a call showed, of modules that are run by other methods than `__call__`.
       derived: what others have found out about it, by a name of theirs.
     """
 
@@ -111,6 +112,7 @@ class Structure:
     uncalled: Mapping[str, str]
     params: Tree
     tied: frozenset[str] = frozenset()
+    by_method: Mapping[tuple[str, str], ModuleInfo] = dataclasses.field(default_factory=dict)
     derived: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> ModuleInfo:
@@ -142,6 +144,41 @@ class Structure:
         for info in found:
             require_open(info)
         return found
+
+    def run_by(self, name: str, method: str) -> ModuleInfo:
+        """A module, as a call of one of its methods showed it.
+
+        Args:
+          name: of the module.
+          method: `"__call__"`, or the name of another one.
+
+        Raises:
+          ValueError: it is not run by this method.
+        """
+        if method == "__call__":
+            return self.modules[name]
+        if (name, method) not in self.by_method:
+            methods = [other for module, other in self.by_method if module == name]
+            instead = f"; it is run by {', '.join(methods)}" if methods else ""
+            raise ValueError(f"{name!r} is not run by its method {method!r} in the model's run{instead}.")
+        return self.by_method[name, method]
+
+    def find_run_by(self, patterns: Sequence[str], method: str) -> list[ModuleInfo]:
+        """The modules that patterns mean among those that are run by a method.
+
+        Args:
+          patterns: of modules.
+          method: `"__call__"`, or the name of another one.
+
+        Raises:
+          ValueError: no module is run by this method, or a pattern means none of those that are.
+        """
+        if method == "__call__":
+            return self.find(patterns)
+        named = {name: info for (name, other), info in self.by_method.items() if other == method}
+        if not named:
+            raise ValueError(f"no module of this model is run by a method {method!r} in the model's run.")
+        return [named[name] for name in addressing.match(list(named), patterns)]
 
     def callers(self, info: ModuleInfo) -> list[ModuleInfo]:
         """Returns the modules in whose calls a module was first called, innermost first; the last is the root.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 
+from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, has_value, kept_value
 from jdelta.core.warn import warn
 from jdelta.trees import addressing, dtypes, fingerprint, freezing, surgery
@@ -96,6 +97,21 @@ def freeze_module(state: DeltaState, exclude: Sequence[str] = ("deltas",)) -> No
     warn_of_untrainable(state, state.exclude, "freeze_module")
 
 
+def penalty(state: DeltaState, params: Tree | None = None) -> jax.Array | float:
+    """What the method adds to the loss, such as AdaLoRA's orthogonality; 0 for most methods.
+
+        loss = task_loss + 0.5 * delta.penalty(params)
+
+    Args:
+      params: the tree to compute it from; by default `model.params`. It can be traced.
+
+    Raises:
+      RuntimeError: the delta is detached, or the tree was donated.
+    """
+    own, leaves = state.active("penalised"), surgery.parameters_of(state.values(params))
+    return state.method.penalty({path: meta.unbox(leaves[path]) for path in own.leaves})
+
+
 def optimizer(
     state: DeltaState, tx: optax.GradientTransformation | optax.MultiSteps
 ) -> optax.GradientTransformationExtraArgs:
@@ -119,6 +135,8 @@ def optimizer(
     bound = _trained_in_model(state, state.tree(None))
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(f"optimizer takes one of optax's, such as optax.adamw(1e-3), got {tx!r}.")
+    if type(state.method).optimizer is not Method.optimizer:
+        tx = state.method.optimizer(tx)
 
     def mask(params: Tree) -> Tree:
         now = _trained_in_model(state, params)

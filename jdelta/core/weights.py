@@ -18,6 +18,7 @@ from flax.core import meta
 
 from jdelta.core.edits import WeightEdit
 from jdelta.core.linear_maps import Layout
+from jdelta.core.parameters import unread
 from jdelta.core.rules import FeatureRule, Leaves, axes_of, name_of, starts_from_weight
 from jdelta.trees import dtypes, surgery
 from jdelta.trees.surgery import Path
@@ -197,6 +198,25 @@ def _of_features(rule: FeatureRule, weight: jax.Array, own: Leaves, is_bias: boo
     if is_bias:
         return jnp.zeros_like(weight)
     return rule.transform(jnp.eye(len(weight), dtype=weight.dtype), own) @ weight - weight
+
+
+def reads_weight(edit: WeightEdit) -> bool:
+    """Whether the change of a leaf depends on the leaf's value."""
+    key = (edit.rule, edit.linear, edit.shape, edit.is_bias)
+    try:
+        return _reads_weight(*key)
+    except TypeError:  # an array or a list in a field of the rule
+        return _reads_weight.__wrapped__(*key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads_weight(rule: Any, linear: Any, shape: tuple[int, ...], is_bias: bool) -> bool:
+    edit = WeightEdit(("weight",), rule, linear=linear, shape=shape, is_bias=is_bias)
+    if isinstance(rule, FeatureRule):
+        return True
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    own = {name: jnp.zeros(size) for name, size in own_shapes(edit).items()}
+    return not unread(lambda tree: _update(edit, tree["weight"], own), {"weight": weight})
 
 
 def wide_dtype(dtype: Any) -> Any:

@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from flax import linen as nn
 from flax.core.scope import Scope
 
+from jdelta.core.arguments import arguments, is_array
+from jdelta.core.context import Context, current_step
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
 
@@ -26,6 +28,9 @@ class Frame:
     deterministic: bool | None  # as the nearest enclosing call said it; None if none did
     nested: bool  # inside a nested `apply` on a tree of its own: no part of the model's tree
     again: bool  # within a call of the same module: super().__call__, or a scope shared with a child
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    outer: Frame | None = None
 
     @property
     def scope(self) -> Scope:
@@ -37,6 +42,29 @@ class Frame:
     def body(self) -> Scope | None:
         """The scope that it is in of those which lifted transformations make, one for each run of theirs."""
         return None if self.module.scope is None else self.module.scope.root
+
+    def context(self) -> Context:
+        """What layers and rules are told of this call."""
+        off = self.deterministic
+        if off is None:
+            off = self.module.scope is None or not self.module.scope.has_rng("dropout")
+        mask, positions = (self._nearest(names) for names in (_MASKS, _POSITIONS))
+        return Context(off, mask, positions, current_step())
+
+    def _nearest(self, names: Collection[str]) -> Any:
+        """The array, `(batch, seq)`, that the nearest call in the same body was given by one of these names."""
+        frame: Frame | None = self
+        while frame is not None and frame.body is self.body:
+            given = arguments(type(frame.module), frame.args, frame.kwargs).arguments
+            for name in names:
+                if is_array(given.get(name)) and given[name].ndim == 2:
+                    return given[name]
+            frame = frame.outer
+        return None
+
+
+_MASKS = ("attention_mask", "padding_mask", "mask")
+_POSITIONS = ("position_ids", "positions")
 
 
 class Calls:
@@ -51,7 +79,7 @@ class Calls:
     @contextlib.contextmanager
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> Iterator[Frame]:
         """Puts a call on the stack for as long as it runs."""
-        frame = self._frame(module, args, kwargs)
+        frame = self.frame_of(module, args, kwargs)
         self._stack.append(frame)
         self.edited += frame.path in self._hosts
         try:
@@ -91,7 +119,8 @@ class Calls:
         """The call around the newest one."""
         return self._stack[-2] if len(self._stack) > 1 else None
 
-    def _frame(self, module: nn.Module, args: tuple, kwargs: dict) -> Frame:
+    def frame_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Frame:
+        """The frame of a call that begins now."""
         outer = self._stack[-1] if self._stack else None
         path = module.scope.path if module.scope is not None else ()
         # A tied head runs as `head.apply({'params': …}, x)`: a root of its own, and not this one.
@@ -100,7 +129,7 @@ class Calls:
         deterministic = _deterministic(module, args, kwargs)
         if deterministic is None and outer is not None:
             deterministic = outer.deterministic
-        return Frame(module, path, deterministic, nested, again)
+        return Frame(module, path, deterministic, nested, again, args, kwargs, outer)
 
 
 def _deterministic(module: nn.Module, args: tuple, kwargs: dict) -> bool | None:

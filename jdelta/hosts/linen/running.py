@@ -35,6 +35,7 @@ from jdelta.hosts.linen.calls import Calls, Frame, describe
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
 
+_CALL = "__call__"
 Watcher = Callable[[Frame, Callable], Callable]
 
 _runs: contextvars.ContextVar[tuple[tuple[Hashable, Calls], ...]] = contextvars.ContextVar("runs", default=())
@@ -83,22 +84,46 @@ def running(
       trial: where to note the edits that were run.
     """
     call_edits = [edit for edit in edits if isinstance(edit, CallEdit)]
-    by_host: dict[Path, list[CallEdit]] = {}
+    by_host: dict[tuple[Path, str], list[CallEdit]] = {}  # and by the method of the host
     for edit in sorted(call_edits, key=lambda edit: edit.outermost):
         if edit.layer is not None:
-            by_host.setdefault(edit.host, []).append(edit)
+            by_host.setdefault((edit.host, edit.method), []).append(edit)
     of_weights: dict[Path, list[WeightEdit]] = {}
     for each in edits:
         if isinstance(each, WeightEdit) and each.in_call:
             of_weights.setdefault(each.host, []).append(each)
-    calls = Calls(root_type, {**by_host, **of_weights})
+    calls = Calls(root_type, {*of_weights, *(path for path, method in by_host if method == _CALL)})
     starts = {edit.span_input for edit in call_edits if edit.span_input is not None}
     inputs: dict[Path, _Input] = {}  # of each start's newest call
     watchers: list[Watcher] = []  # of the hosts in progress, outermost first
 
-    def intercept(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name != "__call__" or _runs.get()[-1][1] is not calls:
+    def edited(call: Callable, frame: Frame, method: str) -> Callable:
+        for edit in by_host.get((frame.path, method), ()):
+            if edit.needs is not None and not frame.module.has_variable("params", edit.needs):
+                continue
+            if edit.where == "around":
+                call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
+            else:
+                call = functools.partial(_run, edit, call, frame, inputs, calls)
+            if trial is not None:
+                trial.ran.add(edit)
+        return call
+
+    def by_method(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module, method = context.module, context.method_name
+        path = module.scope.path if module.scope is not None else ()
+        if (path, method) not in by_host:
             return next_call(*args, **kwargs)
+        frame = calls.frame_of(module, args, kwargs)
+        if frame.nested or frame.again:
+            return next_call(*args, **kwargs)
+        return edited(next_call, frame, method)(*args, **kwargs)
+
+    def intercept(next_call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if _runs.get()[-1][1] is not calls:
+            return next_call(*args, **kwargs)
+        if context.method_name != _CALL:
+            return by_method(next_call, args, kwargs, context)
         with calls.enter(context.module, args, kwargs) as frame:
             if frame.nested or frame.again:
                 return next_call(*args, **kwargs)
@@ -107,21 +132,12 @@ def running(
                 if frame.path in starts:
                     inputs[frame.path] = _Input(main_input(type(frame.module), args, kwargs)[1], frame.body)
                 # Each edit wraps what the earlier ones made of the host.
-                call = next_call
+                call: Callable = next_call
                 if frame.path in of_weights:
                     call = functools.partial(weight_calls.run, of_weights[frame.path], next_call, frame)
                     if trial is not None:
                         trial.ran.update(of_weights[frame.path])
-                for edit in by_host.get(frame.path, ()):
-                    if edit.needs is not None and not frame.module.has_variable("params", edit.needs):
-                        continue
-                    if edit.where == "around":
-                        call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
-                    else:
-                        call = functools.partial(_run, edit, call, frame, inputs, calls)
-                    if trial is not None:
-                        trial.ran.add(edit)
-                return call(*args, **kwargs)
+                return edited(call, frame, _CALL)(*args, **kwargs)
 
             call: Callable = run
             for watch in watchers:
@@ -249,25 +265,22 @@ def _run(
 
 
 def _layer(edit: CallEdit, frame: Frame) -> Callable:
-    """The edit's layer, bound into the host's scope and told whether dropout is on."""
-    layer, mode = _bound(edit, frame)
-    return functools.partial(layer, **mode) if mode else layer
-
-
-def _bound(edit: CallEdit, frame: Frame) -> tuple[Any, dict[str, bool]]:
-    """The edit's layer, bound into the host's scope, and its argument that says whether dropout is on, if it has it."""
+    """The edit's layer, bound into the host's scope and told what it asks for of the call."""
     assert edit.layer is not None
     scope = frame.scope
     for key in edit.leaf:
         scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
     layer = edit.layer.clone(parent=scope, name=None)
     names = argument_names(type(layer).__call__)
-    if "deterministic" not in names and "train" not in names:
-        return layer, {}
-    deterministic = frame.deterministic
-    if deterministic is None:
-        deterministic = not scope.has_rng("dropout")
-    return layer, {"deterministic": deterministic} if "deterministic" in names else {"train": not deterministic}
+    told: dict[str, Any] = {}
+    if "context" in names:
+        told["context"] = frame.context()
+    if "deterministic" in names or "train" in names:
+        deterministic = frame.deterministic
+        if deterministic is None:
+            deterministic = not scope.has_rng("dropout")
+        told |= {"deterministic": deterministic} if "deterministic" in names else {"train": not deterministic}
+    return functools.partial(layer, **told) if told else layer
 
 
 def _same_dtype(new: Any, old: Any) -> Any:

@@ -51,9 +51,9 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
                 uncalled[name] = (
                     _NOT_CALLED if inside is None else f"it is a part of {inside or 'the root'!r}, and {_NNX}."
                 )
-    return Structure(
-        modules, uncalled, params, frozenset(name for name, info in modules.items() if recorder.is_tied(info))
-    )
+    tied = frozenset(name for name, info in modules.items() if recorder.is_tied(info))
+    by_method = {(surgery.name_of(path), method): info for (path, method), info in recorder.by_method.items()}
+    return Structure(modules, uncalled, params, tied, by_method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Methods:
             ways.append(f"So can {surgery.name_of(self.caller)!r}, which runs it.")
         return (
             f"{self.type.__name__} is run by its methods {', '.join(self.names)}, and what a delta adds is run around "
-            f"calls, by __call__, alone. {' '.join(ways)}"
+            f"calls, by __call__, unless its edit names the method: jdelta.CallEdit(…, method=…). {' '.join(ways)}"
         )
 
 
@@ -84,6 +84,7 @@ class _Recorder:
 
     def __init__(self, root_type: type[nn.Module]):
         self.nested: dict[str, str] = {}
+        self.by_method: dict[tuple[Path, str], ModuleInfo] = {}
         self._handed: set[tuple[int, ...]] = set()  # shapes of the weights that nested applies were handed
         self._methods: dict[Path, _Methods] = {}  # what was run by other methods than __call__
         self._open: list[Path] = []  # where such methods are in progress
@@ -118,9 +119,13 @@ class _Recorder:
         self._methods.setdefault(path, _Methods(type(module), self._calls.newest)).names[method] = None
         self._open.append(path)
         try:
-            return next_call(*args, **kwargs)
+            output = next_call(*args, **kwargs)
         finally:
             self._open.pop()
+        frame = self._calls.frame_of(module, args, kwargs)
+        if not frame.nested:
+            self.by_method[path, method] = _info(frame, args, kwargs, output, None, self._calls.newest)
+        return output
 
     def reasons(self, modules: Mapping[str, ModuleInfo]) -> dict[str, str]:
         """Name to the reason why it is none of the modules, of what was seen to run in another way."""
@@ -172,22 +177,8 @@ class _Recorder:
         module, known, outer = frame.module, self._seen[frame.path], self._calls.outer
         if known is not None and not _related(known.type, type(module)):
             self._rivals[frame.path] = f"{known.type.__name__} and {type(module).__name__}"
-        own = meta.unbox(module.scope.variables().get("params", {})) if module.scope is not None else {}
-        self._seen[frame.path] = ModuleInfo(
-            path=frame.path,
-            type=type(module),
-            fields={
-                f.name: getattr(module, f.name)
-                for f in dataclasses.fields(module)
-                if f.init and f.name not in ("parent", "name")
-            },
-            args=_abstract(args),
-            kwargs=_abstract(kwargs),
-            output=_abstract(output),
-            params={key: _abstract(leaf) for key, leaf in own.items() if is_array(leaf)},
-            calls=known.calls + 1 if known is not None else 1,
-            caller=known.caller if known is not None else outer.path if outer is not None else None,
-        )
+        caller = None if outer is None else outer.path
+        self._seen[frame.path] = _info(frame, args, kwargs, output, known, caller)
 
     def _note_shared(self, frame: Frame) -> None:
         around = next(f for f in self._calls.around() if f.path == frame.path and not f.nested)
@@ -203,6 +194,29 @@ class _Recorder:
                 f"{type(frame.module).__name__} runs in a nested apply with weights handed to it (a tied head), "
                 "so it has no parameters of its own in the tree. Name the module that feeds it, or untie the weights."
             )
+
+
+def _info(
+    frame: Frame, args: tuple, kwargs: dict, output: Any, known: ModuleInfo | None, caller: Path | None
+) -> ModuleInfo:
+    """What a call showed of a module; `known` is what an earlier one did."""
+    module = frame.module
+    own = meta.unbox(module.scope.variables().get("params", {})) if module.scope is not None else {}
+    return ModuleInfo(
+        path=frame.path,
+        type=type(module),
+        fields={
+            f.name: getattr(module, f.name)
+            for f in dataclasses.fields(module)
+            if f.init and f.name not in ("parent", "name")
+        },
+        args=_abstract(args),
+        kwargs=_abstract(kwargs),
+        output=_abstract(output),
+        params={key: _abstract(leaf) for key, leaf in own.items() if is_array(leaf)},
+        calls=known.calls + 1 if known is not None else 1,
+        caller=known.caller if known is not None else caller,
+    )
 
 
 def _related(one: type, other: type) -> bool:

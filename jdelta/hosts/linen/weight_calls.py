@@ -21,10 +21,11 @@ from flax.errors import ScopeParamShapeError
 
 from jdelta.core import products, weights
 from jdelta.core.arguments import input_if_any, main_input, main_output, with_main_input, with_main_output
+from jdelta.core.context import Context
 from jdelta.core.edits import Attachment, WeightEdit
 from jdelta.core.linear_maps import BoundLinear, EinsumMap, LookupMap, MatrixMap, operands
 from jdelta.core.linear_types import is_initializer
-from jdelta.core.rules import FeatureRule, HasProduct, dropout_of
+from jdelta.core.rules import FeatureRule, HasProduct, dropout_of, uses_context
 from jdelta.hosts.linen.calls import Frame
 from jdelta.trees import surgery
 
@@ -63,7 +64,7 @@ def run(edits: Sequence[WeightEdit], call: Callable, frame: Frame, /, *args: Any
             change = edit.linear.product((_transformed(edit, own, x) - x).astype(y.dtype), leaf.astype(y.dtype))
             total = total + change.astype(y.dtype)
         else:
-            total = total + _product(edit, own, _dropped(edit, x, frame), y, module).astype(y.dtype)
+            total = total + _product(edit, own, _dropped(edit, x, frame), y, frame).astype(y.dtype)
     return with_main_output(output, total, input_if_any(type(module), args, kwargs))
 
 
@@ -116,14 +117,15 @@ def _transformed(edit: WeightEdit, own: Own, z: jax.Array) -> jax.Array:
     return new.astype(z.dtype).reshape(z.shape)
 
 
-def _product(edit: WeightEdit, own: Own, x: jax.Array, y: jax.Array, module: nn.Module) -> jax.Array:
+def _product(edit: WeightEdit, own: Own, x: jax.Array, y: jax.Array, frame: Frame) -> jax.Array:
     """What the change of the weight adds to the module's output."""
-    leaves = own_leaves_of(module)
+    leaves = own_leaves_of(frame.module)
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(y.dtype)  # T5's norms give float32 to a Dense that computes in bfloat16
     bias = leaves.get("bias")
     of_rule = _rule_of(edit)
-    change = _changed(of_rule, x, y, own, leaves[edit.leaf[-1]], bias)
+    context = frame.context() if uses_context(edit.rule) else None
+    change = _changed(of_rule, x, y, own, leaves[edit.leaf[-1]], bias, context)
     if change.shape != y.shape:
         raise ValueError(
             f"{type(edit.rule).__name__} at {surgery.name_of(edit.leaf)}: product gives shape {change.shape}, and the "
@@ -151,22 +153,36 @@ class _Alike:
         return WeightEdit(self.leaf, self.rule, linear=self.linear, shape=self.shape)
 
 
-def _changed(edit: WeightEdit, x: Any, y: Any, own: Own, leaf: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _changed(
+    edit: WeightEdit, x: Any, y: Any, own: Own, leaf: jax.Array, bias: jax.Array | None, context: Context | None
+) -> jax.Array:
     alike = _Alike(edit.rule, edit.linear, edit.shape, edit.leaf)
     try:
         hash(alike)
     except TypeError:  # an array or a list in a field of the rule
-        return change_of(alike, x, y, own, leaf, bias)
-    return _change_once(alike, x, y, own, leaf, bias)
+        return change_of(alike, x, y, own, leaf, bias, context)
+    return _change_once(alike, x, y, own, leaf, bias, context)
 
 
-def change_of(alike: _Alike, x: Any, y: Any, own: Own, leaf: jax.Array, bias: jax.Array | None) -> jax.Array:
+def change_of(
+    alike: _Alike,
+    x: Any,
+    y: Any,
+    own: Own,
+    leaf: jax.Array,
+    bias: jax.Array | None,
+    context: Context | None = None,
+) -> jax.Array:
     """`x · ΔW`, by the rule's product or from its update."""
     edit = alike.edit
     layout = weights.layout_of(edit)
     without = y if bias is None else y - _as_output(bias, edit, y).astype(y.dtype)
     seen, bound = weights.seen_own(edit, own), BoundLinear(edit.linear, leaf, y.dtype)
-    if isinstance(edit.rule, HasProduct) and (product := edit.rule.product(x, without, seen, bound)) is not None:
+    told: dict[str, Any] = {} if context is None else {"context": context}
+    if (
+        isinstance(edit.rule, HasProduct)
+        and (product := edit.rule.product(x, without, seen, bound, **told)) is not None
+    ):
         return product
     run: Callable = lambda weight, own: weights.matrix_update(edit, weight, own)  # noqa: E731
     for _ in layout.shared:
@@ -213,7 +229,7 @@ def _in_one_product(given: Given, module: nn.Module, x: jax.Array) -> jax.Array 
     Only in float32: in less, a small update would be lost in the rounding of the weights.
     """
     first = given[0][0]
-    if not all(edit.alone and _side(edit) is None for edit, _ in given):
+    if not all(edit.alone and _side(edit) is None and not uses_context(edit.rule) for edit, _ in given):
         return None
     by_product = all(isinstance(edit.rule, HasProduct) for edit, _ in given)
     leaves = own_leaves_of(module)
