@@ -42,7 +42,7 @@ def test_each_delta_of_the_model_is_told_by_any_of_them(net):
     own = 2 * (4 + 8) + 2 * (8 + 3)
     expected = {
         "lora": ("lora", "attached", 2, own, own + 3, {"float32": 4}),
-        "bitfit": ("bitfit", "attached", 1, 0, 8, {}),
+        "bitfit": ("bitfit", "attached", 1, 0, 8, {"float32": 1}),
         "mine": ("adapter", "detached", 1, 8 * 4 + 4 + 4 * 8 + 8, 0, {"float32": 4}),
     }
     for delta in (lora, bias, adapter):
@@ -52,7 +52,7 @@ def test_each_delta_of_the_model_is_told_by_any_of_them(net):
         for entry in found.deltas:
             counted = (entry.method, entry.state, entry.targets, entry.parameters, entry.trains, dict(entry.dtypes))
             assert counted == expected[entry.name]
-            assert entry.devices == (("cpu:0",) if entry.parameters else ())
+            assert entry.devices == ("cpu:0",)
 
 
 def test_what_trains_follows_freeze_module(net):
@@ -118,6 +118,13 @@ def test_it_prints_as_a_table_and_goes_to_json(net):
     ]
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
     assert "attached" in found._repr_html_()
+
+
+def test_a_delta_that_does_nothing_yet_has_no_place(net):
+    delta = jdelta.DeltaModel(net)
+    found = entries(delta)["delta"]
+    assert (found["targets"], found["parameters"], found["devices"], found["dtypes"]) == (0, 0, [], {})
+    assert "shapes only" not in str(delta.status())
 
 
 @pytest.mark.parametrize(

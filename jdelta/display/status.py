@@ -31,12 +31,12 @@ class DeltaStatus:
       method: the `delta_type` of its method.
       state: whether the model runs it, or its weights hold it.
       targets: how many modules and leaves it is attached at.
-      parameters: how many numbers its own leaves have.
+      parameters: how many numbers its own leaves have, frozen ones among them.
       trains: how many numbers train now, by this delta's own choice: its leaves and what else it unfreezes; `None` if
         nobody holds the delta.
-      dtypes: number of its own leaves of each dtype.
-      devices: where its values are, such as `cpu:0`; `()` if the model holds shapes only.
-      shardings: number of its own leaves of each sharding over a mesh, such as `(None, 'model')` or `replicated`.
+      dtypes: number of leaves of each dtype: of its own, and of those of the backbone that train as part of it.
+      devices: where the values of these leaves are, such as `cpu:0`; `()` if the model holds shapes only.
+      shardings: number of these leaves of each sharding over a mesh, such as `(None, 'model')` or `replicated`.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Status:
                 f"{delta.parameters:,}",
                 "?" if delta.trains is None else f"{delta.trains:,}",
                 _counted(delta.dtypes),
-                _ranges(delta.devices) or "shapes only",
+                _ranges(delta.devices) or ("shapes only" if delta.dtypes else ""),
                 _counted(delta.shardings),
             )
         return table
@@ -140,7 +140,11 @@ def _entry(
     kept = mine.kept if mine is not None else {}
     back = {path: value for path in attachment.leaves if (value := kept_value(kept, path)) is not None}
     known = {**shapes, **back, **leaves}
-    found = [meta.unbox(known[path]) for path in attachment.leaves if path in known]
+    own, backbone = (
+        [meta.unbox(known[path]) for path in paths if path in known]
+        for paths in (attachment.leaves, attachment.unfrozen_backbone)
+    )
+    found = [*own, *backbone]
     trains = None if mine is None else sum(_size(leaves[path]) for path in training.trained(mine, leaves))
     arrays = [leaf for leaf in found if isinstance(leaf, (jax.Array, np.ndarray))]
     return DeltaStatus(
@@ -148,7 +152,7 @@ def _entry(
         method=getattr(attachment.config, "delta_type", "delta"),
         state="merged" if merged else "attached" if attachment.active else "detached",
         targets=len(targets_of(attachment, state.structure)),
-        parameters=sum(map(_size, found)),
+        parameters=sum(map(_size, own)),
         trains=trains,
         dtypes=dict(Counter(str(leaf.dtype) for leaf in found)),
         devices=tuple(sorted({device for leaf in arrays for device in _devices(leaf)}, key=_order)),
