@@ -87,6 +87,10 @@ def other_backbone_from_a_folder(backbone, folder):
     jdelta.AutoDeltaModel.from_finetuned(folder / "out", other)
 
 
+def high_rank(backbone, folder):
+    jdelta.LoraModel(backbone, ["up"], lora_r=8)
+
+
 def twin(backbone, folder):
     lora(backbone)
     lora(backbone)
@@ -108,6 +112,7 @@ WARN = [
     narrower_dtype,
     other_backbone,
     other_backbone_from_a_folder,
+    high_rank,
     twin,
     untrainable,
     untrainable_at_attaching,

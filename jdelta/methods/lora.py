@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from jdelta.core.linear_maps import BoundLinear, LookupMap, StoredMap
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves, Side
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
+from jdelta.core.warn import warn
 from jdelta.methods.parameter import kaiming_uniform
 from jdelta.trees import addressing, surgery
 
@@ -151,10 +151,9 @@ def _instead(host: ModuleInfo, structure: Structure) -> str:
 def _warn_of_rank(name: str, rank: int, d_in: int, d_out: int) -> None:
     """Such ranks are valid, and PEFT's `all-linear` makes them where a classifier has few outputs."""
     if rank > min(d_in, d_out):
-        warnings.warn(
+        warn(
             f"LoraModel at {name}: lora_r={rank} is above the width of this module, {d_in} -> {d_out}, whose "
             f"changes have rank {min(d_in, d_out)} at most. With that in rank_pattern, less is trained and stored.",
-            stacklevel=2,
         )
 
 

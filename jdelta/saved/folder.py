@@ -12,7 +12,6 @@ import shutil
 import stat
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jdelta.core import parsing
+from jdelta.core.warn import warn
 
 try:
     import fcntl
@@ -279,7 +279,7 @@ def _lock(descriptor: int, file: Path, end: float) -> bool:
                 raise TimeoutError(f"another process has been writing in {file.parent} for minutes.") from None
             time.sleep(0.005)
         except OSError as error:
-            warnings.warn(f"{file.parent} has no locks ({error}): let one program at a time save there.", stacklevel=2)
+            warn(f"{file.parent} has no locks ({error}): let one program at a time save there.")
             return False
 
 
