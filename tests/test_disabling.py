@@ -96,7 +96,7 @@ COMPILED = [
     f"linen, {method}, after another" for method in ("lora", "bitfit", "prefix", "lora on a leaf", "soft prompt")
 ]
 QUICK = [f"linen, {method}, after another" for method in METHODS]
-QUICK += ["linen, prefix, before another", "transformers, bitfit, alone", "transformers, soft prompt, after another"]
+QUICK += ["linen, prefix, before another", "transformers, soft prompt, after another"]
 
 
 @pytest.mark.parametrize("case", breadth(CASES, *QUICK))
@@ -187,7 +187,7 @@ def test_deltas_are_disabled_in_any_order_and_more_than_once():
             outputs[some] = output(built)
     deltas = {name: attached(model, name) for name in names}
     before = bits(model.params)
-    for order in list(itertools.permutations([*names, "bitfit"]))[::5]:
+    for order in list(itertools.permutations([*names, "bitfit"]))[::9]:
         contexts, on = [(name, deltas[name].disabled()) for name in order], list(names)
         for name, context in contexts:
             context.__enter__()
