@@ -517,8 +517,8 @@ def refuses(folder: Any, error: type[Exception], message: str, family: str = "be
     [
         ("peft_type", "IA3", r"peft_type='IA3' is not supported\. Supported are: LORA"),
         ("peft_type", ["LORA"], r"peft_type is a string, got \['LORA'\]"),
-        ("use_dora", True, "use_dora=True asks for"),
-        ("lora_bias", True, "lora_bias=True asks for"),
+        ("use_dora", True, "use_dora=True"),
+        ("lora_bias", True, "lora_bias=True"),
         ("layer_replication", [[0, 1]], "layer_replication="),
         ("trainable_token_indices", [1, 2], "trainable_token_indices="),
         ("target_parameters", ["experts"], "target_parameters="),

@@ -132,12 +132,12 @@ def check(state: DeltaState, edits: Sequence[Edit], others: Sequence[Attachment]
     """Raises `TypeError` or `ValueError` if a module cannot have an edit."""
     spans = any(edit.span_input is not None for edit in edits)
     order = {info.path: i for i, info in enumerate(state.structure)} if spans else {}
-    trains = any(edit.where == "train" for edit in edits)
-    held = surgery.flatten(surgery.parameters(state.tree(None))) if trains else {}
+    by_leaf = any(edit.where in ("train", "weight") for edit in edits)
+    held = surgery.flatten(surgery.parameters(state.tree(None))) if by_leaf else {}
     owners = {path: a.name for a in others if a.name != state.name for path in a.unfrozen_backbone}
     for edit in edits:
         if isinstance(edit, WeightEdit):
-            _check_weight(state, edit)
+            _check_weight(state, edit, held)
             continue
         host = state.structure.run_by(surgery.name_of(edit.host), edit.method)
         require_open(host)
@@ -171,12 +171,12 @@ def place(edit: Edit) -> Any:
     return (edit.leaf, edit.own) if isinstance(edit, WeightEdit) else (edit.host, edit.method, edit.where, edit.leaf)
 
 
-def _check_weight(state: DeltaState, edit: WeightEdit) -> None:
+def _check_weight(state: DeltaState, edit: WeightEdit, held: Mapping[Path, Any]) -> None:
     """Raises `TypeError` or `ValueError` if a leaf cannot have an edit."""
     name, rule = surgery.name_of(edit.leaf), type(edit.rule).__name__
     if edit.by_module:
         require_open(state.structure[surgery.name_of(edit.host)])
-    leaf = surgery.parameters_of(state.tree(None)).get(edit.leaf)
+    leaf = held.get(edit.leaf)
     if not edit.in_call and dtypes.is_fixed(leaf):
         raise TypeError(
             f"{state.label}: {name} holds {meta.unbox(leaf).dtype}, and an update is added only to floats of 16 bits "

@@ -61,7 +61,7 @@ def edits_at(state: DeltaState, patterns: Sequence[str], find: Find | None = Non
 def _of_parameters(state: DeltaState) -> Iterator[Edit]:
     """What the method does at the parameters that `modified_parameters` names."""
     names, exclude = state.method.modified_parameters or (), state.method.exclude_modules or ()
-    leaves = surgery.flatten(state.structure.params)
+    leaves = state.structure.leaves
     for path in find_parameters(state.structure, names, exclude) if names else ():
         leaf = meta.unbox(leaves[path])
         parameter = ParameterInfo(path, leaf.shape, leaf.dtype)
@@ -85,7 +85,7 @@ def resolved(edit: WeightEdit, structure: Structure) -> WeightEdit:
     Raises:
       ValueError: there is no such leaf.
     """
-    leaves = surgery.flatten(structure.params)
+    leaves = structure.leaves
     if edit.leaf not in leaves:
         raise ValueError(f"{surgery.name_of(edit.leaf)!r} is no parameter of this model.")
     owner, key = structure.modules.get(surgery.name_of(edit.host)), edit.leaf[-1]
@@ -109,7 +109,7 @@ def _layers(edit: WeightEdit, structure: Structure) -> tuple[int, ...]:
     owner = structure.modules.get(surgery.name_of(edit.host))
     if owner is None or edit.leaf[-1] not in owner.params:
         return ()
-    stored = surgery.flatten(structure.params)
+    stored = structure.leaves
     shapes = [meta.unbox(stored[(*owner.path, key)]).shape for key in owner.params]
     return tuple(scanned_axes(shapes, [leaf.shape for leaf in owner.params.values()]))
 

@@ -145,6 +145,11 @@ class Structure:
             require_open(info)
         return found
 
+    @functools.cached_property
+    def leaves(self) -> dict[Path, Any]:
+        """Path to shape of each parameter."""
+        return surgery.flatten(self.params)
+
     def run_by(self, name: str, method: str) -> ModuleInfo:
         """A module, as a call of one of its methods showed it.
 
