@@ -133,7 +133,7 @@ def check(state: DeltaState, edits: Sequence[Edit], others: Sequence[Attachment]
     spans = any(edit.span_input is not None for edit in edits)
     order = {info.path: i for i, info in enumerate(state.structure)} if spans else {}
     by_leaf = any(edit.where in ("train", "weight") for edit in edits)
-    held = surgery.flatten(surgery.parameters(state.tree(None))) if by_leaf else {}
+    held = surgery.flatten(surgery.parameters(_held(state))) if by_leaf else {}
     owners = {path: a.name for a in others if a.name != state.name for path in a.unfrozen_backbone}
     for edit in edits:
         if isinstance(edit, WeightEdit):
@@ -164,6 +164,11 @@ def check(state: DeltaState, edits: Sequence[Edit], others: Sequence[Attachment]
                 raise TypeError(f"{host.name} ({host.type.__name__}) cannot be a target: {error}") from error
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"{host.name} ({host.type.__name__}) {what} an array of {dtype}; a layer needs floats.")
+
+
+def _held(state: DeltaState) -> Tree:
+    """The backbone's parameters, at least as shapes, without a run of the model with its deltas."""
+    return state.structure.params if state.host.params is None else state.host.params
 
 
 def place(edit: Edit) -> Any:

@@ -54,7 +54,19 @@ def init(edit: WeightEdit, key: jax.Array, leaf: Any) -> dict[str, jax.Array]:
             f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)} starts from the backbone's values, and the model "
             "holds shapes only. Pass them: delta.init(rng, params)."
         )
-    return _init_over(edit, key, value, edit.layers)
+    try:
+        hash((edit.rule, edit.linear))
+    except TypeError:  # an array or a list in a field of the rule
+        return _init_over(edit, key, value, edit.layers)
+    alike = (edit.rule, edit.linear, edit.shape, edit.layers, edit.leaf[-1], stored.shape, stored.dtype)
+    return _init_once(alike, key, value if needs_value else None)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all places that are alike
+def _init_once(alike: Any, key: jax.Array, value: jax.Array | None) -> dict[str, jax.Array]:
+    rule, linear, shape, layers, name, stored, dtype = alike
+    edit = WeightEdit((name,), rule, linear=linear, shape=shape)
+    return _init_over(edit, key, jax.ShapeDtypeStruct(stored, dtype) if value is None else value, layers)
 
 
 def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int]) -> dict[str, jax.Array]:
