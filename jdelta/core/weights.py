@@ -59,7 +59,8 @@ def init(edit: WeightEdit, key: jax.Array, leaf: Any) -> dict[str, jax.Array]:
     except TypeError:  # an array or a list in a field of the rule
         return _init_over(edit, key, value, edit.layers)
     alike = (edit.rule, edit.linear, edit.shape, edit.layers, edit.leaf[-1], stored.shape, stored.dtype)
-    return _init_once(alike, key, value if needs_value else None)
+    own: dict[str, jax.Array] = _init_once(alike, key, value if needs_value else None)
+    return own
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all places that are alike
