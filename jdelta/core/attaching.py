@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jdelta.core import training
+from jdelta.core import training, weights
 from jdelta.core.edits import Attachment, Edit, WeightEdit
 from jdelta.core.host import Trial, unchanged_on_error
 from jdelta.core.initial_values import initial_values
@@ -187,13 +187,14 @@ def _check_weight(state: DeltaState, edit: WeightEdit, held: Mapping[Path, Any])
             f"{state.label}: {name} holds {meta.unbox(leaf).dtype}, and an update is added only to floats of 16 bits "
             "and more. Leave it out."
         )
+    if not isinstance(edit.rule, WeightRule | FeatureRule):
+        raise TypeError(f"{state.label}: the rule {rule} at {name} has no init and update, or init and transform.")
+    weights.require_sound(edit)
     if dropout_of(edit.rule) and not edit.in_call:
         raise ValueError(
             f"{state.label}: dropout of the input, such as lora_dropout, needs the input that meets the weight, and of "
             f"{name!r} nobody knows it. Take a dropout of 0, or name a linear module."
         )
-    if not isinstance(edit.rule, WeightRule | FeatureRule):
-        raise TypeError(f"{state.label}: the rule {rule} at {name} has no init and update, or init and transform.")
 
 
 def _require_read(state: DeltaState, draft: Sequence[Attachment], edits: Sequence[Edit]) -> None:

@@ -6,6 +6,7 @@ that input, weights and output share. Inside `nn.scan` all leaves have the layer
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -211,6 +212,26 @@ def _of_features(rule: FeatureRule, weight: jax.Array, own: Leaves, is_bias: boo
     if is_bias:
         return jnp.zeros_like(weight)
     return rule.transform(jnp.eye(len(weight), dtype=weight.dtype), own) @ weight - weight
+
+
+def require_sound(edit: WeightEdit) -> None:
+    """Raises `TypeError` or `ValueError` if a rule gives arrays of wrong shapes or dtypes. Nothing is computed."""
+    try:
+        _tried(edit.rule, edit.linear, edit.shape, edit.is_bias)
+    except (TypeError, ValueError):
+        _try(dataclasses.replace(edit, layers=()))  # it names this leaf
+
+
+@functools.lru_cache(maxsize=1024)
+def _tried(rule: Any, linear: Any, shape: tuple[int, ...], is_bias: bool) -> None:
+    _try(WeightEdit(("weight",), rule, linear=linear, shape=shape, is_bias=is_bias))
+
+
+def _try(edit: WeightEdit) -> None:
+    def run(key: jax.Array, leaf: jax.Array) -> jax.Array:
+        return _update(edit, leaf, _init_over(edit, key, leaf, ()))
+
+    jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct(edit.shape, jnp.float32))
 
 
 def reads_weight(edit: WeightEdit) -> bool:
