@@ -1,6 +1,7 @@
 """jdelta: delta tuning (parameter-efficient fine-tuning) for JAX and Flax."""
 
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
+from jdelta.core.checking import checking_products
 from jdelta.core.context import Context, training_step
 from jdelta.core.edits import CallEdit, WeightEdit
 from jdelta.core.linear import register_linear, weight_edits
@@ -77,6 +78,7 @@ __all__ = [
     "Visualization",
     "WeightEdit",
     "__version__",
+    "checking_products",
     "combine",
     "from_peft",
     "fused_attention",

@@ -11,7 +11,17 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import chex
 
-from jdelta.core import attaching, data_init, disabling, initial_values, inserting, merging, switching, training
+from jdelta.core import (
+    attaching,
+    checking,
+    data_init,
+    disabling,
+    initial_values,
+    inserting,
+    merging,
+    switching,
+    training,
+)
 from jdelta.core import state as states
 from jdelta.core.host import unchanged_on_error
 from jdelta.core.method import Method, signature_of
@@ -295,6 +305,7 @@ class DeltaModel:
     # --- how it looks, and how far it moved
 
     status = verb(statuses.status)
+    check_products = verb(checking.check_products)
     log = verb(showing.log)
     visualization = verb(showing.visualization)
     movement = verb(movements.movement)

@@ -277,3 +277,30 @@ def test_a_rule_that_is_wrong_is_an_error_that_names_the_leaf_and_changes_nothin
         )
     assert backbone.params is params
     assert backbone.module is before
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongProduct(LoraRule):
+    """Right as long as `b` is 0, as it is at the start."""
+
+    def product(self, x, y, own, linear):
+        return linear.low_rank(x, own["a"], own["b"])  # without the scale
+
+
+@pytest.mark.parametrize("host", ["Dense", "DenseGeneral in", "Einsum experts", "grouped Conv", "Embed"])
+def test_a_product_that_disagrees_with_update_is_found_and_named_on_demand(host, monkeypatch):
+    make, x = HOSTS[host]
+    module = Wrapped(make)
+    backbone = jdelta.Backbone(module, jax.jit(module.init)(jax.random.key(0), x)["params"], dummy_inputs=(x,))
+    before = backbone.module, backbone.params
+    with jdelta.checking_products():
+        for rule in ("lora", "dora"):
+            jdelta.DeltaModel(backbone, ["host"], method=OneRule(kind=rule), name=rule).remove()
+        monkeypatch.setitem(RULES, "lora", lambda: WrongProduct(rank=2, scale=1.5))
+        with pytest.raises(ValueError, match=r"WrongProduct at host: on random numbers product differs"):
+            jdelta.DeltaModel(backbone, ["host"], method=OneRule())
+    assert backbone.module is before[0]
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, backbone.params, before[1]))
+    delta = jdelta.DeltaModel(backbone, ["host"], method=OneRule())
+    with pytest.raises(ValueError, match=r"WrongProduct at host: .* update is what merging adds"):
+        delta.check_products()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jdelta.core import training, weights
+from jdelta.core.checking import check_if_asked
 from jdelta.core.edits import Attachment, Edit, WeightEdit
 from jdelta.core.host import Trial, unchanged_on_error
 from jdelta.core.initial_values import initial_values
@@ -125,6 +126,7 @@ def tried(state: DeltaState, edits: Sequence[Edit]) -> tuple[list[Attachment], i
         if runs and edit not in trial.ran:
             raise ValueError(f"{surgery.name_of(edit.host)} was not called in the model's run on its pseudo input.")
     _require_read(state, draft, edits)
+    check_if_asked(edits, state.structure)
     return draft, index, everything
 
 

@@ -118,6 +118,19 @@ class EinsumMap:
         d_out = [i for i, axis in enumerate(w_axes) if axis not in x_axes]
         return Layout(tuple(shared), tuple(d_in), tuple(d_out))
 
+    def of_one(self) -> tuple[EinsumMap, int, int, int]:
+        """The map without its first shared axis, and where that is in the input, the weights and the output."""
+        parts = operands(self.equation)
+        letter = next(axis for axis in parts[1] if axis in parts[0] and axis in parts[2])
+        x_axes, w_axes, y_axes = (part.replace(letter, "") for part in parts)
+
+        def place(axes: str) -> int:
+            before, ellipsis, _ = axes.partition("...")
+            return axes.index(letter) - (len(axes) if ellipsis and letter not in before else 0)
+
+        x, w, y = map(place, parts)
+        return EinsumMap(self.weights, f"{x_axes},{w_axes}->{y_axes}"), x, w, y
+
     def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
         """`x · D`."""
         return jnp.einsum(self.equation, x, change)

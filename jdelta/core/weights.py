@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jdelta.core.edits import WeightEdit
-from jdelta.core.linear_maps import Layout
+from jdelta.core.linear_maps import BoundLinear, Layout
 from jdelta.core.parameters import unread
-from jdelta.core.rules import FeatureRule, Leaves, axes_of, name_of, starts_from_weight
+from jdelta.core.rules import FeatureRule, HasProduct, Leaves, axes_of, name_of, starts_from_weight
 from jdelta.trees import dtypes, surgery
 from jdelta.trees.surgery import Path
 
@@ -251,6 +251,29 @@ def _reads_weight(rule: Any, linear: Any, shape: tuple[int, ...], is_bias: bool)
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
     own = {name: jnp.zeros(size) for name, size in own_shapes(edit).items()}
     return not unread(lambda tree: _update(edit, tree["weight"], own), {"weight": weight})
+
+
+def product(
+    edit: WeightEdit, x: jax.Array, y: jax.Array, own: Leaves, leaf: jax.Array, told: Mapping[str, Any]
+) -> jax.Array | None:
+    """What a rule says that its change adds to a module's output, matrix by matrix; `None` if it says nothing.
+
+    Args:
+      edit: of the weight in which the module is linear.
+      x: the module's input.
+      y: its output without bias.
+      own: the own leaves, as the rule sees them.
+      leaf: the weight, as the module sees it.
+      told: keywords for the rule.
+    """
+    if not isinstance(edit.rule, HasProduct):
+        return None
+    if not layout_of(edit).shared:
+        return edit.rule.product(x, y, own, BoundLinear(edit.linear, leaf, y.dtype), **told)
+    linear, of_x, of_w, of_y = edit.linear.of_one()
+    one = dataclasses.replace(edit, linear=linear, shape=(*edit.shape[:of_w], *edit.shape[of_w + 1 :]))
+    run: Callable[..., jax.Array | None] = functools.partial(product, one, told=told)
+    return jax.vmap(run, (of_x, of_y, 0, of_w), of_y)(x, y, dict(own), leaf)
 
 
 def wide_dtype(dtype: Any) -> Any:

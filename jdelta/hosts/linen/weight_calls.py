@@ -179,11 +179,8 @@ def change_of(
     without = y if bias is None else y - _as_output(bias, edit, y).astype(y.dtype)
     seen, bound = weights.seen_own(edit, own), BoundLinear(edit.linear, leaf, y.dtype)
     told: dict[str, Any] = {} if context is None else {"context": context}
-    if (
-        isinstance(edit.rule, HasProduct)
-        and (product := edit.rule.product(x, without, seen, bound, **told)) is not None
-    ):
-        return product
+    if (found := weights.product(edit, x, without, seen, leaf, told)) is not None:
+        return found
     run: Callable = lambda weight, own: weights.matrix_update(edit, weight, own)  # noqa: E731
     for _ in layout.shared:
         run = jax.vmap(run)
