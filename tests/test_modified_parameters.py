@@ -344,3 +344,21 @@ def test_exclusion_takes_leaves_out(backbones):
         backbones, "shared scope", modified_parameters=["[r]mlp\\..*"], exclude_modules=["linear"]
     )
     assert [leaf.shape for leaf in factors(model.params, delta, "mlp.gating")] == [(2, 4, 2), (2, 2, 6)]
+
+
+def test_the_log_says_which_leaves_are_rewritten_and_what_that_costs(capsys):
+    class Experts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, name="dense")(x)
+            return jnp.einsum("bi,eio->beo", x, self.param("wi", nn.initializers.lecun_normal(), (3, 8, 4)))
+
+    backbone = jdelta.Backbone(Experts(), dummy_inputs=(jnp.ones((2, 8)),))
+    delta = jdelta.LoraModel(backbone, modified_parameters=["wi", "dense.kernel"], lora_r=2)
+    delta.log()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "rewritten before each run: wi. A training step computes the full gradient" in printed
+    assert "each of their 96 numbers" in printed
+    delta.detach()
+    delta.log()
+    assert "rewritten" not in capsys.readouterr().out

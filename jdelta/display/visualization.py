@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import meta
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from jdelta.core.config import as_path, shown
+from jdelta.core.edits import Attachment
 from jdelta.core.module_tree import Leaf, Node, build, collapse, shape
+from jdelta.core.structure import Structure
 from jdelta.display.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
 from jdelta.hosts.adapting import adapt
 from jdelta.trees import surgery
@@ -137,7 +140,7 @@ class Visualization:
         carried = self._adapter.attachments
         deltas = {path for a in carried for path in (*a.leaves, *(a.unfrozen_backbone if a.active else ()))}
         leaves = _leaves(params, flags, deltas)
-        counts = _counts(list(leaves.values()), params, flags)
+        counts = (*_counts(list(leaves.values()), params, flags), *_rewritten(carried, structure))
         return Drawing(_line(collapse(build(structure, leaves))), LEGEND, counts)
 
 
@@ -193,6 +196,20 @@ def _branch(line: Line, above: RichTree | None) -> RichTree:
 
 def _text(parts: Iterable[Part]) -> Text:
     return Text.assemble(*((text, STYLES[kind]) for kind, text in parts))
+
+
+def _rewritten(attachments: Iterable[Attachment], structure: Structure) -> Iterator[str]:
+    """What is to be known of leaves that are rewritten before each run: they cost a full weight gradient."""
+    edits = {e.leaf: e for a in attachments if a.active for e in a.weight_edits if not e.in_call}
+    if edits:
+        names = [surgery.name_of(path) for path in edits]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        size = sum(math.prod(meta.unbox(structure.leaves[path]).shape) for path in edits)
+        yield (
+            f"rewritten before each run: {', '.join(names[:2])}{more}. A training step computes the full gradient of "
+            f"these weights: 2 FLOPs for each of their {size:,} numbers and each row that meets it, which a delta of a "
+            "linear module does not take."
+        )
 
 
 def _counts(leaves: list[Leaf], params: Tree, flags: Tree | None) -> tuple[str, ...]:
