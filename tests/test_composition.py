@@ -170,7 +170,8 @@ def expected(leaves, order):
     def dense(x):
         return x @ w["block.dense.kernel"]
 
-    for name in order:
+    # Changes of weights are closest to the module, whenever they were attached.
+    for name in sorted(order, key=lambda name: not name.startswith("lora")):
         if name.endswith("_embed"):
             embed = changed(name, "embed", embed)
         elif name not in ("prefix", "prompt"):

@@ -169,6 +169,6 @@ def test_what_starts_from_donated_values_or_writes_out_a_prefix_says_so(bert):
     prefix = jdelta.PrefixModel(model, prefix_token_num=2, embed_dim=2, mid_dim=2)
     model.params = jax.tree.map(jnp.copy, model.params)
     donate(model.params)
-    for run in (lambda: prompt.init(0), prefix.fold, lambda: model.save_pretrained("never")):
+    for run in (lambda: prompt.init(0), prefix.materialise, lambda: model.save_pretrained("never")):
         with pytest.raises(RuntimeError, match=SAYS):
             run()

@@ -183,7 +183,7 @@ def test_folding_leaves_the_output_and_a_plain_prefix_that_trains_on():
     delta.attach()
     chex.assert_trees_all_equal(model.params, trained)
     assert (model(IDS).logits == after).all()
-    with pytest.raises(ValueError, match="has nothing to fold"):
+    with pytest.raises(ValueError, match="has nothing to materialise"):
         delta.materialise()
 
 

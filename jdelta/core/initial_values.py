@@ -13,6 +13,7 @@ from jdelta.core import weights
 from jdelta.core.edits import Attachment
 from jdelta.core.method import Method
 from jdelta.core.random_keys import as_key
+from jdelta.core.rules import starts_from_weight
 from jdelta.core.state import DeltaState
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree
@@ -57,10 +58,14 @@ def _fresh(
     """Fresh values of some of the delta's own leaves: of rules at their weights, of layers by a run of the model."""
     own = next(a for a in attachments if a.name == state.name)
     held = surgery.parameters_of(state.host.tree() if params is None else params)
+    shapes = surgery.parameters_of(state.host.tree())
     values: dict[Path, Any] = {}
     for edit in own.weight_edits:
         if not edit.is_bias:
-            made = weights.init(edit, rng, held[edit.leaf])
+            leaf = held.get(edit.leaf) if starts_from_weight(edit.rule) else shapes[edit.leaf]
+            if leaf is None:
+                raise ValueError(f"init: the tree lacks {surgery.name_of(edit.leaf)!r}, from which the delta starts.")
+            made = weights.init(edit, rng, leaf)
             values |= {(*edit.own_path, name): value for name, value in made.items()}
     rest = [path for path in paths if path not in values]
     if own.generator is not None and all(path[0] == state.name for path in rest):
@@ -69,7 +74,7 @@ def _fresh(
     elif rest:
         run: Any = lambda rng: surgery.select(state.host.init(attachments, rng), rest)  # noqa: E731
         values |= surgery.parameters_of((jax.jit(run) if jitted else run)(rng))
-    start = surgery.root(state.host.tree() if params is None else params)
+    start = surgery.root(state.host.tree())
     return surgery.unflatten({(*start, *path): values[path] for path in paths})
 
 
