@@ -304,3 +304,22 @@ def test_a_product_that_disagrees_with_update_is_found_and_named_on_demand(host,
     delta = jdelta.DeltaModel(backbone, ["host"], method=OneRule())
     with pytest.raises(ValueError, match=r"WrongProduct at host: .* update is what merging adds"):
         delta.check_products()
+
+
+class Quantised(nn.Module):
+    """`x @ (kernel * scale)`, with a kernel of int8."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", lambda key: jax.random.randint(key, (5, 6), -99, 99, jnp.int8))
+        scale = self.param("scale", nn.initializers.constant(0.01), ())
+        return x @ (kernel * scale)
+
+
+@pytest.mark.parametrize("rule", ["hira", "dora", "scale in"])
+def test_a_rule_that_computes_with_codes_of_a_quantised_weight_is_refused(rule):
+    x = normal(0, 4, 5)
+    backbone = jdelta.Backbone(nn.Sequential([Quantised()]), dummy_inputs=(x,))
+    with pytest.raises(TypeError, match=r"computes with the values of layers_0\.kernel, which holds int8"):
+        jdelta.DeltaModel(backbone, ["layers_0"], method=OneRule(kind=rule))
+    assert jdelta.DeltaModel(backbone, ["layers_0"], method=OneRule(kind="lora")).targets == ["layers_0"]

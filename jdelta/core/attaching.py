@@ -192,6 +192,11 @@ def _check_weight(state: DeltaState, edit: WeightEdit, held: Mapping[Path, Any])
     if not isinstance(edit.rule, WeightRule | FeatureRule):
         raise TypeError(f"{state.label}: the rule {rule} at {name} has no init and update, or init and transform.")
     weights.require_sound(edit)
+    if edit.in_call and dtypes.is_fixed(leaf) and weights.needs_weight(edit):
+        raise TypeError(
+            f"{state.label}: {rule} computes with the values of {name}, which holds {meta.unbox(leaf).dtype}: codes, "
+            "and not the weight that they stand for. LoRA adds to the output alone."
+        )
     if dropout_of(edit.rule) and not edit.in_call:
         raise ValueError(
             f"{state.label}: dropout of the input, such as lora_dropout, needs the input that meets the weight, and of "

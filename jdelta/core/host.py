@@ -40,7 +40,11 @@ class HostAdapter(Protocol):
         ...
 
     def install(self, attachments: Sequence[Attachment]) -> None:
-        """Makes the model carry exactly these, and run those that are active. `()` leaves no trace on it."""
+        """Makes the model carry exactly these, and run those that are active."""
+        ...
+
+    def uninstall(self) -> None:
+        """Gives the model back as it was before anything was installed: nothing of jdelta is left on it."""
         ...
 
     def snapshot(self) -> Callable[[], None]:

@@ -234,6 +234,13 @@ def _try(edit: WeightEdit) -> None:
     jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct(edit.shape, jnp.float32))
 
 
+def needs_weight(edit: WeightEdit) -> bool:
+    """Whether a call of a linear module with the change takes the leaf's value, besides the module itself."""
+    if isinstance(edit.rule, FeatureRule):
+        return edit.rule.side == "in"
+    return not isinstance(edit.rule, HasProduct) or reads_weight(edit)
+
+
 def reads_weight(edit: WeightEdit) -> bool:
     """Whether the change of a leaf depends on the leaf's value."""
     key = (edit.rule, edit.linear, edit.shape, edit.is_bias)

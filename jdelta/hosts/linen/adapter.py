@@ -40,6 +40,10 @@ class LinenAdapter:
         """See `HostAdapter`."""
         self.module = instrument(self.module, attachments)
 
+    def uninstall(self) -> None:
+        """See `HostAdapter`."""
+        self.install(())
+
     def snapshot(self) -> Callable[[], None]:
         """See `HostAdapter`."""
         module, params = self.module, self.params

@@ -123,9 +123,8 @@ def _product(edit: WeightEdit, own: Own, x: jax.Array, y: jax.Array, frame: Fram
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(y.dtype)  # T5's norms give float32 to a Dense that computes in bfloat16
     bias = leaves.get("bias")
-    of_rule = _rule_of(edit)
     context = frame.context() if uses_context(edit.rule) else None
-    change = _changed(of_rule, x, y, own, leaves[edit.leaf[-1]], bias, context)
+    change = _changed(edit, x, y, own, leaves[edit.leaf[-1]], bias, context)
     if change.shape != y.shape:
         raise ValueError(
             f"{type(edit.rule).__name__} at {surgery.name_of(edit.leaf)}: product gives shape {change.shape}, and the "
@@ -134,14 +133,9 @@ def _product(edit: WeightEdit, own: Own, x: jax.Array, y: jax.Array, frame: Fram
     return change
 
 
-def _rule_of(edit: WeightEdit) -> WeightEdit:
-    """The edit without what differs between equal layers, so that it is traced once for all of them."""
-    return dataclasses.replace(edit, leaf=edit.leaf[-1:], name="", own=())
-
-
 @dataclasses.dataclass(frozen=True)
 class _Alike:
-    """An edit that is equal to those of layers that are alike."""
+    """An edit without what differs between equal layers, so that it is traced once for all of them."""
 
     rule: Any
     linear: Any
@@ -156,7 +150,7 @@ class _Alike:
 def _changed(
     edit: WeightEdit, x: Any, y: Any, own: Own, leaf: jax.Array, bias: jax.Array | None, context: Context | None
 ) -> jax.Array:
-    alike = _Alike(edit.rule, edit.linear, edit.shape, edit.leaf)
+    alike = _Alike(edit.rule, edit.linear, edit.shape, edit.leaf[-1:])
     try:
         hash(alike)
     except TypeError:  # an array or a list in a field of the rule
