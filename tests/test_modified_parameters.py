@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import noisy, train_deltas
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 import jdelta
 
@@ -362,3 +363,15 @@ def test_the_log_says_which_leaves_are_rewritten_and_what_that_costs(capsys):
     delta.detach()
     delta.log()
     assert "rewritten" not in capsys.readouterr().out
+
+
+# --- the same names elsewhere
+
+
+def test_freeze_module_and_partition_rules_speak_the_names_of_experts(backbones):
+    _, _, delta = attached(backbones, "experts by einsum", modified_parameters=["moe.wi"])
+    delta.freeze_module(exclude=["deltas", "moe.wo"])
+    trainable = {name for name in leaves_of(delta.partition()[0]) if delta.name not in name.split(".")}
+    assert trainable == {"moe.wo"}
+    specs = jdelta.match_partition_rules([("moe.wi", P("expert"))], backbones["experts by einsum"].params, P())
+    assert {name for name, spec in leaves_of(specs).items() if spec == P("expert")} == {"moe.wi"}
