@@ -120,7 +120,7 @@ def tried(state: DeltaState, edits: Sequence[Edit]) -> tuple[list[Attachment], i
         raise (kind or ValueError)(
             f"{state.label}: the model does not run with these layers, at {at}: {error}"
         ) from error
-    _require_same_backbone(state, everything)
+    require_same_backbone(state, everything)
     for edit in edits:
         runs = edit.in_call if isinstance(edit, WeightEdit) else edit.layer is not None
         if runs and edit not in trial.ran:
@@ -224,7 +224,7 @@ def _require_read(state: DeltaState, draft: Sequence[Attachment], edits: Sequenc
         )
 
 
-def _require_same_backbone(state: DeltaState, everything: Tree) -> None:
+def require_same_backbone(state: DeltaState, everything: Tree) -> None:
     """Raises `ValueError` if the backbone's own leaves would have other shapes with the edits."""
     now, before = (surgery.parameters_of(tree) for tree in (everything, state.structure.params))
     for path in now.keys() & before.keys():

@@ -1,4 +1,4 @@
-"""Which modules, layers and edits are alike, so that what was found for one need not be found again for the others."""
+"""Which modules are alike, so that what was found for one need not be found again for the others."""
 
 from __future__ import annotations
 
@@ -11,26 +11,19 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jdelta.core.edits import CallEdit, WeightEdit
 from jdelta.core.structure import ModuleInfo
-from jdelta.trees.surgery import Path
 
 
-def structural_key(value: Any, start: Path = ()) -> Any:
+def structural_key(value: Any) -> Any:
     """A key that is equal for values which make the same layers: functions are compared by code and closure.
 
     A key can hold ids of parts of the value, which has to stay alive for as long as the key is in use.
 
     Args:
-      value: a module, a field of one, an edit, what a trace saw of a module.
-      start: path below which the hosts of edits are named.
+      value: a module, a field of one, what a trace saw of a module.
     """
     if isinstance(value, ModuleInfo):
         return (value.type, structural_key(value.fields), structural_key((value.args, value.kwargs)))
-    if isinstance(value, CallEdit):
-        return (value.where, value.host[len(start) :], value.span_input, value.leaf, structural_key(value.layer))
-    if isinstance(value, WeightEdit):
-        return (value.leaf[len(start) :], value.own, value.shape, value.is_bias, structural_key(value.rule))
     if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         skip = ("parent", "name") if isinstance(value, nn.Module) else ()
         own = [f.name for f in dataclasses.fields(value) if f.name not in skip]

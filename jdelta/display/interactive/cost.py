@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.core import meta
 
-from jdelta.core import attaching, placement, weights
-from jdelta.core.arguments import is_array
+from jdelta.core import attaching, placement
+from jdelta.core.arguments import is_array, main_output
 from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
+from jdelta.core.host import Trial
 from jdelta.core.method import Method
 from jdelta.core.state import DeltaState
-from jdelta.core.structural_key import structural_key
 from jdelta.core.structure import ModuleInfo
-from jdelta.hosts.linen.instrument import instrument
 from jdelta.trees import addressing, dtypes, surgery
 from jdelta.trees.surgery import Path
 
@@ -74,8 +70,7 @@ def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
     unfrozen = {p for p in able if any(addressing.matches_at_or_above(surgery.name_of(p), q) for q in patterns)}
 
     others = state.host.attachments
-    measure = _Measure(state)
-    leaves: dict[str, Shapes] = {}
+    made_at: dict[str, list[Edit]] = {}
     borrowed: dict[str, list[Path]] = {}
     reasons: dict[str, str] = {}
     for info in structure:
@@ -91,13 +86,15 @@ def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
                 if not (edits := placement.without_excluded(state, wanted.values())):
                     raise TypeError("All that would change in it is left out by exclude_modules.")
                 attaching.check(state, edits, others)
-                leaves[info.name] = measure(info, edits)
+                made_at[info.name] = edits
                 borrowed[info.name] = [
                     (*edit.host, *edit.leaf) for edit in edits if isinstance(edit, CallEdit) and edit.where == "train"
                 ]
             except (TypeError, ValueError) as error:
                 reasons[info.name] = _sentence(str(error))
 
+    leaves, failed = _measured(state, made_at)
+    reasons |= {name: _sentence(reason) for name, reason in failed.items()}
     table = _Table()
     source, exact = _source_items(state, leaves)
     for name, own in leaves.items():
@@ -132,157 +129,77 @@ class _Table:
         self.modules.setdefault(name, []).append(self._numbers[key])
 
 
-# --- the leaves of one module's layers
+# --- the leaves that edits make
 
 
-class _Measure:
-    """Shapes of the leaves that edits at a host make, by an abstract run of the layers; once for equal ones."""
+def _measured(state: DeltaState, wanted: Mapping[str, Sequence[Edit]]) -> tuple[dict[str, Shapes], dict[str, str]]:
+    """Shapes of the leaves that the edits at each module make; and name to the reason, where the model does not run.
 
-    def __init__(self, state: DeltaState):
-        self._state = state
-        self._known: dict[Any, list[Shapes] | Exception] = {}
-        self._alive: list[Any] = []  # keys can hold ids of parts of these
-
-    def __call__(self, info: ModuleInfo, edits: Sequence[Edit]) -> Shapes:
-        self._alive.append(edits)
-        found = self._of_layers(info, [edit for edit in edits if isinstance(edit, CallEdit)])
-        for edit in edits:
-            if isinstance(edit, WeightEdit) and not edit.is_bias:
-                leaf = self._leaves[edit.leaf]
-                key = (structural_key(edit.rule), edit.linear, edit.shape, leaf.shape)
-                (row,) = self._once(key, functools.partial(_rule_shapes, edit, leaf))
-                found |= {(*edit.own_path, *path): shape for path, shape in row.items()}
-        return found
-
-    @functools.cached_property
-    def _leaves(self) -> dict[Path, Any]:
-        return surgery.flatten(meta.unbox(surgery.parameters(self._state.structure.params)))
-
-    def _of_layers(self, info: ModuleInfo, edits: Sequence[CallEdit]) -> Shapes:
-        found: Shapes = {}
-        outside = [edit for edit in edits if edit.layer is not None and edit.where in ("around", "replace")]
-        if outside:
-            rows = self._once(
-                (structural_key(info), *(structural_key(e, info.path) for e in edits)), lambda: self._run(info, edits)
-            )
-            for edit, row in zip(edits, rows, strict=True):
-                found |= {(*edit.host, *edit.leaf, *path): self._with_axes(edit, shape) for path, shape in row.items()}
-            return found
-        for edit in edits:
-            if edit.layer is None:
-                continue
-            host = self._state.structure.modules[surgery.name_of(edit.host)]
-            start = self._state.structure.modules[
-                surgery.name_of(edit.host if edit.span_input is None else edit.span_input)
-            ]
-            x, y = (start.x if edit.where in ("before", "parallel") else host.y), host.y
-            wanted = x.shape if edit.where == "before" else y.shape
-            key = (structural_key(edit.layer), x.shape, x.dtype, wanted)
-            (row,) = self._once(key, functools.partial(_layer_shapes, edit.layer, x, wanted))
-            found |= {(*edit.host, *edit.leaf, *path): self._with_axes(edit, shape) for path, shape in row.items()}
-        return found
-
-    def _once(self, key: Any, make: Callable[[], list[Shapes]]) -> list[Shapes]:
-        if key not in self._known:
-            try:
-                self._known[key] = make()
-            except (TypeError, ValueError) as error:
-                self._known[key] = error
-        known = self._known[key]
-        if isinstance(known, Exception):
-            raise known
-        return known
-
-    def _run(self, info: ModuleInfo, edits: Sequence[CallEdit]) -> list[Shapes]:
-        """The host is run by itself; if it cannot be, in its model."""
-        start = info.path if all(edit.host[: len(info.path)] == info.path for edit in edits) else ()
+    One abstract run of the model with the edits of all modules tells the shapes. Where it fails, halves of them are
+    run, down to the modules that it fails with; others of the same class and shapes then have the same reason.
+    """
+    found: dict[str, Shapes] = {}
+    reasons: dict[str, str] = {}
+    alike: dict[Any, str] = {}
+    pending = [list(wanted)]
+    while pending:
+        names = []
+        for name in pending.pop():
+            reason = alike.get(_kind(state.structure[name])) if alike else None
+            names += [] if reason else [name]
+            reasons |= {name: reason} if reason else {}
         try:
-            tree = _host_alone(info, [_moved(edit, start) for edit in edits], self._state.name)
-            axes: dict[Path, tuple[int, ...]] = {}
-        except Exception:
-            start, axes = (), self._axes
-            tree = self._in_model(edits)
-        leaves = surgery.flatten(surgery.parameters(tree))
-        rows = []
-        for edit in edits:
-            at = (*edit.host[len(start) :], *edit.leaf)
-            skip = len(axes.get(edit.host, ()))
-            own = {p: leaf for p, leaf in leaves.items() if p[: len(at)] == at and edit.layer is not None}
-            rows.append({p[len(at) :]: tuple(leaf.shape[skip:]) for p, leaf in own.items()})
-        return rows
-
-    def _in_model(self, edits: Sequence[CallEdit]) -> Any:
-        others = [a for a in self._state.host.attachments if a.active]
-        mine = Attachment(self._state.name, tuple(edits))
-        try:
-            return jax.eval_shape(lambda key: self._state.host.init([*others, mine], key), jax.random.key(0))
+            leaves = _run(state, [edit for name in names for edit in wanted[name]]) if names else {}
         except Exception as error:  # whatever the model's own code says to such a layer is the reason
-            raise ValueError(str(error)) from error
-
-    def _with_axes(self, edit: CallEdit, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*self._axes.get(edit.host, ()), *shape)
-
-    @functools.cached_property
-    def _axes(self) -> dict[Path, tuple[int, ...]]:
-        """Axes that lifted transforms (`nn.scan`) put before the leaves of the modules inside them."""
-        structure = self._state.structure
-        leaves = surgery.flatten(meta.unbox(surgery.parameters(structure.params)))
-        if all(leaves[(*i.path, key)].shape == leaf.shape for i in structure for key, leaf in i.params.items()):
-            return {}
-        edits = tuple(CallEdit(info.path, "around", _Mark(), leaf=(self._state.name,)) for info in structure)
-        mine = Attachment(self._state.name, edits)
-        tree = jax.eval_shape(lambda key: self._state.host.init([mine], key), jax.random.key(0))
-        marks = surgery.flatten(surgery.parameters(tree))
-        return {path[:-2]: leaf.shape for path, leaf in marks.items() if path[-2:] == (self._state.name, "mark")}
+            if len(names) > 1:
+                pending += [names[len(names) // 2 :], names[: len(names) // 2]]
+            else:
+                reasons[names[0]] = alike[_kind(state.structure[names[0]])] = str(error)
+        else:
+            found |= {name: _leaves_of(wanted[name], leaves) for name in names}
+    return {name: found[name] for name in wanted if name in found}, reasons
 
 
-class _Mark(nn.Module):
-    """A scalar parameter at a host."""
-
-    @nn.nowrap
-    def __call__(self, host: Callable, *args: Any, **kwargs: Any) -> Any:
-        self.mark()
-        return host(*args, **kwargs)
-
-    @nn.compact
-    def mark(self) -> None:
-        self.param("mark", nn.initializers.zeros, ())
-
-
-def _layer_shapes(layer: nn.Module, x: jax.ShapeDtypeStruct, wanted: tuple[int, ...]) -> list[Shapes]:
-    names = inspect.signature(type(layer).__call__).parameters
-    mode: dict[str, Any] = (
-        {"deterministic": True} if "deterministic" in names else {"train": False} if "train" in names else {}
-    )
-    y, variables = jax.eval_shape(lambda x: layer.init_with_output(_rngs(), x, **mode), x)
-    if y.shape != wanted:
-        raise ValueError(f"its layer {type(layer).__name__} gives shape {y.shape} where {wanted} is needed.")
-    return [{path: leaf.shape for path, leaf in surgery.flatten(variables.get("params", {})).items()}]
+def _run(state: DeltaState, edits: Sequence[Edit]) -> dict[Path, Any]:
+    """Path to shape of all leaves, by an abstract run of the model with these edits."""
+    mine = Attachment(state.name, tuple({attaching.place(edit): edit for edit in edits}.values()))
+    attachments, trial = [*(a for a in state.host.attachments if a.active), mine], Trial()
+    tree = jax.eval_shape(lambda key: state.host.init(attachments, key, trial), jax.random.key(0))
+    attaching.require_same_backbone(state, tree)
+    now, before = map(_output_shape, (trial.outputs[0], state.structure[""].output))
+    if now != before:
+        raise ValueError(f"with its layer the model's output has shape {now}, where {before} is needed.")
+    return surgery.flatten(meta.unbox(surgery.parameters(tree)))
 
 
-def _rule_shapes(edit: WeightEdit, leaf: jax.ShapeDtypeStruct) -> list[Shapes]:
-    own = jax.eval_shape(lambda key, leaf: weights.init(edit, key, leaf), jax.random.key(0), leaf)
-    return [{(name,): value.shape for name, value in own.items()}]
+def _output_shape(output: Any) -> Any:
+    try:
+        return tuple(main_output(output).shape)
+    except TypeError:  # none of several arrays is the output
+        return [tuple(leaf.shape) for leaf in jax.tree.leaves(output) if is_array(leaf)]
 
 
-def _host_alone(info: ModuleInfo, edits: Sequence[CallEdit], name: str) -> Any:
-    module = instrument(info.type(**info.fields, parent=None), [Attachment(name, tuple(edits))])
-    leaves, treedef = jax.tree.flatten((info.args, info.kwargs))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
-
-    def run(arrays: dict[int, jax.Array]) -> Any:
-        args, kwargs = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return module.init(_rngs(), *args, **kwargs)
-
-    return jax.eval_shape(run, arrays)
-
-
-def _moved(edit: CallEdit, start: Path) -> CallEdit:
-    return dataclasses.replace(edit, host=edit.host[len(start) :])
+def _leaves_of(edits: Sequence[Edit], leaves: Mapping[Path, Any]) -> Shapes:
+    """The leaves of some edits, below the places where theirs lie."""
+    found: Shapes = {}
+    for edit in edits:
+        if isinstance(edit, CallEdit) and edit.layer is None:
+            continue
+        at = edit.own_path if isinstance(edit, WeightEdit) else (*edit.host, *edit.leaf)
+        found |= {path: tuple(leaf.shape) for path, leaf in leaves.items() if path[: len(at)] == at}
+    return found
 
 
-def _rngs() -> dict[str, jax.Array]:
-    return {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+def _kind(info: ModuleInfo) -> Any:
+    """What modules have in common that take a layer alike."""
+    return info.type, tuple(leaf.shape for leaf in info.params.values()), *(_shape(info, side) for side in "xy")
+
+
+def _shape(info: ModuleInfo, side: str) -> Any:
+    try:
+        return getattr(info, side).shape
+    except TypeError:
+        return None
 
 
 # --- what hosts share

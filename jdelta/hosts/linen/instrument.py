@@ -70,6 +70,8 @@ def instrument(module: nn.Module, attachments: Sequence[Attachment], trial: Tria
     def initialised(self: nn.Module, rngs: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         with running(edits, type(self), number, trial):
             output, variables = original.init_with_output(self, rngs, *args, **kwargs)
+        if trial is not None:
+            trial.outputs.append(output)
         variables = weight_calls.with_own_leaves(variables, attachments, rngs)
         return output, without_generated(variables, attachments, rngs)
 
