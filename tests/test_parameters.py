@@ -149,3 +149,12 @@ def test_unread_takes_frozen_trees_and_boxed_leaves():
 def test_unread_takes_shapes():
     params = {"used": jax.ShapeDtypeStruct((2,), jnp.float32), "spare": jax.ShapeDtypeStruct((2,), jnp.float32)}
     assert unread(lambda params: params["used"] * 2, params) == [("spare",)]
+
+
+def test_the_structure_lists_parameters_by_the_names_that_patterns_mean():
+    module = nn.Sequential([nn.Dense(3), nn.Dense(2)])
+    structure = adapt(jdelta.Backbone(module, dummy_inputs=(jnp.ones((1, 4)),))).structure()
+    listed = {parameter.name: (parameter.shape, parameter.dtype) for parameter in structure.parameters}
+    assert listed["layers_1.kernel"] == ((3, 2), jnp.float32)
+    assert [name for name in listed if jdelta.match([name], [name])] == list(listed)
+    assert len(listed) == 4

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import meta
 
 from jdelta.core.arguments import input_if_any, main_input, main_output
 from jdelta.trees import addressing, surgery
@@ -149,6 +150,12 @@ class Structure:
     def leaves(self) -> dict[Path, Any]:
         """Path to shape of each parameter."""
         return surgery.flatten(self.params)
+
+    @property
+    def parameters(self) -> list[ParameterInfo]:
+        """All parameters, by the names that `modified_parameters` takes, in the order of the tree."""
+        found = {path: meta.unbox(leaf) for path, leaf in self.leaves.items() if leaf is not surgery.empty_node}
+        return [ParameterInfo(path, tuple(leaf.shape), leaf.dtype) for path, leaf in found.items()]
 
     def run_by(self, name: str, method: str) -> ModuleInfo:
         """A module, as a call of one of its methods showed it.
