@@ -8,7 +8,7 @@ from jdelta.core.linear import register_linear, weight_edits
 from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.delta import DeltaModel, without
-from jdelta.display.interactive import select_modules
+from jdelta.display.interactive import select_modules, select_parameters
 from jdelta.display.movement import Movement
 from jdelta.display.status import Status
 from jdelta.display.visualization import Visualization
@@ -95,6 +95,7 @@ __all__ = [
     "rowwise",
     "select",
     "select_modules",
+    "select_parameters",
     "stack",
     "state_shardings",
     "training_step",

@@ -24,7 +24,7 @@ from tiers import breadth
 import jdelta
 from jdelta.core import attaching
 from jdelta.display import interactive
-from jdelta.display.interactive.cost import costs
+from jdelta.display.interactive.cost import costs, parameter_costs
 from jdelta.display.interactive.describe import describe
 from jdelta.display.interactive.server import Refused, Server
 from jdelta.hosts.adapting import adapt
@@ -717,3 +717,47 @@ def test_ipython_is_not_imported():
     code = "import sys, jdelta.display.interactive as i; i.notebook.kind(); print('IPython' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
+
+
+# --- parameters
+
+
+class Experts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="dense")(x)
+        return jnp.einsum("bi,eio->beo", x, self.param("wi", nn.initializers.lecun_normal(), (3, 8, 4)))
+
+
+def test_parameters_are_chosen_by_name_and_their_costs_are_exact(monkeypatch, capsys):
+    model = jdelta.Backbone(Experts(), dummy_inputs=(jnp.ones((2, 8)),))
+    page = Page(monkeypatch, {"modules": ["dense"]}, {"modules": ["dense.bias"]}, {"modules": ["wi", "dense.kernel"]})
+    names = jdelta.select_parameters(model, jdelta.LoraModel, lora_r=2)
+    assert sorted(names) == ["dense.kernel", "wi"]
+    assert "modified_parameters: [" in capsys.readouterr().out
+    assert "no parameter ends with 'dense'" in page.errors[0]
+    assert "LoRA needs a matrix" in page.errors[1]
+    before = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    state = interactive._unattached(model, jdelta.LoraModel, {"lora_r": 2})
+    trains, total = parameter_costs(state).of(names)
+    delta = jdelta.LoraModel(model, modified_parameters=names, lora_r=2)
+    own = sum(leaf.size for leaf in jax.tree.leaves(delta.shapes()))
+    assert (trains, total) == (own, before + own)
+    assert delta.targets == ["wi", "dense.kernel"] or delta.targets == ["dense.kernel", "wi"]
+
+
+def test_the_page_of_parameters_has_a_row_for_each_below_its_module():
+    structure = adapt(jdelta.Backbone(Experts(), dummy_inputs=(jnp.ones((2, 8)),))).structure()
+    rows = describe(structure, {}, None, True)["modules"]
+    named = {row[0]: row for row in rows}
+    assert {"wi", "dense", "kernel", "bias"} <= named.keys()
+    assert rows[named["kernel"][1]][0] == "dense"
+    assert named["wi"][2:6] == ["float32", "[3, 8, 4]", 1, 96]
+    assert named["kernel"][7] == -1
+    assert "kernel" not in {row[0] for row in describe(structure, {}, None)["modules"]}
+
+
+def test_a_method_of_modules_alone_says_so_for_each_parameter():
+    model = jdelta.Backbone(Experts(), dummy_inputs=(jnp.ones((2, 8)),))
+    found = parameter_costs(interactive._unattached(model, jdelta.AdapterModel, {}))
+    assert set(found.reasons.values()) == {"The method changes modules; name some in modified_modules."}

@@ -464,3 +464,16 @@ def test_a_click_is_not_lost_when_the_page_scrolls_below_it(start):
     page.evaluate("() => { tree.scrollTop = 5; return new Promise((done) => setTimeout(done, 200)); }")
     page.mouse.up()
     expect(page.locator("#chosen")).to_have_text("1")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_parameters_are_rows_below_their_modules_and_are_submitted(start, scheme, tmp_path):
+    call = start(lambda: jdelta.select_parameters(bert(1), jdelta.LoraModel, lora_r=2))
+    page = call.open(scheme=scheme)
+    expect(page.locator("#title")).to_have_text("parameters for LoraModel")
+    row(page, "kernel").click()
+    expect(page.locator("#noun")).to_have_text("parameters")
+    page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
+    page.click("#submit")
+    (name,) = call.result()
+    assert name.endswith("kernel") or "kernel" in name

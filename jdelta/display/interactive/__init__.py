@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import socket
@@ -15,7 +16,7 @@ from jdelta.core.placement import edits_at
 from jdelta.core.state import DeltaState, new_state
 from jdelta.core.structure import Structure
 from jdelta.display.interactive import notebook
-from jdelta.display.interactive.cost import Costs, costs, format_arguments
+from jdelta.display.interactive.cost import Costs, costs, format_arguments, parameter_costs
 from jdelta.display.interactive.describe import describe
 from jdelta.display.interactive.server import Refused, Server
 from jdelta.hosts.adapting import adapt
@@ -71,6 +72,44 @@ def select_modules(
     return choose(state, port, take, host)
 
 
+def select_parameters(
+    backbone_model: Any,
+    method: type[Any] | Method | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: bool | int = True,
+    **arguments: Any,
+) -> list[str]:
+    """Shows the model with its parameters in a web page, waits, and returns the parameters that were selected there.
+
+        names = jdelta.select_parameters(model, jdelta.LoraModel, lora_r=4)
+        delta = jdelta.LoraModel(model, modified_parameters=names, lora_r=4)
+
+    Args:
+      backbone_model, host, port, **arguments: as in `select_modules`.
+      method: the method that the parameters are for, or its configuration. The page then shows what the selection
+        costs, and which parameters cannot take it and why.
+
+    Returns:
+      The names, in the order of the tree, for `modified_parameters`.
+
+    Raises:
+      KeyboardInterrupt, OSError, TypeError, ValueError: as `select_modules`.
+    """
+    if method is None:
+        if arguments:
+            raise TypeError(f"select_parameters: {', '.join(arguments)} belong to a method. Give it too: method=….")
+        return _ask(adapt(backbone_model).structure(), None, {}, None, host, port, parameters=True)
+    state = _unattached(backbone_model, method, arguments)
+    found = parameter_costs(state, state.method.exclude_modules or ())
+
+    def take(names: list[str]) -> None:
+        chosen = dataclasses.replace(state, method=dataclasses.replace(state.method, modified_parameters=tuple(names)))
+        tried(chosen, edits_at(chosen, ()))
+
+    return _ask(state.structure, state, dict(found.reasons), found, host, port, take, parameters=True)
+
+
 def choose(state: DeltaState, port: bool | int, take: Take, host: str = "127.0.0.1") -> list[str]:
     """Shows the page for a delta that is not attached yet, and gives the names to `take` until that raises nothing.
 
@@ -98,19 +137,25 @@ def _ask(
     host: str,
     port: bool | int,
     take: Take = lambda names: None,
+    parameters: bool = False,
 ) -> list[str]:
+    noun = "parameters" if parameters else "modules"
+    names = [name for name in structure.modules if name]
+    if parameters:
+        reasons = {**dict.fromkeys(structure.modules, "Modules are chosen by select_modules."), **reasons}
+        names = [parameter.name for parameter in structure.parameters]
     page = describe(
         structure,
         reasons,
         found,
+        parameters,
         model=structure[""].type.__name__,
         method=state.label if state is not None else "",
         arguments=format_arguments(state.method) if state is not None else "",
     )
-    names = [name for name in structure.modules if name]
 
     def accept(answer: Any) -> list[str]:
-        chosen = patterns_of(_checked(answer, names, reasons), names)
+        chosen = patterns_of(_checked(answer, names, reasons, noun[:-1]), names)
         take(chosen)
         return chosen
 
@@ -123,7 +168,7 @@ def _ask(
         except KeyboardInterrupt:
             print("\nStopped; nothing was chosen, and the model is as it was.", flush=True)
             raise
-    print(f"modified_modules: {chosen!r}", flush=True)
+    print(f"modified_{noun}: {chosen!r}", flush=True)
     return chosen
 
 
@@ -149,7 +194,7 @@ def patterns_of(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
     return [p or f"{addressing.REGEX_MARK}^{re.escape(n)}" for p, n in zip(plain, chosen, strict=True)]
 
 
-def _checked(answer: Any, names: Sequence[str], reasons: dict[str, str]) -> list[str]:
+def _checked(answer: Any, names: Sequence[str], reasons: dict[str, str], noun: str = "module") -> list[str]:
     """The names that a page sent, in order of execution. Raises `Refused` for anything else."""
     sent = answer.get("modules") if isinstance(answer, dict) else None
     if not isinstance(sent, list) or not all(isinstance(name, str) for name in sent):
@@ -159,7 +204,7 @@ def _checked(answer: Any, names: Sequence[str], reasons: dict[str, str]) -> list
     known = set(names)
     for name in sent:
         if name not in known:
-            raise Refused(addressing.nothing_matches(name, names))
+            raise Refused(addressing.nothing_matches(name, names, noun))
         if name in reasons:
             raise Refused(f"{name} cannot be chosen: {reasons[name]}")
     wanted = set(sent)

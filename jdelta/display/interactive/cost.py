@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jdelta.core import attaching, placement
+from jdelta.core import attaching, placement, weights
 from jdelta.core.arguments import is_array, main_output
 from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
 from jdelta.core.host import Trial
@@ -108,6 +109,33 @@ def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
             table.add(name, path, 0 if path in unfrozen else sizes[path], 0)
     always = sum(sizes[path] for path in unfrozen)
     return Costs(table.items, table.modules, reasons, always, sum(sizes.values()), exact)
+
+
+def parameter_costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
+    """What each parameter would cost, by its name.
+
+    Args:
+      state: a delta that is on no module yet; the `parameter_edits` of its method say what a parameter gets.
+      exclude: patterns of modules and parameters that are left out.
+    """
+    structure, method, leaves = state.structure, state.method, state.structure.leaves
+    table, reasons = _Table(), {}
+    for parameter in structure.parameters:
+        try:
+            if any(addressing.matches_at_or_above(parameter.name, pattern) for pattern in exclude):
+                raise ValueError("It is left out by exclude_modules.")
+            made = [placement.named(e, state.name, structure) for e in method.parameter_edits(parameter, structure)]
+            attaching.check(state, made, state.host.attachments)
+            for edit in made:
+                if isinstance(edit, WeightEdit) and not edit.is_bias:
+                    init = functools.partial(weights.init, edit)
+                    for name, leaf in jax.eval_shape(init, jax.random.key(0), meta.unbox(leaves[edit.leaf])).items():
+                        path = (*edit.own_path, name)
+                        table.add(parameter.name, path, 0 if method.frozen(path) else leaf.size, leaf.size)
+        except (TypeError, ValueError) as error:
+            reasons[parameter.name] = _sentence(str(error))
+    total = sum(math.prod(meta.unbox(leaf).shape) for leaf in leaves.values() if leaf is not surgery.empty_node)
+    return Costs(table.items, table.modules, reasons, 0, total)
 
 
 def _edits_at(state: DeltaState, info: ModuleInfo) -> list[Edit]:
