@@ -264,17 +264,43 @@ class BoundLinear:
         return self.linear.layout(self.leaf.shape).matrix(self.leaf).astype(jnp.float32)
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        """`x · (a b)` in the shape of the host's output, without forming `a b`.
+        """`x · (a b)`, `(…, d_out)`, without forming `a b`.
 
         Args:
           x: the host's input.
           a: `(d_in, r)`.
           b: `(r, d_out)`.
         """
-        return self.linear.low_rank(x, a, b, self.leaf.shape, self.dtype)
+        return self.flat(self.linear.low_rank(x, a, b, self.leaf.shape, self.dtype))
 
     def product(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        """`x · D` in the shape of the host's output, for a matrix `D`, `(d_in, d_out)`."""
+        """`x · D`, `(…, d_out)`, for a matrix `D`, `(d_in, d_out)`."""
+        return self.flat(self.of_stored(x, matrix))
+
+    def flat(self, y: jax.Array) -> jax.Array:
+        """The host's output as `(…, d_out)`, whose features may have several axes, anywhere."""
+        places = self._places(y.ndim)
+        y = jnp.moveaxis(y, places, range(-len(places), 0))
+        return y.reshape(*y.shape[: y.ndim - len(places)], -1)
+
+    def as_output(self, flat: jax.Array, like: Shape) -> jax.Array:
+        """The inverse of `flat`, for an output of the shape `like`."""
+        places = self._places(len(like))
+        moved = [size for i, size in enumerate(like) if i not in places] + [like[i] for i in places]
+        return jnp.moveaxis(flat.reshape(moved), range(-len(places), 0), places)
+
+    def _places(self, ndim: int) -> tuple[int, ...]:
+        """Where the features are among the axes of an output."""
+        layout = self.linear.layout(self.leaf.shape)
+        if not isinstance(self.linear, EinsumMap):
+            return tuple(range(ndim - len(layout.d_out), ndim))
+        _, w_axes, y_axes = operands(self.linear.equation)
+        before, _, after = y_axes.partition("...")
+        letters = before + " " * (ndim - len(before) - len(after)) + after
+        return tuple(letters.index(w_axes[i]) for i in layout.d_out)
+
+    def of_stored(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """`x · D` in the shape of the host's output, for `D`, `(d_in, d_out)` or `(*shared, d_in, d_out)`."""
         shape = self.leaf.shape
         change = self.linear.layout(shape).stored(matrix, shape)
         is_lookup = isinstance(self.linear, LookupMap)

@@ -87,11 +87,11 @@ class HasProduct(Protocol):
     """A rule that knows what its change adds to a linear module's output, without forming it."""
 
     def product(self, x: jax.Array, y: jax.Array, own: Leaves, linear: BoundLinear) -> jax.Array | None:
-        """`x · ΔW`, in the shape and dtype of `y`; `None` if this module is better served by `update`.
+        """`x · ΔW`, in the shape of `y`; `None` if this module is better served by `update`.
 
         Args:
           x: the module's input.
-          y: the module's output without its bias, `x · W`.
+          y: the module's output without its bias, `x · W`, `(…, d_out)`.
           own: the delta's own leaves.
           linear: how the module is linear, and its weight.
         """

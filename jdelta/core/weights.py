@@ -276,7 +276,16 @@ def product(
     if not isinstance(edit.rule, HasProduct):
         return None
     if not layout_of(edit).shared:
-        return edit.rule.product(x, y, own, BoundLinear(edit.linear, leaf, y.dtype), **told)
+        bound = BoundLinear(edit.linear, leaf, y.dtype)
+        flat = edit.rule.product(x, bound.flat(y), own, bound, **told)
+        if flat is None:
+            return None
+        if flat.size != y.size:
+            raise ValueError(
+                f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)}: product gives shape {flat.shape}, and y has "
+                f"{bound.flat(y).shape}."
+            )
+        return bound.as_output(flat, y.shape)
     linear, of_x, of_w, of_y = edit.linear.of_one()
     one = dataclasses.replace(edit, linear=linear, shape=(*edit.shape[:of_w], *edit.shape[of_w + 1 :]))
     run: Callable[..., jax.Array | None] = functools.partial(product, one, told=told)

@@ -178,7 +178,7 @@ def change_of(
     run: Callable = lambda weight, own: weights.matrix_update(edit, weight, own)  # noqa: E731
     for _ in layout.shared:
         run = jax.vmap(run)
-    return bound.product(x, run(bound.weight, seen))
+    return bound.of_stored(x, run(bound.weight, seen))
 
 
 _change_once = jax.jit(change_of, static_argnums=0)  # traced once for all layers that are alike
