@@ -281,7 +281,8 @@ class BoundLinear:
         """The host's output as `(…, d_out)`, whose features may have several axes, anywhere."""
         places = self._places(y.ndim)
         y = jnp.moveaxis(y, places, range(-len(places), 0))
-        return y.reshape(*y.shape[: y.ndim - len(places)], -1)
+        n = y.ndim - len(places)
+        return y.reshape(*y.shape[:n], math.prod(y.shape[n:]))  # not -1: there may be no rows
 
     def as_output(self, flat: jax.Array, like: Shape) -> jax.Array:
         """The inverse of `flat`, for an output of the shape `like`."""

@@ -112,7 +112,7 @@ def _side(edit: WeightEdit) -> str | None:
 def _transformed(edit: WeightEdit, own: Own, z: jax.Array) -> jax.Array:
     """The features after the rule. All axes of a kind are one, `(…, d)`, for the rule."""
     n = len(weights.layout_of(edit).numbers(edit.rule.side))
-    flat = z.reshape(*z.shape[: z.ndim - n], -1)
+    flat = z.reshape(*z.shape[: z.ndim - n], math.prod(z.shape[z.ndim - n :]))
     new = edit.rule.transform(flat, weights.seen_own(edit, own))
     return new.astype(z.dtype).reshape(z.shape)
 
