@@ -32,7 +32,7 @@ def blocks(text, language):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
-def choose_a_query(server, method):
+def choose_a_query(server, method, noun):
     """Stands for the user in front of the selection page."""
     url, _, token = server.url.partition("?token=")
     headers = {"Content-Type": "application/json", "Origin": url.rstrip("/"), "X-Jdelta-Token": token}

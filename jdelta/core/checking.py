@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,14 +80,14 @@ def _check(edit: WeightEdit, structure: Structure) -> None:
         x = jnp.asarray(draw.integers(0, edit.shape[0], host.x.shape))
     else:
         x = random(host.x.shape)
-    own = weights.seen_own(edit, {name: random(shape) for name, shape in weights.own_shapes(edit).items()})
+    own = {name: random(shape) for name, shape in weights.own_shapes(edit).items()}
     told: dict[str, Any] = {"context": Context()} if uses_context(edit.rule) else {}
     with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
-        found = weights.product(edit, x, edit.linear.product(x, leaf), own, leaf, told)
+        y = edit.linear.product(x, leaf)
+        found = weights.product(edit, x, y, weights.seen_own(edit, own), leaf, told)
         if found is None:  # the rule prefers its update here
             return
-        stored = {name: weights.stored_own(edit, name, value) for name, value in own.items()}
-        want = edit.linear.product(x, weights.update(_seen(edit), leaf, stored))
+        want = edit.linear.product(x, weights.update(dataclasses.replace(edit, layers=()), leaf, own))
     where = f"{name_of(edit.rule)} at {host.name}"
     if found.shape != want.shape:
         raise ValueError(f"{where}: product gives shape {found.shape}, and x·update has {want.shape}.")
@@ -96,8 +97,3 @@ def _check(edit: WeightEdit, structure: Structure) -> None:
             f"{where}: on random numbers product differs from x·update by {off:.2g}, where x·update is up to "
             f"{largest:.2g}. They have to be equal: update is what merging adds."
         )
-
-
-def _seen(edit: WeightEdit) -> WeightEdit:
-    """The edit of the leaf as its module sees it."""
-    return WeightEdit(edit.leaf, edit.rule, linear=edit.linear, shape=edit.shape)

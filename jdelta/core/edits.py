@@ -152,7 +152,7 @@ class Attachment:
 
     @property
     def after_merge(self) -> tuple[CallEdit, ...]:
-        """What runs while it is off, for leaves of the hosts that merging may have added: see `merging.folded`."""
+        """What runs while it is off, for leaves of the hosts that merging may have added: see `merging.merged`."""
         layers = [(edit, getattr(edit.layer, "after_merge", None)) for edit in self.call_edits]
         behind = [(edit, *make()) for edit, make in layers if make is not None]
         return tuple(CallEdit(edit.host, edit.where, layer, auxiliary=True, needs=leaf) for edit, leaf, layer in behind)

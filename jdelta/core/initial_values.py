@@ -58,11 +58,10 @@ def _fresh(
     """Fresh values of some of the delta's own leaves: of rules at their weights, of layers by a run of the model."""
     own = next(a for a in attachments if a.name == state.name)
     held = surgery.parameters_of(state.host.tree() if params is None else params)
-    shapes = surgery.parameters_of(state.host.tree())
     values: dict[Path, Any] = {}
     for edit in own.weight_edits:
         if not edit.is_bias:
-            leaf = held.get(edit.leaf) if starts_from_weight(edit.rule) else shapes[edit.leaf]
+            leaf = held.get(edit.leaf) if starts_from_weight(edit.rule) else state.structure.leaves[edit.leaf]
             if leaf is None:
                 raise ValueError(f"init: the tree lacks {surgery.name_of(edit.leaf)!r}, from which the delta starts.")
             made = weights.init(edit, rng, leaf)

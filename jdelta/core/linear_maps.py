@@ -50,6 +50,10 @@ class Layout:
         """The sizes of the axes of a kind, `"shared"`, `"in"` or `"out"`, in a leaf of this shape."""
         return tuple(shape[axis] for axis in self.numbers(kind))
 
+    def matrix_shape(self, shape: Shape) -> tuple[int, int]:
+        """`(d_in, d_out)` of the matrices in a leaf of this shape."""
+        return math.prod(self.sizes(shape, "in")), math.prod(self.sizes(shape, "out"))
+
     def numbers(self, kind: str) -> tuple[int, ...]:
         """The axes of a kind."""
         return {"shared": self.shared, "in": self.d_in, "out": self.d_out}[kind]
@@ -87,10 +91,6 @@ class MatrixMap:
         z = products.down(x.reshape(*products.rows(x.shape[:-n]), len(a)), a.astype(x.dtype))
         y = products.up(z, b.astype(z.dtype))
         return y.reshape(*x.shape[:-n], *self.layout(shape).sizes(shape, "out"))
-
-    def rows(self, x: Shape, shape: Shape) -> int:
-        """How many times an input of this shape meets the weights."""
-        return math.prod(x) // math.prod(self.layout(shape).sizes(shape, "in"))
 
     def free(self, x: Shape) -> list[int]:
         """The axes of an input of this shape whose sizes do not depend on the weights."""
@@ -149,9 +149,7 @@ class EinsumMap:
     def free(self, x: Shape) -> list[int]:
         """The axes of an input of this shape whose sizes do not depend on the weights."""
         x_axes, w_axes, _ = operands(self.equation)
-        before, ellipsis, after = x_axes.partition("...")
-        letters = before + " " * (len(x) - len(before) - len(after)) * bool(ellipsis) + after
-        return [i for i, letter in enumerate(letters) if letter not in w_axes]
+        return [i for i, letter in enumerate(letters_of(x_axes, len(x))) if letter not in w_axes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +273,8 @@ class BoundLinear:
 
     def product(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
         """`x · D`, `(…, d_out)`, for a matrix `D`, `(d_in, d_out)`."""
-        return self.flat(self.of_stored(x, matrix))
+        shape = self.leaf.shape
+        return self.flat(self.of_leaf(x, self.linear.layout(shape).stored(matrix, shape)))
 
     def flat(self, y: jax.Array) -> jax.Array:
         """The host's output as `(…, d_out)`, whose features may have several axes, anywhere."""
@@ -296,14 +295,11 @@ class BoundLinear:
         if not isinstance(self.linear, EinsumMap):
             return tuple(range(ndim - len(layout.d_out), ndim))
         _, w_axes, y_axes = operands(self.linear.equation)
-        before, _, after = y_axes.partition("...")
-        letters = before + " " * (ndim - len(before) - len(after)) + after
+        letters = letters_of(y_axes, ndim)
         return tuple(letters.index(w_axes[i]) for i in layout.d_out)
 
-    def of_stored(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        """`x · D` in the shape of the host's output, for `D`, `(d_in, d_out)` or `(*shared, d_in, d_out)`."""
-        shape = self.leaf.shape
-        change = self.linear.layout(shape).stored(matrix, shape)
+    def of_leaf(self, x: jax.Array, change: jax.Array) -> jax.Array:
+        """`x · D` in the shape of the host's output, for a change `D` of the leaf as it is stored."""
         is_lookup = isinstance(self.linear, LookupMap)
         return self.linear.product(x, change.astype(self.dtype if is_lookup else x.dtype))
 
@@ -313,6 +309,12 @@ def operands(equation: str) -> tuple[str, str, str]:
     inputs, y_axes = equation.replace(" ", "").split("->")
     x_axes, w_axes = inputs.split(",")
     return x_axes, w_axes, y_axes
+
+
+def letters_of(axes: str, ndim: int) -> str:
+    """The axes of one operand of an einsum, a letter for each of `ndim`; blanks are those of an ellipsis."""
+    before, ellipsis, after = axes.partition("...")
+    return before + " " * (ndim - len(before) - len(after)) * bool(ellipsis) + after
 
 
 def scanned_axes(stored: Sequence[Shape], seen: Sequence[Shape]) -> list[int]:

@@ -24,9 +24,9 @@ NO_CHANGE = "what {} computes is no change of the module's weights."
 
 
 def merged(params: Tree, name: str, attachments: Sequence[Attachment], structure: Structure) -> dict[Path, Any]:
-    """The weights of the hosts after the edits of one attached delta are folded into them.
+    """The weights of the hosts after the edits of one attached delta are merged into them.
 
-    A layer that can be folded has a method `fold(host, weights, own)`: from the host as the trace saw it, the host's
+    A layer that can be merged has a method `merged(host, weights, own)`: from the host as the trace saw it, the host's
     own leaves and the layer's, it returns those of the host's leaves that change, and those that it needs besides. Such
     a layer has a method `after_merge()` too: the layer that runs these leaves, if the host has them, while the delta is
     off. Else `movement` can measure the layer, and merging refuses it.
@@ -41,7 +41,7 @@ def merged(params: Tree, name: str, attachments: Sequence[Attachment], structure
       Path to new value of each leaf that changes.
 
     Raises:
-      ValueError: an edit cannot be folded; the message names the first few modules.
+      ValueError: an edit cannot be merged; the message names the first few modules.
     """
     active = [a for a in attachments if a.active]
     before = active[: [a.name for a in active].index(name)]
@@ -56,7 +56,7 @@ def merged(params: Tree, name: str, attachments: Sequence[Attachment], structure
             continue  # the value is in its place
         host = modules[edit.host]
         try:
-            changed |= _fold(edit, host, {**leaves, **changed}, earlier.get(edit.host), structure)
+            changed |= _merged_layer(edit, host, {**leaves, **changed}, earlier.get(edit.host), structure)
         except (TypeError, ValueError) as error:
             problems.setdefault(str(error), []).append(host.name)
     others = {e.leaf: a.name for a in active if a.name != name for e in a.weight_edits if weights.reads_weight(e)}
@@ -86,7 +86,7 @@ def _wraps(edit: CallEdit) -> bool:
     return edit.where not in ("parallel", "train")
 
 
-def _fold(
+def _merged_layer(
     edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any], earlier: str | None, structure: Structure
 ) -> dict[Path, Any]:
     if not is_mergeable(edit):
@@ -135,15 +135,15 @@ def require_steps(host: ModuleInfo, keys: Iterable[str], leaves: Mapping[Path, A
 
 
 def is_mergeable(edit: CallEdit) -> bool:
-    """Whether a layer changes the weights of its host: it has a `fold`, and takes the host's own input."""
-    return hasattr(edit.layer, "fold") and edit.span_input in (None, edit.host)
+    """Whether a layer changes the weights of its host: it has a method `merged`, and takes the host's own input."""
+    return hasattr(edit.layer, "merged") and edit.span_input in (None, edit.host)
 
 
 def merged_by_layer(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]) -> dict[str, jax.Array]:
-    """What the layer's `fold` returns for its host, also inside a scan, where leaves have more axes than a host sees.
+    """What the layer's `merged` returns for its host, also inside a scan, where leaves have more axes than a host sees.
 
     Args:
-      edit: one that is foldable.
+      edit: one that `is_mergeable`.
       host: its host, as the trace saw it.
       leaves: path to value, those of host and layer among them.
     """
@@ -152,7 +152,7 @@ def merged_by_layer(edit: CallEdit, host: ModuleInfo, leaves: Mapping[Path, Any]
     begin = (*host.path, *edit.leaf)
     own = {path[-1]: meta.unbox(leaf) for path, leaf in leaves.items() if path[:-1] == begin}
     layer: Any = edit.layer
-    run: Callable[..., dict[str, jax.Array]] = lambda weights, own: layer.fold(host, weights, own)  # noqa: E731
+    run: Callable[..., dict[str, jax.Array]] = lambda weights, own: layer.merged(host, weights, own)  # noqa: E731
     keys = list(host.params)
     for axis in scanned_axes([held[key].shape for key in keys], [host.params[key].shape for key in keys]):
         run = jax.vmap(run, axis, axis)

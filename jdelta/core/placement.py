@@ -117,10 +117,8 @@ def _layers(edit: WeightEdit, structure: Structure) -> tuple[int, ...]:
 def without_excluded(state: DeltaState, edits: Iterable[Edit]) -> list[Edit]:
     """Those whose module is neither excluded nor below one that is. What only helps others stays."""
     exclude = state.method.exclude_modules or ()
-    parameters = (
-        map(surgery.name_of, surgery.flatten(state.structure.params)) if state.method.modified_parameters else ()
-    )
-    leaves = list(parameters)  # which may be excluded too
+    by_leaf = bool(state.method.modified_parameters)  # leaves may be excluded too
+    leaves = [surgery.name_of(path) for path in state.structure.leaves if by_leaf]
     of_modules = [p for p in exclude if not any(addressing.matches_at_or_above(name, p) for name in leaves)]
     state.structure.find((), of_modules)  # raises if a pattern means nothing
 

@@ -11,7 +11,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,63 @@ from jdelta.core.rules import FeatureRule, HasProduct, Leaves, axes_of, name_of,
 from jdelta.trees import dtypes, surgery
 from jdelta.trees.surgery import Path
 
+R = TypeVar("R")
+
 
 def layout_of(edit: WeightEdit) -> Layout:
     """The layout of the leaf that an edit changes, as its module sees it."""
     layout: Layout = edit.linear.layout(edit.shape)
     return layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """An edit without what differs between places that are alike, so that these share a trace and what was found."""
+
+    rule: Any
+    linear: Any
+    shape: tuple[int, ...]
+    layers: tuple[int, ...]
+    leaf: str
+    is_bias: bool
+
+    @property
+    def edit(self) -> WeightEdit:
+        """One of these edits, of a leaf that has no owner."""
+        alike = WeightEdit((self.leaf,), self.rule, linear=self.linear, shape=self.shape)
+        return dataclasses.replace(alike, layers=self.layers, is_bias=self.is_bias)
+
+    def is_hashable(self) -> bool:
+        """Whether what was found can be kept: not if a field of the rule holds an array or a list."""
+        try:
+            hash(self)
+        except TypeError:
+            return False
+        return True
+
+
+def kind_of(edit: WeightEdit) -> Kind:
+    """What edits have in common whose places are alike, as their modules see them."""
+    return Kind(edit.rule, edit.linear, edit.shape, (), edit.leaf[-1], edit.is_bias)
+
+
+def _once_a_kind(function: Callable[[Kind], R]) -> Callable[[WeightEdit], R]:
+    """A function of edits that computes what a function of their kind does, once where the kind is hashable."""
+    kept = functools.lru_cache(maxsize=1024)(function)
+
+    @functools.wraps(function)
+    def of(edit: WeightEdit) -> R:
+        kind = kind_of(edit)
+        return kept(kind) if kind.is_hashable() else function(kind)
+
+    return of
+
+
+def _over_shared(run: Callable[..., R], layout: Layout) -> Callable[..., R]:
+    """A function of one matrix, over all axes that input, weights and output share."""
+    for _ in layout.shared:
+        run = jax.vmap(run)
+    return run
 
 
 # --- own leaves
@@ -55,20 +107,16 @@ def init(edit: WeightEdit, key: jax.Array, leaf: Any) -> dict[str, jax.Array]:
             f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)} starts from the backbone's values, and the model "
             "holds shapes only. Pass them: delta.init(rng, params)."
         )
-    try:
-        hash((edit.rule, edit.linear))
-    except TypeError:  # an array or a list in a field of the rule
+    kind = dataclasses.replace(kind_of(edit), layers=edit.layers)
+    if not kind.is_hashable():
         return _init_over(edit, key, value, edit.layers)
-    alike = (edit.rule, edit.linear, edit.shape, edit.layers, edit.leaf[-1], stored.shape, stored.dtype)
-    own: dict[str, jax.Array] = _init_once(alike, key, value if needs_value else None)
+    own: dict[str, jax.Array] = _init_once(kind, (stored.shape, stored.dtype), key, value if needs_value else None)
     return own
 
 
-@functools.partial(jax.jit, static_argnums=0)  # traced once for all places that are alike
-def _init_once(alike: Any, key: jax.Array, value: jax.Array | None) -> dict[str, jax.Array]:
-    rule, linear, shape, layers, name, stored, dtype = alike
-    edit = WeightEdit((name,), rule, linear=linear, shape=shape)
-    return _init_over(edit, key, jax.ShapeDtypeStruct(stored, dtype) if value is None else value, layers)
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once for all places that are alike
+def _init_once(kind: Kind, stored: tuple[Any, Any], key: jax.Array, value: jax.Array | None) -> dict[str, jax.Array]:
+    return _init_over(kind.edit, key, jax.ShapeDtypeStruct(*stored) if value is None else value, kind.layers)
 
 
 def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int]) -> dict[str, jax.Array]:
@@ -81,7 +129,6 @@ def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int
             return jax.vmap(lambda k: _init_over(edit, k, one, rest), out_axes=axis)(keys)
         return jax.vmap(lambda k, w: _init_over(edit, k, w, rest), (0, axis), axis)(keys, leaf)
     layout = layout_of(edit)
-    d_in, d_out = (math.prod(layout.sizes(edit.shape, kind)) for kind in ("in", "out"))
 
     def one_matrix(key: jax.Array, weight: Any) -> dict[str, jax.Array]:
         own = edit.rule.init(key, weight)
@@ -95,31 +142,21 @@ def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int
 
     shared = layout.sizes(edit.shape, "shared")
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        weight: Any = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
+        weight: Any = jax.ShapeDtypeStruct(layout.matrix_shape(edit.shape), jnp.float32)
         run: Callable[..., Any] = lambda key: one_matrix(key, weight)  # noqa: E731
         given: tuple[jax.Array, ...] = ()
     else:
         run, given = one_matrix, (layout.matrix(leaf).astype(jnp.float32),)
     keys = jax.random.split(key, shared) if shared else key
-    for _ in shared:
-        run = jax.vmap(run)
-    return {name: stored_own(edit, name, value) for name, value in run(keys, *given).items()}
+    made = _over_shared(run, layout)(keys, *given)
+    return {name: stored_own(edit, name, value) for name, value in made.items()}
 
 
-def own_shapes(edit: WeightEdit) -> dict[str, tuple[int, ...]]:
+@_once_a_kind
+def own_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:
     """The shapes of an edit's own leaves as they are stored, without layers' axes."""
-    key = (edit.rule, edit.linear, edit.shape)
-    try:
-        return _own_shapes(*key)
-    except TypeError:  # an array or a list in a field of the rule
-        return _own_shapes.__wrapped__(*key)
-
-
-@functools.lru_cache(maxsize=1024)
-def _own_shapes(rule: Any, linear: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    edit = WeightEdit(("weight",), rule, linear=linear, shape=shape)
-    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    own = jax.eval_shape(lambda key, leaf: _init_over(edit, key, leaf, ()), jax.random.key(0), leaf)
+    leaf = jax.ShapeDtypeStruct(kind.shape, jnp.float32)
+    own = jax.eval_shape(lambda key, leaf: _init_over(kind.edit, key, leaf, ()), jax.random.key(0), leaf)
     return {name: value.shape for name, value in own.items()}
 
 
@@ -186,9 +223,7 @@ def update(edit: WeightEdit, leaf: jax.Array, own: Mapping[str, Any]) -> jax.Arr
 
 def _update(edit: WeightEdit, leaf: jax.Array, own: Mapping[str, Any]) -> jax.Array:
     layout = layout_of(edit)
-    run: Callable[..., jax.Array] = lambda weight, own: matrix_update(edit, weight, own)  # noqa: E731
-    for _ in layout.shared:
-        run = jax.vmap(run)
+    run = _over_shared(functools.partial(matrix_update, edit), layout)
     return layout.stored(run(layout.matrix(leaf).astype(wide_dtype(leaf.dtype)), seen_own(edit, own)), leaf.shape)
 
 
@@ -217,14 +252,14 @@ def _of_features(rule: FeatureRule, weight: jax.Array, own: Leaves, is_bias: boo
 def require_sound(edit: WeightEdit) -> None:
     """Raises `TypeError` or `ValueError` if a rule gives arrays of wrong shapes or dtypes. Nothing is computed."""
     try:
-        _tried(edit.rule, edit.linear, edit.shape, edit.is_bias)
+        _tried(edit)
     except (TypeError, ValueError):
-        _try(dataclasses.replace(edit, layers=()))  # it names this leaf
+        _try(edit)  # it names this leaf
 
 
-@functools.lru_cache(maxsize=1024)
-def _tried(rule: Any, linear: Any, shape: tuple[int, ...], is_bias: bool) -> None:
-    _try(WeightEdit(("weight",), rule, linear=linear, shape=shape, is_bias=is_bias))
+@_once_a_kind
+def _tried(kind: Kind) -> None:
+    _try(kind.edit)
 
 
 def _try(edit: WeightEdit) -> None:
@@ -241,21 +276,12 @@ def needs_weight(edit: WeightEdit) -> bool:
     return not isinstance(edit.rule, HasProduct) or reads_weight(edit)
 
 
-def reads_weight(edit: WeightEdit) -> bool:
+@_once_a_kind
+def reads_weight(kind: Kind) -> bool:
     """Whether the change of a leaf depends on the leaf's value."""
-    key = (edit.rule, edit.linear, edit.shape, edit.is_bias)
-    try:
-        return _reads_weight(*key)
-    except TypeError:  # an array or a list in a field of the rule
-        return _reads_weight.__wrapped__(*key)
-
-
-@functools.lru_cache(maxsize=1024)
-def _reads_weight(rule: Any, linear: Any, shape: tuple[int, ...], is_bias: bool) -> bool:
-    edit = WeightEdit(("weight",), rule, linear=linear, shape=shape, is_bias=is_bias)
-    if isinstance(rule, FeatureRule):
+    if isinstance(kind.rule, FeatureRule):
         return True
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    edit, weight = kind.edit, jax.ShapeDtypeStruct(kind.shape, jnp.float32)
     own = {name: jnp.zeros(size) for name, size in own_shapes(edit).items()}
     return not unread(lambda tree: _update(edit, tree["weight"], own), {"weight": weight})
 

@@ -46,7 +46,7 @@ class Bias(nn.Module):
     def __call__(self, y: jax.Array) -> jax.Array:
         return y + param(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
 
-    def fold(
+    def merged(
         self, host: ModuleInfo, weights: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
     ) -> dict[str, jax.Array]:
         """The host's bias, or the one that it would need, with this one added."""

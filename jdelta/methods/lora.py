@@ -114,8 +114,7 @@ class LoraConfig(Method):
         for edit in edits:
             if isinstance(edit.linear, LookupMap):
                 edit = dataclasses.replace(edit, rule=dataclasses.replace(rule, dropout=0.0, of_rows=True))
-            layout = edit.linear.layout(edit.shape)
-            _warn_of_rank(host.name, rule.rank, *(math.prod(layout.sizes(edit.shape, kind)) for kind in ("in", "out")))
+            _warn_of_rank(host.name, rule.rank, *edit.linear.layout(edit.shape).matrix_shape(edit.shape))
             yield edit
 
     def parameter_edits(self, parameter: ParameterInfo, structure: Structure) -> Iterable[Edit]:
@@ -123,8 +122,7 @@ class LoraConfig(Method):
         if len(shape) < 2:
             raise ValueError(f"LoRA needs a matrix, and it has shape {shape}.")
         rule = LoraRule(self.rank_of(name), self.scale_of(name), self.lora_dropout)
-        layout = StoredMap(parameter.path[-1]).layout(shape)
-        _warn_of_rank(name, rule.rank, *(math.prod(layout.sizes(shape, kind)) for kind in ("in", "out")))
+        _warn_of_rank(name, rule.rank, *StoredMap(parameter.path[-1]).layout(shape).matrix_shape(shape))
         yield WeightEdit(parameter.path, rule, own=parameter.path[-1:])
 
 

@@ -254,7 +254,7 @@ def in_place_of(old: Any, new: Any) -> Any:
     held = meta.unbox(old)
     placed = isinstance(held, jax.Array) and not isinstance(held, jax.core.Tracer) and held.committed
     new = jax.device_put(new, held.sharding if placed else None)  # with None it is as free to move as a new array
-    return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
+    return in_box_of(old, new)
 
 
 def in_box_of(old: Any, new: Any) -> Any:

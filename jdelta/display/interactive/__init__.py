@@ -60,9 +60,7 @@ def select_modules(
         or an argument is wrong.
     """
     if method is None:
-        if arguments:
-            raise TypeError(f"select_modules: {', '.join(arguments)} belong to a method. Give it too: method=….")
-        structure = adapt(backbone_model).structure()
+        structure = _without_method("select_modules", backbone_model, arguments)
         return _ask(structure, None, {"": "The whole model has no name to choose it by."}, None, host, port)
     state = _unattached(backbone_model, method, arguments)
 
@@ -97,10 +95,9 @@ def select_parameters(
       KeyboardInterrupt, OSError, TypeError, ValueError: as `select_modules`.
     """
     if method is None:
-        if arguments:
-            raise TypeError(f"select_parameters: {', '.join(arguments)} belong to a method. Give it too: method=….")
-        return _ask(adapt(backbone_model).structure(), None, {}, None, host, port, parameters=True)
-    state = _unattached(backbone_model, method, arguments)
+        structure = _without_method("select_parameters", backbone_model, arguments)
+        return _ask(structure, None, {}, None, host, port, parameters=True)
+    state = _unattached(backbone_model, method, arguments, "select_parameters")
     found = parameter_costs(state, state.method.exclude_modules or ())
 
     def take(names: list[str]) -> None:
@@ -161,7 +158,7 @@ def _ask(
 
     limit = 4096 + 2 * len(json.dumps(names))
     with Server(lambda nonce: document(page, nonce), host, port, limit, *notebook.trust()) as server:
-        _announce(server, page["method"])
+        _announce(server, page["method"], noun)
         notebook.show(server)
         try:
             chosen = server.wait(accept)
@@ -211,26 +208,33 @@ def _checked(answer: Any, names: Sequence[str], reasons: dict[str, str], noun: s
     return [name for name in names if name in wanted]
 
 
-def _unattached(backbone_model: Any, method: Any, arguments: dict[str, Any]) -> DeltaState:
-    """A delta of this method that is on no module yet."""
+def _without_method(verb: str, backbone_model: Any, arguments: dict[str, Any]) -> Structure:
+    """The structure of a model. Raises `TypeError` if there are arguments of a method that was not given."""
+    if arguments:
+        raise TypeError(f"{verb}: {', '.join(arguments)} belong to a method. Give it too: method=….")
+    return adapt(backbone_model).structure()
+
+
+def _unattached(
+    backbone_model: Any, method: Any, arguments: dict[str, Any], verb: str = "select_modules"
+) -> DeltaState:
+    """A delta of this method that is on no module yet; `verb` is who asks."""
     if isinstance(method, Method):
         if arguments:
-            raise TypeError(
-                f"select_modules: a configuration has its arguments already, got also {', '.join(arguments)}."
-            )
+            raise TypeError(f"{verb}: a configuration has its arguments already, got also {', '.join(arguments)}.")
         config, label = method, method.described()
     elif isinstance(method, type) and issubclass(kind := getattr(method, "method_class", method), Method):
         config, label = cast(type[Method], kind).from_arguments(method.__name__, arguments), method.__name__
     else:
-        raise TypeError(f"select_modules: the method is a class such as jdelta.LoraModel or a config, got {method!r}.")
+        raise TypeError(f"{verb}: the method is a class such as jdelta.LoraModel or a config, got {method!r}.")
     if config.modified_modules is not None or config.common_structure:
-        raise ValueError(
-            "select_modules: the page chooses the modules; leave modified_modules and common_structure out."
-        )
+        raise ValueError(f"{verb}: the page chooses the modules; leave modified_modules and common_structure out.")
+    if config.modified_parameters is not None and verb == "select_parameters":
+        raise ValueError(f"{verb}: the page chooses the parameters; leave modified_parameters out.")
     return new_state(adapt(backbone_model), backbone_model, config, label, None, 0)
 
 
-def _announce(server: Server, method: str) -> None:
+def _announce(server: Server, method: str, noun: str = "modules") -> None:
     port, what = server.server_port, f" of {method}" if method else ""
     remote = f"It listens at {server.host}: whoever can read the traffic on the way can answer.\n"
     if server.private:
@@ -239,7 +243,7 @@ def _announce(server: Server, method: str) -> None:
             f"    ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}\n"
         )
     print(
-        f"Choose the modules{what} in this page:\n\n    {server.url}\n\n{remote}"
+        f"Choose the {noun}{what} in this page:\n\n    {server.url}\n\n{remote}"
         "Waiting for the selection; Ctrl-C stops and leaves the model as it is.",
         flush=True,
     )

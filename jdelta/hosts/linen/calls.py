@@ -43,13 +43,22 @@ class Frame:
         """The scope that it is in of those which lifted transformations make, one for each run of theirs."""
         return None if self.module.scope is None else self.module.scope.root
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether dropout is off: as the nearest enclosing call said it; if none did, unless there is a key for it."""
+        return not self.scope.has_rng("dropout") if self.deterministic is None else self.deterministic
+
+    def scope_below(self, path: Path) -> Scope:
+        """A scope of a delta below that of the module."""
+        scope = self.scope
+        for key in path:
+            scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
+        return scope
+
     def context(self) -> Context:
         """What layers and rules are told of this call."""
-        off = self.deterministic
-        if off is None:
-            off = self.module.scope is None or not self.module.scope.has_rng("dropout")
         mask, positions = (self._nearest(names) for names in (_MASKS, _POSITIONS))
-        return Context(off, mask, positions, current_step())
+        return Context(self.is_deterministic, mask, positions, current_step())
 
     def _nearest(self, names: Collection[str]) -> Any:
         """The array, `(batch, seq)`, that the nearest call in the same body was given by one of these names."""

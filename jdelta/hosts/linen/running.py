@@ -267,19 +267,15 @@ def _run(
 def _layer(edit: CallEdit, frame: Frame) -> Callable:
     """The edit's layer, bound into the host's scope and told what it asks for of the call."""
     assert edit.layer is not None
-    scope = frame.scope
-    for key in edit.leaf:
-        scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
-    layer = edit.layer.clone(parent=scope, name=None)
+    layer = edit.layer.clone(parent=frame.scope_below(edit.leaf), name=None)
     names = argument_names(type(layer).__call__)
     told: dict[str, Any] = {}
     if "context" in names:
         told["context"] = frame.context()
-    if "deterministic" in names or "train" in names:
-        deterministic = frame.deterministic
-        if deterministic is None:
-            deterministic = not scope.has_rng("dropout")
-        told |= {"deterministic": deterministic} if "deterministic" in names else {"train": not deterministic}
+    if "deterministic" in names:
+        told["deterministic"] = frame.is_deterministic
+    elif "train" in names:
+        told["train"] = not frame.is_deterministic
     return functools.partial(layer, **told) if told else layer
 
 

@@ -23,9 +23,10 @@ from jdelta.core import products, weights
 from jdelta.core.arguments import input_if_any, main_input, main_output, with_main_input, with_main_output
 from jdelta.core.context import Context
 from jdelta.core.edits import Attachment, WeightEdit
-from jdelta.core.linear_maps import BoundLinear, EinsumMap, LookupMap, MatrixMap, operands
+from jdelta.core.linear_maps import BoundLinear, EinsumMap, LookupMap, MatrixMap, letters_of, operands
 from jdelta.core.linear_types import is_initializer
 from jdelta.core.rules import FeatureRule, HasProduct, dropout_of, uses_context
+from jdelta.core.weights import Kind
 from jdelta.hosts.linen.calls import Frame
 from jdelta.trees import surgery
 
@@ -46,7 +47,7 @@ def run(edits: Sequence[WeightEdit], call: Callable, frame: Frame, /, *args: Any
         for edit in edits:
             _make_own(edit, frame)
     given = [(edit, _own_in_scope(edit, frame)) for edit in edits]
-    training = any(dropout_of(edit.rule) for edit in edits) and not _is_deterministic(frame)
+    training = any(dropout_of(edit.rule) for edit in edits) and not frame.is_deterministic
     alone = output is None and len(args) + len(kwargs) == 1 and not training
     if alone and (y := _in_one_product(given, module, x)) is not None:
         return y
@@ -86,9 +87,7 @@ class OwnLeaves(nn.Module):
 
 def _make_own(edit: WeightEdit, frame: Frame) -> None:
     if not _own_in_scope(edit, frame):
-        scope: Any = frame.scope
-        for key in (edit.name, *edit.own):
-            scope = scope.push(key, reuse=True)
+        scope: Any = frame.scope_below((edit.name, *edit.own))
         OwnLeaves(edit, parent=scope, name=None)(own_leaves_of(frame.module)[edit.leaf[-1]])
 
 
@@ -133,33 +132,16 @@ def _product(edit: WeightEdit, own: Own, x: jax.Array, y: jax.Array, frame: Fram
     return change
 
 
-@dataclasses.dataclass(frozen=True)
-class _Alike:
-    """An edit without what differs between equal layers, so that it is traced once for all of them."""
-
-    rule: Any
-    linear: Any
-    shape: tuple[int, ...]
-    leaf: tuple[str, ...]
-
-    @property
-    def edit(self) -> WeightEdit:
-        return WeightEdit(self.leaf, self.rule, linear=self.linear, shape=self.shape)
-
-
 def _changed(
     edit: WeightEdit, x: Any, y: Any, own: Own, leaf: jax.Array, bias: jax.Array | None, context: Context | None
 ) -> jax.Array:
-    alike = _Alike(edit.rule, edit.linear, edit.shape, edit.leaf[-1:])
-    try:
-        hash(alike)
-    except TypeError:  # an array or a list in a field of the rule
-        return change_of(alike, x, y, own, leaf, bias, context)
-    return _change_once(alike, x, y, own, leaf, bias, context)
+    kind = weights.kind_of(edit)
+    run = _change_once if kind.is_hashable() else change_of
+    return run(kind, x, y, own, leaf, bias, context)
 
 
 def change_of(
-    alike: _Alike,
+    kind: Kind,
     x: Any,
     y: Any,
     own: Own,
@@ -168,17 +150,12 @@ def change_of(
     context: Context | None = None,
 ) -> jax.Array:
     """`x · ΔW`, by the rule's product or from its update."""
-    edit = alike.edit
-    layout = weights.layout_of(edit)
+    edit = kind.edit
     without = y if bias is None else y - _as_output(bias, edit, y).astype(y.dtype)
-    seen, bound = weights.seen_own(edit, own), BoundLinear(edit.linear, leaf, y.dtype)
     told: dict[str, Any] = {} if context is None else {"context": context}
-    if (found := weights.product(edit, x, without, seen, leaf, told)) is not None:
+    if (found := weights.product(edit, x, without, weights.seen_own(edit, own), leaf, told)) is not None:
         return found
-    run: Callable = lambda weight, own: weights.matrix_update(edit, weight, own)  # noqa: E731
-    for _ in layout.shared:
-        run = jax.vmap(run)
-    return bound.of_stored(x, run(bound.weight, seen))
+    return BoundLinear(edit.linear, leaf, y.dtype).of_leaf(x, weights.update(edit, leaf, own))
 
 
 _change_once = jax.jit(change_of, static_argnums=0)  # traced once for all layers that are alike
@@ -189,26 +166,18 @@ def _as_output(bias: jax.Array, edit: WeightEdit, y: jax.Array) -> jax.Array:
     if not isinstance(edit.linear, EinsumMap):
         return bias
     _, w_axes, y_axes = operands(edit.linear.equation)
-    before, _, after = y_axes.partition("...")
-    letters = before + " " * (y.ndim - len(before) - len(after)) + after
-    return bias.reshape([size if axis in w_axes else 1 for axis, size in zip(letters, y.shape, strict=True)])
+    letters = zip(letters_of(y_axes, y.ndim), y.shape, strict=True)
+    return bias.reshape([size if axis in w_axes else 1 for axis, size in letters])
 
 
 def _dropped(edit: WeightEdit, x: jax.Array, frame: Frame) -> jax.Array:
     """The input after the rule's dropout."""
     rate = dropout_of(edit.rule)
-    if not rate or _is_deterministic(frame) or not jnp.issubdtype(x.dtype, jnp.floating):
+    if not rate or frame.is_deterministic or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    scope = frame.scope
-    for key in (edit.name, *edit.own):
-        scope = scope.push(key, reuse=True)
-    dropped: Any = nn.Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": scope.make_rng("dropout")})
+    key = frame.scope_below((edit.name, *edit.own)).make_rng("dropout")
+    dropped: Any = nn.Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": key})
     return dropped
-
-
-def _is_deterministic(frame: Frame) -> bool:
-    given = frame.deterministic
-    return not frame.scope.has_rng("dropout") if given is None else given
 
 
 # --- in one product, with the changed weight
@@ -233,8 +202,7 @@ def _in_one_product(given: Given, module: nn.Module, x: jax.Array) -> jax.Array 
         return None
     fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
     plain: dict[str, Any] = {key: nn.initializers.zeros for key, value in fields.items() if is_initializer(key, value)}
-    alike = tuple(_Alike(edit.rule, edit.linear, edit.shape, edit.leaf[-1:]) for edit, _ in given)
-    pair = _Pair(module.clone(parent=None, name=None, **plain), alike)
+    pair = _Pair(module.clone(parent=None, name=None, **plain), tuple(weights.kind_of(edit) for edit, _ in given))
     own = {str(i): leaves for i, (_, leaves) in enumerate(given)}
     try:
         hash(pair)
@@ -244,8 +212,7 @@ def _in_one_product(given: Given, module: nn.Module, x: jax.Array) -> jax.Array 
 
 
 def _is_cheaper(edit: WeightEdit, x: jax.Array) -> bool:
-    layout = weights.layout_of(edit)
-    d_in, d_out = (math.prod(layout.sizes(edit.shape, kind)) for kind in ("in", "out"))
+    d_in, d_out = weights.layout_of(edit).matrix_shape(edit.shape)
     return products.fusing_is_cheaper(x.size // d_in, d_in, d_out)
 
 
@@ -254,20 +221,19 @@ class _Pair:
     """An unbound module and edits of its weight: a `products.Pair`."""
 
     module: nn.Module
-    edits: tuple[_Alike, ...]
+    kinds: tuple[Kind, ...]
 
     def run(self, x: jax.Array, leaves: Own) -> jax.Array:
         y: Any = self.module.apply({"params": leaves}, x)
         return y
 
     def merged(self, leaves: Own, own: Mapping[str, Own]) -> dict[str, jax.Array]:
-        key = self.edits[0].leaf[-1]
-        edits = [alike.edit for alike in self.edits]
+        key, edits = self.kinds[0].leaf, [kind.edit for kind in self.kinds]
         return {**leaves, key: weights.changed(edits, leaves[key], [own[str(i)] for i in range(len(edits))])}
 
     def change(self, x: jax.Array, leaves: Own, own: Mapping[str, Own]) -> jax.Array:
-        key, y, bias = self.edits[0].leaf[-1], self.run(x, leaves), leaves.get("bias")
-        parts = [change_of(alike, x, y, own[str(i)], leaves[key], bias) for i, alike in enumerate(self.edits)]
+        leaf, y, bias = leaves[self.kinds[0].leaf], self.run(x, leaves), leaves.get("bias")
+        parts = [change_of(kind, x, y, own[str(i)], leaf, bias) for i, kind in enumerate(self.kinds)]
         return functools.reduce(operator.add, parts)
 
 
