@@ -168,3 +168,33 @@ def test_what_starts_from_no_data_and_what_has_no_penalty_says_so(net):
     jitted = jax.jit(lambda x: other.init_from_batch(x, MASK))
     with pytest.raises(ValueError, match="has no value while the model runs"):
         jitted(X)
+
+
+class AddsStep(nn.Module):
+    @nn.compact
+    def __call__(self, y, context):
+        return y + context.step
+
+
+def test_the_step_is_not_that_of_an_earlier_trace_inside_nn_jit():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="dense")(x)
+
+    module = nn.Sequential([nn.jit(Block)()])
+    net = jdelta.Backbone(module, module.init(jax.random.key(0), X)["params"], dummy_inputs=(X,))
+    before = net(X)
+    delta = jdelta.DeltaModel(net)
+    with jdelta.training_step(0):
+        delta.insert_sequential_module("layers_0.dense", AddsStep())
+    for step in (1.0, 2.0, jnp.float32(3.0)):
+        with jdelta.training_step(step):
+            np.testing.assert_allclose(net(X), before + step, rtol=1e-6)
+    run = jax.jit(lambda step: with_step(net, step))
+    np.testing.assert_allclose([run(4.0), run(5.0)], [before + 4, before + 5], rtol=1e-6)
+
+
+def with_step(net, step):
+    with jdelta.training_step(step):
+        return net(X)

@@ -375,3 +375,18 @@ def test_freeze_module_and_partition_rules_speak_the_names_of_experts(backbones)
     assert trainable == {"moe.wo"}
     specs = jdelta.match_partition_rules([("moe.wi", P("expert"))], backbones["experts by einsum"].params, P())
     assert {name for name, spec in leaves_of(specs).items() if spec == P("expert")} == {"moe.wi"}
+
+
+def test_two_deltas_on_two_leaves_of_one_module_are_no_twins(recwarn):
+    class Experts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            wi, wo = (self.param(name, nn.initializers.lecun_normal(), (2, 4, 4)) for name in ("wi", "wo"))
+            return jnp.einsum("bi,eio,eoj->bj", x, wi, wo)
+
+    backbone = jdelta.Backbone(Experts(), dummy_inputs=(jnp.ones((2, 4)),))
+    for name in ("wi", "wo"):
+        jdelta.LoraModel(backbone, modified_parameters=[name], lora_r=2)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="'lora' of the same arguments is attached to the same modules"):
+        jdelta.LoraModel(backbone, modified_parameters=["wi"], lora_r=2)

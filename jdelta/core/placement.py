@@ -134,7 +134,7 @@ def warn_of_twin(state: DeltaState, edits: Sequence[Edit]) -> None:
     def what(config: Method, edits: Sequence[Edit]) -> Any:
         arguments = config.to_dict()
         own = {key: arguments[key] for key in arguments if key not in COMMON}
-        return own, {edit.host for edit in edits}
+        return own, {edit.leaf if isinstance(edit, WeightEdit) else edit.host for edit in edits}
 
     others = [a for a in state.host.attachments if a.active and a.config is not None]
     twins = [a.name for a in others if edits and what(a.config, a.edits) == what(state.method, edits)]

@@ -27,8 +27,10 @@ from jdelta.core.arguments import (
     with_main_input,
     with_main_output,
 )
+from jdelta.core.context import current_step
 from jdelta.core.edits import CallEdit, Edit, WeightEdit
 from jdelta.core.host import Trial
+from jdelta.core.rules import uses_context
 from jdelta.hosts import patches
 from jdelta.hosts.linen import jit_cache, weight_calls
 from jdelta.hosts.linen.calls import Calls, Frame, describe
@@ -93,6 +95,7 @@ def running(
         if isinstance(each, WeightEdit) and each.in_call:
             of_weights.setdefault(each.host, []).append(each)
     calls = Calls(root_type, {*of_weights, *(path for path, method in by_host if method == _CALL)})
+    by_step = any(map(_asks_for_context, edits))
     starts = {edit.span_input for edit in call_edits if edit.span_input is not None}
     inputs: dict[Path, _Input] = {}  # of each start's newest call
     watchers: list[Watcher] = []  # of the hosts in progress, outermost first
@@ -147,8 +150,8 @@ def running(
     def mark(module: nn.Module) -> Hashable:
         path = module.scope.path if module.scope is not None else ()
         within = (edit for edit in call_edits if edit.span_input in inputs and edit.host[: len(path)] == path)
-        if watchers or any(within):
-            return jit_cache.unique()  # arrays from outside would become constants of what is kept
+        if watchers or any(within) or (by_step and current_step() is not None):
+            return jit_cache.unique()  # what comes from outside would become a constant of what is kept
         return name, path, calls.state
 
     token = _runs.set((*_runs.get(), (name, calls)))
@@ -262,6 +265,13 @@ def _run(
             f"{jnp.shape(change)}, but the module's output has shape {y.shape}."
         )
     return with_main_output(output, y + _same_dtype(change, y), given)
+
+
+def _asks_for_context(edit: Edit) -> bool:
+    """Whether what an edit runs is told of the call, and so of the step of training."""
+    if isinstance(edit, WeightEdit):
+        return uses_context(edit.rule)
+    return edit.layer is not None and "context" in argument_names(type(edit.layer).__call__)
 
 
 def _layer(edit: CallEdit, frame: Frame) -> Callable:
