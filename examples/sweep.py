@@ -29,6 +29,7 @@ import sentiment
 import transformers
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from report import size
 from rich.console import Console
 from rich.table import Table
 from sentiment import Batch, Sentence, Tree, positive
@@ -245,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "best": args.out / "best",
         "picture": args.out / "sweep.png",
         "training_seconds": seconds,
-        "own_bytes": sentiment.size((stacked, states)),
-        "backbone_bytes": sentiment.size(frozen),
+        "own_bytes": size((stacked, states)),
+        "backbone_bytes": size(frozen),
         "comparison": compare(delta, step, many, training, args) if args.compare else None,
         "compared_steps": args.compare,
     }
