@@ -60,11 +60,15 @@ def trained_paths(
 
 
 def mask_of(params: Tree, trained: Collection[Path]) -> Tree:
-    """A tree of bools like `params`, `True` at these paths, which are without the collection's name."""
+    """A tree of bools like `params`, `True` at these paths, which are without the collection's name.
+
+    Of an `nnx.State` it is one too, of bools without variables, so that optax takes it for a state with variables or
+    without, as `nnx.Optimizer` makes them.
+    """
     start, empty = surgery.root(params), surgery.empty_node
     marked = {(*start, *path) for path in trained}
-    leaves = surgery.flatten(params)
-    return surgery.unflatten({p: v if v is empty else p in marked for p, v in leaves.items()}, like=params)
+    flags = {path: leaf if leaf is empty else path in marked for path, leaf in surgery.flatten(params).items()}
+    return surgery.unflatten(flags, like=params, variables=False)
 
 
 def passed_over(params: Tree, exclude: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """Pure functions on parameter trees: graft, prune, partition, combine.
 
-A tree is a nested `dict` or a `FrozenDict`. The functions return the type that they get, do not change their input, and
-run under `jax.jit`, since they only move leaves. They raise `RuntimeError` for arrays that were donated.
+A tree is a nested `dict`, a `FrozenDict` or an `nnx.State`. The functions return the type that they get, with the
+variables of a state, do not change their input, and run under `jax.jit`, since they only move leaves. They raise
+`RuntimeError` for arrays that were donated.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
-from flax.core import FrozenDict, freeze, meta
+from flax.core import meta
 from flax.traverse_util import empty_node as empty_node
-from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jdelta.trees import states
 
 Path = tuple[str, ...]
-Tree: TypeAlias = Any  # nested dict or FrozenDict of leaves
+Tree: TypeAlias = Any  # nested dict, FrozenDict or nnx.State of leaves
 
 
 class HasPaths(Protocol):
@@ -42,21 +44,30 @@ _LEAVES = {
 
 
 def flatten(tree: Tree) -> dict[Path, Any]:
-    """`{path: leaf}` of a tree. Empty sub-trees are kept, as `empty_node`."""
-    leaves: dict[Path, Any] = flatten_dict(dict(_checked_tree(tree)), keep_empty_nodes=True)
+    """`{path: leaf}` of a tree. Empty sub-trees are kept, as `empty_node`.
+
+    Of a tree of flax.nnx, the leaves are what is in the variables, and whole numbers in a path become strings.
+    """
+    found = {keys: states.value_of(leaf) for keys, leaf in states.walk(_checked_tree(tree))}
+    leaves = {tuple(map(str, keys)): leaf for keys, leaf in found.items()}
+    if len(leaves) < len(found):
+        raise ValueError("the tree has a number and a string of the same digits for keys in one place.")
     return leaves
 
 
 def _checked_tree(tree: Any) -> Tree:
     if not isinstance(tree, Mapping):
-        raise TypeError(f"expected a parameter tree (dict or FrozenDict), got {type(tree).__name__}.")
+        raise TypeError(f"expected a parameter tree (dict, FrozenDict or nnx.State), got {type(tree).__name__}.")
     return tree
 
 
-def unflatten(leaves: Mapping[Path, Any], like: Tree = None) -> Tree:
-    """The inverse of `flatten`; a `FrozenDict` where `like` is one."""
-    tree = unflatten_dict(leaves)
-    return freeze(tree) if isinstance(like, FrozenDict) else tree
+def unflatten(leaves: Mapping[Path, Any], like: Tree = None, variables: bool = True) -> Tree:
+    """The inverse of `flatten`, of the type of `like`.
+
+    Keys that are whole numbers are those of `like`. If it has variables, a leaf at a path of it is in one of the same
+    type and metadata, and any other leaf in a `DeltaParam`; with `variables=False`, none is.
+    """
+    return states.unflatten(leaves, [like], variables)
 
 
 def root(tree: Tree) -> Path:
@@ -64,24 +75,29 @@ def root(tree: Tree) -> Path:
 
     Models with batch statistics keep `{'params': …, 'batch_stats': …}` where others keep the parameters alone.
     """
-    return ("params",) if "params" in _checked_tree(tree) else ()
+    return ("params",) if "params" in _checked_tree(tree) and not states.is_state(tree) else ()
 
 
 def parameters(tree: Tree) -> Tree:
-    """The parameters of a tree of collections; any other tree as it is."""
-    return _checked_tree(tree).get("params", tree)
+    """The parameters of a tree of collections, or of a state with other variables; any other tree as it is."""
+    if states.is_state(_checked_tree(tree)):
+        return states.parameters(tree)
+    return tree.get("params", tree)
 
 
 def parameters_of(params: Tree) -> dict[Path, Any]:
     """Path to leaf of the parameters in a tree, without other collections and the name of theirs."""
+    if states.is_state(params):
+        return flatten(states.parameters(params))
     leaves, start = flatten(params), root(params)
     return {path[len(start) :]: leaf for path, leaf in leaves.items() if path[: len(start)] == start}
 
 
 def select(tree: Tree, paths: Iterable[Path]) -> Tree:
-    """The sub-tree of some leaves of the parameters."""
+    """The sub-tree of some leaves of the parameters: a `dict`, or an `nnx.State` if the tree is one."""
     flat, start = flatten(tree), root(tree)
-    return unflatten({(*start, *path): flat[(*start, *path)] for path in paths})
+    like = tree if states.is_state(tree) else dict(tree)
+    return unflatten({(*start, *path): flat[(*start, *path)] for path in paths}, like)
 
 
 def name_of(path: Sequence[str]) -> str:
@@ -119,6 +135,8 @@ def graft(params: Tree, delta_params: Tree) -> Tree:
     Raises:
       ValueError: a path of the delta is already taken.
     """
+    if states.is_state(delta_params) and not states.is_state(params):
+        delta_params = unflatten(flatten(delta_params))
     return _merge((params, delta_params), "graft: {} is in the tree already. Prune the old delta first.")
 
 
@@ -162,9 +180,9 @@ def _checked_paths(delta: Any) -> list[Path]:
     paths = (
         [path.split(".") if isinstance(path, str) else path for path in found] if isinstance(found, Iterable) else []
     )
-    if not paths or not all(isinstance(path, Sequence) and all(isinstance(p, str) for p in path) for path in paths):
+    if not paths or not all(isinstance(p, Sequence) and all(isinstance(key, str | int) for key in p) for p in paths):
         raise TypeError(f"prune: expected a delta, its name, or the paths of its leaves, got {delta!r}.")
-    return [tuple(path) for path in paths]
+    return [tuple(map(str, path)) for path in paths]
 
 
 def _paths_of(name: str, leaves: Mapping[Path, Any]) -> set[Path]:
@@ -269,10 +287,9 @@ def shapes(tree: Tree) -> Tree:
 
 
 def require_arrays(tree: Tree) -> None:
-    """Raises `TypeError` if a leaf of the tree is neither an array nor a shape."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    """Raises `TypeError` if a leaf of the parameters is neither an array nor a shape."""
+    for name, leaf in states.named_leaves(states.parameters(tree) if states.is_state(tree) else tree).items():
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise TypeError(f"the leaves of parameters are arrays or shapes; {name!r} is {type(leaf).__name__}.")
 
 
@@ -293,4 +310,4 @@ def _merge(trees: Sequence[Tree], message: str) -> Tree:
                 if merged[above] is not empty_node:
                     raise ValueError(message.format(repr(name_of(above))))
                 del merged[above]
-    return unflatten(merged, like=trees[0] if trees else None)
+    return states.unflatten(merged, trees)

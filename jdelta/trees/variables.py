@@ -1,0 +1,11 @@
+"""The variables that hold the leaves of deltas in flax.nnx. Importing this imports flax.nnx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+
+class DeltaParam(nnx.LoRAParam[Any]):
+    """A leaf of a delta."""

@@ -1,0 +1,347 @@
+"""Trees that are `nnx.State`s: the functions on trees keep variables, metadata and keys, and move values alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jdelta
+from jdelta.trees import freezing, surgery
+from jdelta.trees.filters import Trained
+from jdelta.trees.variables import DeltaParam
+
+LEAF = ("layers", "0", "dense", "lora", "a")
+OWN = {"layers": {"0": {"dense": {"lora": {"a": jnp.full((3, 2), 0.5), "b": jnp.full((2, 3), 0.25)}}}}}
+PATHS = {LEAF, (*LEAF[:-1], "b")}
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        axes = nnx.with_partitioning(nnx.initializers.ones, (None, "model"), eager_sharding=False)
+        self.dense = nnx.Linear(3, 3, kernel_init=axes, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.dense(x)))
+
+
+class Leaves(nnx.Module):
+    """What a delta has at one module."""
+
+    def __init__(self, values):
+        for name, value in values.items():
+            setattr(self, name, DeltaParam(value))
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0, dropout=1)
+        self.layers = nnx.List([Block(rngs), Block(rngs)])
+        self.heads = nnx.Dict({"0": nnx.Linear(3, 2, kernel_init=nnx.initializers.ones, rngs=rngs)})
+        self.scale = nnx.Param(jnp.float32(-0.0), tag="kept")
+        self.calls = nnx.Variable(jnp.uint32(7))
+
+    def __call__(self, x):
+        for block in self.layers:
+            x = block(x)
+        return self.heads["0"](x) * (1 + self.scale[...])
+
+
+def with_leaves():
+    model = Model()
+    model.layers[0].dense.lora = Leaves(OWN["layers"]["0"]["dense"]["lora"])
+    return model
+
+
+@functools.cache
+def whole_state():
+    return nnx.state(Model())
+
+
+def state(kind="variables"):
+    whole = whole_state()
+    if kind == "pure dict":
+        return nnx.to_pure_dict(whole)
+    if kind == "shapes":
+        return nnx.state(nnx.eval_shape(Model))
+    if kind == "values":
+        return nnx.as_pure(whole)
+    return jax.tree.map(lambda leaf: leaf, whole)
+
+
+def specs():
+    return nnx.get_partition_spec(state())
+
+
+KINDS = ("variables", "values", "shapes", "pure dict")
+
+
+def flat(tree):
+    """The oracle: flax's own flat form, with each variable's type and metadata."""
+    kept = {}
+    for path, held in nnx.to_flat_state(tree if isinstance(tree, nnx.State) else nnx.State(tree)):
+        variable = (type(held), held.get_metadata()) if isinstance(held, nnx.Variable) else None
+        kept[path] = (variable, held.get_raw_value() if variable else held)
+    return kept
+
+
+def assert_same(one, other):
+    """The same structure down to metadata, and the very same values."""
+    assert type(one) is type(other)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    mine, its = flat(one), flat(other)
+    assert mine.keys() == its.keys()
+    for path in mine:
+        assert mine[path][0] == its[path][0], path
+        assert mine[path][1] is its[path][1] or mine[path][1] == its[path][1], path
+
+
+def bits(leaf):
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf).tobytes()
+
+
+def assert_same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for mine, its in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (mine.dtype, bits(mine)) == (its.dtype, bits(its))
+
+
+# --- paths, leaves, keys
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_paths_are_of_strings_and_leaves_are_values(kind):
+    leaves = surgery.flatten(state(kind))
+    assert {tuple(map(str, path)) for path in flat(state(kind))} == leaves.keys()
+    assert ("layers", "0", "dense", "kernel") in leaves
+    assert not any(isinstance(leaf, nnx.Variable) for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unflatten_is_the_inverse_of_flatten(kind):
+    tree = state(kind)
+    assert_same(surgery.unflatten(surgery.flatten(tree), like=tree), tree)
+
+
+def test_specs_and_optimizer_states_are_trees_too():
+    held = specs()
+    assert_same(surgery.unflatten(surgery.flatten(held), like=held), held)
+    assert surgery.flatten(held)["layers", "0", "dense", "kernel"] == jax.P(None, "model")
+    optimizer = nnx.state(nnx.Optimizer(Model(), optax.adam(0.1), wrt=nnx.Param))
+    assert_same(surgery.unflatten(surgery.flatten(optimizer), like=optimizer), optimizer)
+
+
+def test_a_new_leaf_below_a_number_is_in_a_variable_of_deltas_and_one_in_a_dict_keeps_its_string():
+    tree = state()
+    own = {**OWN, "heads": {"0": {"lora": {"a": jnp.ones(1)}}}}
+    grafted = jdelta.graft(tree, own)
+    assert type(grafted) is nnx.State
+    assert type(grafted["layers"][0]["dense"]["lora"]["a"]) is DeltaParam
+    assert type(grafted["heads"]["0"]["lora"]["a"]) is DeltaParam
+    assert flat(grafted).keys() - flat(tree).keys() == {
+        ("layers", 0, "dense", "lora", "a"),
+        ("layers", 0, "dense", "lora", "b"),
+        ("heads", "0", "lora", "a"),
+    }
+
+
+def test_a_grafted_state_is_that_of_a_module_with_the_leaves():
+    model = with_leaves()
+    assert_same_bits(jdelta.graft(state(), OWN), nnx.state(model))
+    assert_same_bits(jdelta.prune(nnx.state(model), "lora"), state())
+
+
+@pytest.mark.parametrize("kind", ["values", "pure dict"])
+def test_a_tree_without_variables_gets_none(kind):
+    tree = state(kind)
+    grafted = jdelta.graft(tree, OWN)
+    assert isinstance(grafted["layers"][0]["dense"]["lora"]["a"], jax.Array)
+    assert_same(jdelta.prune(grafted, "lora"), tree)
+
+
+def test_a_layer_that_no_other_tree_has_is_numbered_as_those_beside_it():
+    rest = surgery.unflatten({p: v for p, v in surgery.flatten(state()).items() if p[1:2] != ("0",)}, like=state())
+    combined = jdelta.combine(rest, OWN)
+    assert type(combined["layers"][0]["dense"]["lora"]["a"]) is DeltaParam
+
+
+def test_a_number_and_a_string_of_the_same_digits_are_refused():
+    with pytest.raises(ValueError, match="number and a string"):
+        surgery.flatten({"layers": {0: jnp.ones(1), "0": jnp.ones(1)}})
+
+
+# --- graft, prune, partition, combine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graft_then_prune_is_the_identity(kind):
+    tree = state(kind)
+    before = flat(tree)
+    for own in (OWN, nnx.State({"layers": {0: OWN["layers"]["0"]}})):
+        grafted = jdelta.graft(tree, own)
+        assert len(flat(grafted)) == len(before) + 2
+        for which in ("lora", own, PATHS, [("layers", 0, "dense", "lora", "a"), "layers.0.dense.lora.b"]):
+            assert_same(jdelta.prune(grafted, which), tree)
+    assert flat(tree).keys() == before.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_partition_then_combine_is_the_identity_and_loses_no_variable(kind):
+    tree = jdelta.graft(state(kind), OWN)
+    chosen = {*PATHS, ("layers", "1", "norm", "bias")}
+    trainable, frozen = jdelta.partition(tree, freezing.mask_of(tree, chosen))
+    assert {tuple(map(str, path)) for path in flat(trainable)} == chosen
+    if kind != "pure dict":
+        keys = [path for path in flat(frozen) if path[-1] in ("key", "count", "mean", "var", "calls")]
+        assert len(keys) == 2 * 4 + 1
+    assert_same(jdelta.combine(trainable, frozen), tree)
+    assert_same(jdelta.combine(frozen, trainable), tree)
+
+
+def test_the_parts_may_be_plain_trees():
+    """Leaves that `init` or a folder gives are a dict; they become variables of the state that they are joined with."""
+    tree = jdelta.graft(state(), OWN)
+    _, frozen = jdelta.partition(tree, freezing.mask_of(tree, PATHS))
+    assert_same(jdelta.combine(OWN, frozen), tree)
+    assert_same(jdelta.combine(frozen, OWN), tree)
+
+
+def test_the_input_is_not_changed_by_changes_of_the_output():
+    tree = state()
+    back = surgery.unflatten(surgery.flatten(tree), like=tree)
+    back["scale"].set_value(jnp.float32(3.0))
+    assert tree["scale"].get_value() == 0
+
+
+def test_combine_says_what_is_missing():
+    tree = jdelta.graft(state(), OWN)
+    trainable, frozen = jdelta.partition(tree, freezing.mask_of(tree, PATHS))
+    with pytest.raises(ValueError, match=r"layers\.0\.dense\.lora\.a"):
+        jdelta.combine(frozen, like=tree)
+    with pytest.raises(ValueError, match=r"layers\.0\.dense\.lora"):
+        jdelta.combine(trainable, trainable)
+    with pytest.raises(ValueError, match=r"layers\.0\.dense\.lora\.a"):
+        jdelta.graft(tree, OWN)
+
+
+def test_masks_are_states_of_bools_alone_and_fit_states_with_and_without_variables():
+    tree = jdelta.graft(state(), OWN)
+    mask = freezing.mask_of(tree, PATHS)
+    assert type(mask) is nnx.State
+    assert {tuple(map(str, p)): v for p, (_, v) in flat(mask).items()} == {
+        path: path in PATHS for path in surgery.flatten(tree)
+    }
+    for given in (tree, nnx.as_pure(tree)):
+        assert optax.masked(optax.sgd(0.1), mask).init(given) is not None
+
+
+def test_parameters_are_those_in_params():
+    found = surgery.parameters_of(jdelta.graft(state(), OWN))
+    assert found.keys() >= PATHS
+    assert {path[-1] for path in found} == {"kernel", "bias", "scale", "a", "b"}
+    assert surgery.root(nnx.State({"params": {"x": nnx.Param(jnp.ones(1))}})) == ()  # a module may have that name
+
+
+def test_a_state_that_was_donated_is_named():
+    tree = nnx.State({"x": nnx.Param(jnp.ones(2))})
+    tree["x"].get_raw_value().delete()
+    with pytest.raises(RuntimeError, match="donated"):
+        jdelta.partition(tree, {"x": True})
+
+
+def test_leaves_of_parameters_are_arrays_and_other_variables_may_hold_anything():
+    surgery.require_arrays(nnx.State({"steps": nnx.Variable("seven"), "x": nnx.Param(jnp.ones(1))}))
+    with pytest.raises(TypeError, match=r"'layers\.0\.x' is str"):
+        surgery.require_arrays(nnx.State({"layers": {0: {"x": nnx.Param("one")}}}))
+
+
+# --- under transformations
+
+
+def test_the_four_run_under_jit_with_donation():
+    tree = jdelta.graft(state(), OWN)
+
+    def there_and_back(tree):
+        trainable, frozen = jdelta.partition(tree, freezing.mask_of(tree, PATHS))
+        return jdelta.prune(jdelta.combine(trainable, frozen), PATHS)
+
+    assert_same_bits(jax.jit(there_and_back)(tree), state())
+    copied = jax.tree.map(lambda leaf: leaf.copy(), tree)
+    assert_same_bits(jax.jit(lambda t: jdelta.combine(t), donate_argnums=0)(copied), tree)
+
+
+def test_gradients_with_respect_to_the_trainable_part_are_those_of_nnx_grad():
+    model = with_leaves()
+    model.eval()
+    graphdef, whole = nnx.split(model)
+    x = jnp.arange(6.0).reshape(2, 3) / 6
+
+    def loss(model):
+        own = model.layers[0].dense.lora
+        return jnp.sum((model(x) + x @ own.a[...] @ own.b[...] @ jnp.ones((3, 2))) ** 2)
+
+    trainable, frozen = jdelta.partition(whole, freezing.mask_of(whole, PATHS))
+    grads = jax.grad(lambda t: loss(nnx.merge(graphdef, jdelta.combine(t, frozen), copy=True)))(trainable)
+    expected = nnx.grad(loss, argnums=nnx.DiffState(0, Trained(frozenset(PATHS))))(model)
+    assert flat(grads).keys() == flat(expected).keys()
+    for mine, its in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(mine, its)
+        assert np.any(mine)
+
+
+# --- filters and optimizers
+
+
+def test_filters_are_equal_hashable_and_choose_these_paths():
+    chosen = Trained(frozenset(PATHS))
+    assert chosen == Trained(frozenset([*PATHS]))
+    assert hash(chosen) == hash(Trained(frozenset([*PATHS])))
+    assert chosen != Trained(frozenset([LEAF]))
+    model = with_leaves()
+    own, rest = nnx.state(model, chosen, ...)
+    assert {tuple(map(str, path)) for path in flat(own)} == PATHS
+    assert len(flat(own)) + len(flat(rest)) == len(flat(nnx.state(model)))
+
+
+def test_an_optimizer_of_the_whole_state_moves_the_trained_leaves_alone_and_has_state_for_no_other():
+    whole = nnx.filter_state(jdelta.graft(state(), OWN), nnx.Param)
+    tx = freezing.freeze_except(optax.adamw(0.1, weight_decay=0.5), lambda tree: freezing.mask_of(tree, PATHS))
+    opt_state = tx.init(whole)
+    assert sum(np.size(leaf) > 1 for leaf in jax.tree.leaves(opt_state)) == 2 * len(PATHS)
+    grads = jax.tree.map(jnp.ones_like, whole)
+    updates, opt_state = tx.update(grads, opt_state, whole)
+    assert_moved_alone(whole, optax.apply_updates(whole, updates))
+
+
+def assert_moved_alone(before, after, moved=frozenset(PATHS)):
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    old, new = surgery.flatten(before), surgery.flatten(after)
+    assert {path for path in old if bits(old[path]) != bits(new[path])} == moved
+
+
+@pytest.mark.parametrize("wrt", [nnx.Param, Trained(frozenset(PATHS))], ids=["Param", "filter"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nnx_optimizer_moves_the_trained_leaves_alone(wrt, masked):
+    model = with_leaves()
+    before = jax.tree.map(lambda leaf: leaf, nnx.state(model))
+    mask = freezing.mask_of(nnx.state(model, wrt), PATHS)
+    if masked:  # gives other leaves their gradients for updates
+        tx, gradients = optax.masked(optax.adam(0.1), mask), (-0.0, 1.0)
+    else:
+        tx, gradients = freezing.freeze_except(optax.adam(0.1), lambda tree: freezing.mask_of(tree, PATHS)), (1.0, 1.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+    assert sum(np.size(leaf) > 1 for leaf in jax.tree.leaves(nnx.state(optimizer))) == 2 * len(PATHS)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = jax.tree.map(lambda m, p: p.replace(jnp.full_like(p, gradients[m])), mask, nnx.state(model, wrt))
+        optimizer.update(model, grads)
+
+    for _ in range(2):
+        step(model, optimizer)
+    assert_moved_alone(before, nnx.state(model))
