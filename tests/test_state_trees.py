@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jdelta
+from jdelta.scale.specs import in_boxes, is_box
 from jdelta.trees import freezing, surgery
 from jdelta.trees.filters import Trained
 from jdelta.trees.variables import DeltaParam
@@ -345,3 +346,75 @@ def test_nnx_optimizer_moves_the_trained_leaves_alone(wrt, masked):
     for _ in range(2):
         step(model, optimizer)
     assert_moved_alone(before, nnx.state(model))
+
+
+# --- shardings
+
+
+def test_rules_give_each_variable_its_spec_as_flax_does():
+    rules = [("layers.0.dense.kernel", jax.P(None, "model")), ("layers.1.dense.kernel", jax.P(None, "model"))]
+    found = jdelta.match_partition_rules(rules, state("shapes"), default=jax.P())
+    assert_same(found, specs())
+    bare = jdelta.match_partition_rules(rules, state("values"), default=jax.P())
+    assert surgery.flatten(bare) == surgery.flatten(found)
+    with pytest.raises(ValueError, match=r"'heads\.0\.bias'"):
+        jdelta.match_partition_rules(rules, state("shapes"))
+
+
+def test_an_optimizer_state_is_sharded_as_its_parameters():
+    shapes = nnx.state(nnx.eval_shape(lambda: nnx.Optimizer(Model(), optax.adam(0.1), wrt=nnx.Param)))
+    found = surgery.flatten(jdelta.state_shardings(shapes, specs()))
+    sharded = {path for path, spec in found.items() if spec != jax.P()}
+    assert sharded == {
+        ("opt_state", "0", moment, "layers", layer, "dense", "kernel") for moment in ("mu", "nu") for layer in "01"
+    }
+    assert jdelta.state_shardings(shapes, specs())["opt_state"][0]["mu"]["scale"].get_value() == jax.P()
+
+
+def test_metadata_of_variables_are_boxes_of_linen_and_placed_arrays_are_not():
+    boxed = surgery.flatten(in_boxes(state("shapes")))
+    assert boxed["layers", "0", "dense", "kernel"].get_partition_spec() == jax.P(None, "model")
+    assert not any(map(is_box, (boxed["scale",], boxed["heads", "0", "kernel"], boxed["layers", "0", "norm", "mean"])))
+    placed = jax.tree.map(
+        lambda a: jax.device_put(a, jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())), state()
+    )
+    assert not any(map(is_box, surgery.flatten(in_boxes(placed)).values()))
+    assert in_boxes(specs()) == nnx.as_pure(specs())
+
+
+# --- many deltas
+
+
+def test_stacks_of_states_are_states_and_come_apart_bit_for_bit():
+    trees = [
+        nnx.State({"layers": {0: {"a": DeltaParam(jnp.full(2, i)), "b": nnx.Param(jnp.float32(i))}}})
+        for i in (-0.0, 2.0)
+    ]
+    stacked = jdelta.stack(trees)
+    assert type(stacked["layers"][0]["a"]) is DeltaParam
+    for one, other in zip(jdelta.unstack(stacked), trees, strict=True):
+        assert_same_bits(one, other)
+    one = jdelta.select(stacked, 1)
+    assert_same_bits(one, trees[1])
+    with pytest.raises(ValueError, match=r"delta 2 has no leaf 'layers\.0\.b', which delta 1 has"):
+        jdelta.stack([trees[0], nnx.State({"layers": {0: {"a": trees[1]["layers"][0]["a"]}}})])
+    with pytest.raises(ValueError, match=r"layers\.0\.a is float32\[2\] in delta 1, float32\[3\]"):
+        jdelta.stack([nnx.State({"layers": {0: {"a": DeltaParam(jnp.ones(n))}}}) for n in (2, 3)])
+
+
+def test_rows_of_a_batch_run_with_states_of_their_own():
+    graphdef, whole = nnx.split(with_leaves())
+    trainable, frozen = jdelta.partition(whole, freezing.mask_of(whole, PATHS))
+    stacked = jdelta.stack([jax.tree.map(lambda a, i=i: a + i, trainable) for i in range(3)])
+
+    def call(x, params):
+        model = nnx.merge(graphdef, params, copy=True)
+        model.eval()
+        own = model.layers[0].dense.lora
+        return model(x) + x @ own.a[...] @ own.b[...] @ jnp.ones((3, 2))
+
+    x = jnp.arange(12.0).reshape(4, 3)
+    rows = jdelta.rowwise(call, frozen)(x, params=jdelta.select(stacked, [2, 0, 0, 1]))
+    for i, which in enumerate([2, 0, 0, 1]):
+        alone = call(x[i : i + 1], jdelta.combine(jdelta.unstack(stacked)[which], frozen))
+        np.testing.assert_allclose(rows[i], alone[0], rtol=1e-6)

@@ -13,7 +13,8 @@ def with_generated(variables: Any, attachments: Sequence[Attachment]) -> Any:
     """The variables with the leaves that the generators make."""
     for attachment in attachments:
         if attachment.active and attachment.generator is not None and attachment.name in variables.get("params", {}):
-            made: Any = attachment.generator.apply({"params": variables["params"][attachment.name]})
+            own = surgery.unflatten(surgery.flatten(variables["params"][attachment.name]))
+            made: Any = attachment.generator.apply({"params": own})
             params = surgery.unflatten({**surgery.flatten(variables["params"]), **made})
             variables = {**variables, "params": params}
     return variables

@@ -280,9 +280,11 @@ def materialise(state: DeltaState, params: Tree | None = None) -> Tree:
 def materialised(state: DeltaState, tree: Tree, method: Method) -> tuple[Tree, Attachment]:
     """The tree with what the generator makes in place of its parameters, and the attachment that goes with it."""
     own, start = state.attachment, surgery.root(tree)
-    leaves = surgery.flatten(with_generated({"params": surgery.parameters(tree)}, [own])["params"])
+    parameters = surgery.parameters(tree)
+    leaves = surgery.flatten(with_generated({"params": parameters}, [own])["params"])
     leaves = {path: leaf for path, leaf in leaves.items() if path[0] != state.name}
-    rest = {path: leaf for path, leaf in surgery.flatten(tree).items() if path[: len(start)] != start}
+    held = {(*start, *path) for path in surgery.flatten(parameters)}
+    rest = {path: leaf for path, leaf in surgery.flatten(tree).items() if path not in held}
     written = surgery.unflatten(rest | {(*start, *path): leaf for path, leaf in leaves.items()}, like=tree)
     kept = tuple(path for path in own.leaves if path[0] != state.name)
     return written, dataclasses.replace(

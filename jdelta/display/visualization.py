@@ -160,11 +160,9 @@ def _leaves(params: Tree, flags: Tree | None, deltas: set[Path]) -> dict[Path, L
     start = surgery.root(params)
     trains = surgery.flatten(flags) if flags is not None else {}
     return {
-        path[len(start) :]: Leaf(
-            path[-1], leaf.shape, str(leaf.dtype), bool(trains.get(path, True)), path[len(start) :] in deltas
-        )
-        for path, leaf in surgery.flatten(params).items()
-        if path[: len(start)] == start and hasattr(leaf, "shape")
+        path: Leaf(path[-1], leaf.shape, str(leaf.dtype), bool(trains.get((*start, *path), True)), path in deltas)
+        for path, leaf in surgery.parameters_of(params).items()
+        if hasattr(leaf, "shape")
     }
 
 
@@ -217,7 +215,7 @@ def _counts(leaves: list[Leaf], params: Tree, flags: Tree | None) -> tuple[str, 
     trainable = sum(math.prod(leaf.shape) for leaf in leaves if leaf.trainable)
     delta = sum(math.prod(leaf.shape) for leaf in leaves if leaf.delta)
     held = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
-    chosen = params if flags is None else surgery.partition(params, flags)[0]
+    chosen = surgery.parameters(params) if flags is None else surgery.partition(params, flags)[0]
     adam = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(optax.adam(0.0).init, chosen))
     )

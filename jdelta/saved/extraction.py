@@ -139,19 +139,20 @@ def _trained_or_allowed(state: DeltaState, verb: str, params: Tree | None, allow
 def _extracted(state: DeltaState, params: Tree | None) -> Finetuned:
     """The delta apart from the model, whether it has moved or not."""
     own, tree, method = state.active("saved"), state.values(params), state.method
-    trains = surgery.flatten(surgery.parameters(training.trainable_mask(state, tree)))
+    held = surgery.parameters_of(tree)
+    trains = training.trained(state, held)
     deltas = {path for a in state.host.attachments for path in a.leaves}
-    backbone = [path for path, flag in trains.items() if path not in deltas and flag is not surgery.empty_node]
+    backbone = [path for path, leaf in held.items() if path not in deltas and leaf is not surgery.empty_node]
     if own.generator is not None and (simple := method.materialised()) is not None:
         tree, own = materialised(state, tree, simple)
         method = simple
     leaves = surgery.flatten(surgery.parameters(tree))
     mine = [path for path in own.leaves if not method.regenerated(path)]
-    wanted = [*mine, *(path for path in backbone if trains[path])]
+    wanted = [*mine, *(path for path in backbone if path in trains)]
     for path in wanted:
         if path not in leaves or isinstance(meta.unbox(leaves[path]), jax.ShapeDtypeStruct):
             raise ValueError(f"the tree holds no value of {surgery.name_of(path)!r}. Pass one that does: params=….")
-    frozen = {surgery.name_of(path): leaves[path] for path in backbone if not trains[path]}
+    frozen = {surgery.name_of(path): leaves[path] for path in backbone if path not in trains}
     host = state.host
     return Finetuned(
         name=state.name,

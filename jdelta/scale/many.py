@@ -32,7 +32,7 @@ from jdelta.methods.lora import LoraConfig
 from jdelta.saved.arithmetic.checks import Source, read_all, require_one_backbone, require_same_arguments
 from jdelta.saved.arithmetic.lora_factors import SCALED, pairs_of, same_up_to_rank
 from jdelta.saved.finetuned import Finetuned, HasFinetuned
-from jdelta.trees import surgery
+from jdelta.trees import states, surgery
 from jdelta.trees.fingerprint import kind
 from jdelta.trees.surgery import Tree
 
@@ -198,7 +198,7 @@ def _is_key(leaf: Any) -> bool:
 def _length(stacked: Tree) -> int:
     """How many deltas there are in a stack."""
     surgery.require_alive(stacked)
-    lengths = {name: jnp.shape(leaf)[:1] for name, leaf in _named(stacked).items()}
+    lengths = {name: jnp.shape(leaf)[:1] for name, leaf in states.named_leaves(stacked).items()}
     if not lengths:
         raise ValueError("the tree has no leaves.")
     first, length = next(iter(lengths.items()))
@@ -208,15 +208,9 @@ def _length(stacked: Tree) -> int:
     return length[0]
 
 
-def _named(tree: Tree) -> dict[str, Any]:
-    """Name to leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
 def _require_same_leaves(first: Tree, other: Tree, i: int) -> None:
     """Raises `ValueError` unless two trees have the same names, shapes and dtypes."""
-    mine, its = _named(first), _named(other)
+    mine, its = states.named_leaves(first), states.named_leaves(other)
     if odd := sorted(mine.keys() ^ its.keys()):
         without, has = (i, 1) if odd[0] in mine else (1, i)
         raise ValueError(f"delta {without} has no leaf {odd[0]!r}, which delta {has} has.")

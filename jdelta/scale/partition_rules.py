@@ -11,8 +11,8 @@ from flax.core import meta
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdelta.scale.specs import is_box, parts_of, shape_of
-from jdelta.trees import addressing, surgery
+from jdelta.scale.specs import is_boxed, parts_of, shape_of
+from jdelta.trees import addressing, states, surgery
 from jdelta.trees.surgery import Tree, empty_node
 
 Rule = tuple[str, P]
@@ -30,7 +30,8 @@ def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = 
       default: the spec of leaves that no rule matches. (Scalars need no rule: theirs is always `P()`.)
 
     Returns:
-      A tree of the same structure, with a spec for each leaf.
+      A tree of the same structure, with a spec for each leaf; in the variables of flax.nnx, as `nnx.get_partition_spec`
+      gives them.
 
     Raises:
       TypeError: a rule is not a pair of a pattern and a `PartitionSpec`.
@@ -42,7 +43,9 @@ def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = 
         raise TypeError(f"match_partition_rules: default is a PartitionSpec, got {default!r}.")
     rules = [_checked_rule(rule) for rule in rules]
 
-    def spec(path: Any, leaf: Any) -> P:
+    def spec(path: Any, leaf: Any) -> Any:
+        if states.is_variable(leaf):
+            return leaf.replace(spec(path, states.value_of(leaf)))
         name, ndim = jax.tree_util.keystr(path, simple=True, separator="."), np.ndim(meta.unbox(leaf))
         if not ndim:
             return P()
@@ -53,7 +56,7 @@ def match_partition_rules(rules: Iterable[Rule], tree: Any, default: P | None = 
             raise ValueError(f"match_partition_rules: {pattern!r} gives {found} to {name!r}, which has {ndim} axes.")
         return found
 
-    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=is_boxed)
 
 
 def state_shardings(state: Any, shardings: Tree) -> Any:
@@ -63,7 +66,8 @@ def state_shardings(state: Any, shardings: Tree) -> Any:
         shardings = jdelta.state_shardings(state, delta.shardings(specs, mesh))
 
     Args:
-      state: a tree with leaves under the names of parameters: a `TrainState` or an optimizer's state; shapes suffice.
+      state: a tree with leaves under the names of parameters: a `TrainState`, an optimizer's state, or the `nnx.state`
+        of an `nnx.Optimizer`; shapes suffice.
       shardings: a tree of the parameters with `NamedSharding`s or `PartitionSpec`s.
 
     Returns:
@@ -80,11 +84,13 @@ def state_shardings(state: Any, shardings: Tree) -> Any:
     replicated = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else P()
 
     def like(keys: Any, leaf: Any) -> Any:
+        if states.is_variable(leaf):
+            return leaf.replace(like(keys, states.value_of(leaf)))
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
         own = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), replicated)
         return own if _fits(own, shape_of(leaf)) else replicated
 
-    return jax.tree_util.tree_map_with_path(like, state, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(like, state, is_leaf=is_boxed)
 
 
 def _fits(held: Any, shape: tuple[int, ...]) -> bool:

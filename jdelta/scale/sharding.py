@@ -29,8 +29,8 @@ from jdelta.core.linear_maps import scanned_axes
 from jdelta.core.rules import axes_of
 from jdelta.core.state import DeltaState
 from jdelta.core.structure import Structure
-from jdelta.scale.specs import Entry, is_box, names_of, parts_of, shape_of
-from jdelta.trees import surgery
+from jdelta.scale.specs import Entry, in_boxes, is_box, names_of, parts_of, shape_of
+from jdelta.trees import states, surgery
 from jdelta.trees.surgery import Path, Tree, empty_node
 
 
@@ -47,13 +47,16 @@ def partition_specs(state: DeltaState, specs: Tree, mesh: Mesh | None = None) ->
     Args:
       specs: a tree of the backbone's parameters, or of the grafted ones, of `PartitionSpec`s (which may have fewer
         entries than the leaf has axes; `None` is `P()`), of `NamedSharding`s, of placed arrays, or of boxes of
-        `nn.Partitioned`. Entries for the deltas' own leaves are ignored.
+        `nn.Partitioned`. Entries for the deltas' own leaves are ignored. An `nnx.State` may be that of
+        `nnx.get_partition_spec`, or of arrays or shapes, which are sharded as they are placed or as the metadata of
+        their variables says; its other variables, such as statistics, stay in it.
       mesh: the mesh. With it, the specs are checked, and a delta also follows where sizes differ and the mesh divides
         both, such as a prefix's heads. `NamedSharding`s have it already.
 
     Returns:
-      A tree with the structure of the grafted parameters and a `PartitionSpec` for each leaf. `jdelta.partition`,
-      `jdelta.prune` and `delta.own` take it as they take parameters.
+      A tree with the structure of the grafted parameters and a `PartitionSpec` for each leaf; an `nnx.State` with the
+      specs in its variables, if `specs` is one. `jdelta.partition`, `jdelta.prune` and `delta.own` take it as they take
+      parameters.
 
     Raises:
       TypeError: an entry is not a spec, or specs of two types are mixed.
@@ -100,7 +103,7 @@ def _derived_specs(
     leaves = surgery.flatten(params)
     start, deltas = surgery.root(params), {path for a in attachments for path in a.leaves}
     backbone = {path for path in leaves if path[: len(start)] != start or path[len(start) :] not in deltas}
-    given = _of_backbone(specs, leaves, backbone)
+    given, others = _of_backbone(specs, leaves, backbone)
     mesh = _mesh_of(given, mesh)
     sizes = dict(mesh.shape) if mesh is not None else None
     own = {path: _spec(held, path) for path, held in given.items()}
@@ -111,17 +114,26 @@ def _derived_specs(
     for edit in (edit for a in attachments if a.active for edit in a.edits):
         derived |= backbone_specs.specs_of(edit)
     whole = leaves | own | {(*start, *path): spec for path, spec in derived.items()}  # what is left is empty nodes
-    return surgery.unflatten(whole, like=params), given, mesh
+    whole |= {path: _spec(held, path) for path, held in others.items()}
+    return surgery.unflatten(whole, like=specs if states.is_state(specs) else params), given | others, mesh
 
 
 # --- what the user gave
 
 
-def _of_backbone(specs: Tree, leaves: Mapping[Path, Any], backbone: set[Path]) -> dict[Path, Any]:
-    """What was given for each of the backbone's leaves, after checking that these are all and of one kind."""
+def _of_backbone(
+    specs: Tree, leaves: Mapping[Path, Any], backbone: set[Path]
+) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """What was given for each of the backbone's leaves, after checking that these are all and of one kind.
+
+    And what was given for the variables of a state that hold no parameters.
+    """
     if not isinstance(specs, Mapping):
         raise TypeError(f"partition_specs: expected a tree of specs like the backbone's, got {type(specs).__name__}.")
-    flat = {path: leaf for path, leaf in surgery.flatten(specs).items() if leaf is not empty_node}
+    boxed = in_boxes(specs) if states.is_state(specs) else specs
+    everything = {path: leaf for path, leaf in surgery.flatten(boxed).items() if leaf is not empty_node}
+    flat = surgery.parameters_of(specs) if states.is_state(specs) else everything
+    flat, others = ({p: v for p, v in everything.items() if (p in flat) == own} for own in (True, False))
     wanted = {path for path in backbone if leaves[path] is not empty_node}
     if lacking := wanted - flat.keys():
         path = min(lacking)
@@ -144,7 +156,7 @@ def _of_backbone(specs: Tree, leaves: Mapping[Path, Any], backbone: set[Path]) -
                 f"partition_specs: {surgery.name_of(first[1])!r} is given as {first[0]} and {surgery.name_of(path)!r} "
                 f"as {kind}. Give all in one way."
             )
-    return given
+    return given, others
 
 
 def _kind(leaf: Any, path: Path) -> str | None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 from flax.core import meta
+from jax.sharding import NamedSharding
 
-from jdelta.trees.surgery import empty_node
+from jdelta.trees import states, surgery
+from jdelta.trees.surgery import Tree, empty_node
 
 Entry = str | tuple[str, ...] | None  # the mesh axes over which one axis of a leaf is sharded
 
@@ -32,3 +34,23 @@ def shape_of(leaf: Any) -> tuple[int, ...]:
 def is_box(leaf: Any) -> bool:
     """Whether it is a box such as `nn.Partitioned`."""
     return isinstance(leaf, meta.AxisMetadata)
+
+
+def is_boxed(leaf: Any) -> bool:
+    """Whether it is such a box, or a variable of flax.nnx."""
+    return is_box(leaf) or states.is_variable(leaf)
+
+
+def in_boxes(state: Tree) -> Tree:
+    """A state of flax.nnx without variables: what they say of the sharding of their arrays is said by boxes.
+
+    Specs and arrays that are on a mesh stay as they are.
+    """
+    leaves = {}
+    for keys, leaf in states.walk(state):
+        value = states.value_of(leaf)
+        placed = isinstance(getattr(value, "sharding", None), NamedSharding)
+        if hasattr(value, "shape") and not placed and (spec := states.partition_spec(leaf)):
+            value = meta.Partitioned(value, tuple(spec))
+        leaves[tuple(map(str, keys))] = value
+    return surgery.unflatten(leaves, like=state, variables=False)

@@ -39,6 +39,13 @@ def value_of(leaf: Any) -> Any:
     return value[...] if isinstance(value, jax.Ref) else value
 
 
+def partition_spec(leaf: Any) -> Any:
+    """The `PartitionSpec` that the metadata of a variable mean; `None` if there are none."""
+    if not (is_variable(leaf) and leaf.get_metadata().get("out_sharding")):
+        return None
+    return sys.modules["flax.nnx"].get_partition_spec(leaf).get_raw_value()
+
+
 def walk(tree: Mapping[Any, Any], keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """The keys and the leaf at each end of a tree, both as they are in it. Empty sub-trees are `empty_node`s."""
     for key, value in tree.items():
