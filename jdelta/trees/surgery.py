@@ -247,7 +247,8 @@ def combine(*trees: Tree, like: Tree = None) -> Tree:
     """
     merged = _merge(trees, "combine: {} is in more than one of the trees.")
     if like is not None:
-        have, want = flatten(merged).keys(), flatten(like).keys()
+        of_parameters = states.is_state(merged) and not states.is_state(like)  # which has no statistics and no keys
+        have, want = flatten(states.parameters(merged) if of_parameters else merged).keys(), flatten(like).keys()
         if missing := want - have:
             raise ValueError(
                 f"combine: {len(missing)} of {len(want)} leaves are missing, first {name_of(min(missing))!r}."
