@@ -13,6 +13,7 @@ from jdelta.display.movement import Movement
 from jdelta.display.status import Status
 from jdelta.display.visualization import Visualization
 from jdelta.exchange import from_peft
+from jdelta.hosts.linen import linear_types as _linen_linear
 from jdelta.hosts.linen.backbone import Backbone
 from jdelta.hosts.transformers import linear_types as _transformers_linear
 from jdelta.hosts.transformers import repairs as _transformers_repair
@@ -105,5 +106,6 @@ __all__ = [
     "without",
 ]
 
+_linen_linear.install()
 _transformers_linear.install()
 _transformers_repair.install()

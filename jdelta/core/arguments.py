@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 
 def is_array(value: Any) -> bool:
@@ -19,7 +18,7 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
-def main_input(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Any]:
+def main_input(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Any]:
     """Key and value of a call's first array: among the positional arguments, else among the keywords as the
     signature orders them.
 
@@ -36,7 +35,7 @@ def main_input(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: Mapp
     raise TypeError(f"{module_type.__name__} was called without an array argument.")
 
 
-def input_if_any(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def input_if_any(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The value of `main_input`; `None` if the call has none."""
     try:
         return main_input(module_type, args, kwargs)[1]
@@ -51,6 +50,18 @@ def with_main_input(
     if isinstance(key, int):
         return (*args[:key], value, *args[key + 1 :]), kwargs
     return args, {**kwargs, key: value}
+
+
+def shapes_of(call: Callable[..., Any], given: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `call(given, *args, **kwargs)` returns, as shapes; what is no array among the arguments is as it is."""
+    leaves, treedef = jax.tree.flatten((tuple(args), dict(kwargs)))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
+
+    def run(given: Any, arrays: dict[int, jax.Array]) -> Any:
+        args, kwargs = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return call(given, *args, **kwargs)
+
+    return jax.eval_shape(run, given, arrays)
 
 
 def main_output(output: Any, x: Any = None) -> Any:
@@ -126,7 +137,7 @@ def _brief(value: Any) -> str:
     return f"{value.dtype}{list(value.shape)}" if is_array(value) else type(value).__name__
 
 
-def arguments(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+def arguments(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     """The arguments of a call by name; `args` begins with `None`, for `self`."""
     return _signature(module_type.__call__).bind(None, *args, **kwargs)
 

@@ -17,22 +17,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jdelta.core import probing
 from jdelta.core.edits import WeightEdit
 from jdelta.core.linear_maps import AnyMap, EinsumMap, LinearMap, MatrixMap, StoredMap, operands
 from jdelta.core.linear_types import (
     by_equation,
-    conv,
     dense,
-    dense_general,
-    einsum,
-    embed,
     equation_in,
     equation_of,
     is_equation,
@@ -54,29 +49,30 @@ class _Known:
       describe: how a module of it is linear. Raises `TypeError` if it is not.
       plain: the fields of which the computation stays linear whatever they are; others have to have their defaults.
         `None`: all.
+      defaults: those, by name.
       alone: whether its input and its own parameters are all that it needs. `None`: that is to be tried.
     """
 
     describe: Callable[[ModuleInfo], LinearMap]
     plain: Collection[str] | None = None
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     alone: bool | None = None
 
     def is_plain(self, host: ModuleInfo) -> bool:
         """Whether no field of a module was set that can make it compute something else."""
-        defaults = {field.name: field.default for field in dataclasses.fields(host.type)}
-        others = {} if self.plain is None else {k: v for k, v in host.fields.items() if k not in self.plain}
-        return all(_is_same(value, defaults[key]) for key, value in others.items()) and (
-            self.plain is None or _is_float(host.fields.get("dtype"))
+        if self.plain is None:
+            return True
+        others = {key: value for key, value in host.fields.items() if key not in self.plain}
+        return _is_float(host.fields.get("dtype")) and all(
+            key in self.defaults and _is_same(value, self.defaults[key]) for key, value in others.items()
         )
 
 
-_known: dict[type[nn.Module], _Known] = {}
+_known: dict[type, _Known] = {}
 _known_by_name: dict[tuple[str, str], _Known] = {}  # of classes that may not be imported yet
 
 
-def register_linear(
-    module_type: type[nn.Module], weights: str = "kernel", equation: str | None = "...i,io->...o"
-) -> None:
+def register_linear(module_type: type[Any], weights: str = "kernel", equation: str | None = "...i,io->...o") -> None:
     """Says that the modules of a type are linear in a leaf: `f(x, W + D) − f(x, W) = einsum(equation, x, D)`.
 
         jdelta.register_linear(MyDense)  # x @ kernel
@@ -88,17 +84,17 @@ def register_linear(
     are tried, as are modules of types that nobody registered.
 
     Args:
-      module_type: a class of linen modules.
+      module_type: a class of linen or nnx modules.
       weights: name of the leaf.
       equation: of the product of the first array argument and the leaf. `None`: modules have it in their field
         `einsum_str`, or as an argument of their call.
 
     Raises:
-      TypeError: it is no class of linen modules.
+      TypeError: it is no class of linen or nnx modules.
       ValueError: it is no equation of two operands, or an axis of the leaf is neither in the input nor in the output.
     """
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"register_linear takes a class of linen modules, got {module_type!r}.")
+    if not (isinstance(module_type, type) and any("__call__" in vars(base) for base in module_type.__mro__)):
+        raise TypeError(f"register_linear takes a class of linen or nnx modules, got {module_type!r}.")
     if not isinstance(weights, str) or not weights:
         raise TypeError(f"register_linear: weights is the name of a leaf, got {weights!r}.")
     if equation is not None and not is_equation(equation):
@@ -111,6 +107,20 @@ def register_linear(
         return by_equation(host, equation_of(host, weights) if equation is None else equation, weights)
 
     _known[module_type] = _Known(describe)
+
+
+def register_known(
+    module_type: type, describe: Callable[[ModuleInfo], LinearMap], plain: Collection[str], defaults: Mapping[str, Any]
+) -> None:
+    """Registers a class of a library, whose modules need nothing but their own parameters.
+
+    Args:
+      module_type: the class. Subclasses are tried.
+      describe: how a module of it is linear. Raises `TypeError` if it is not.
+      plain: the fields which do not change that it is linear.
+      defaults: what the other fields have to be, by name.
+    """
+    _known[module_type] = _Known(describe, plain, defaults, alone=True)
 
 
 def register_by_name(module: str, name: str, transposed: bool, plain: Collection[str]) -> None:
@@ -143,7 +153,8 @@ def runs_alone(host: ModuleInfo) -> bool:
     """Whether `apply` on a linear module's own parameters and one array gives what the module computes in its model."""
     known = _of(host.type)
     if known is not None and known.is_plain(host) and known.alone is not None:
-        return known.alone
+        given = [value for value in (*host.args, *host.kwargs.values()) if value is not None]
+        return known.alone and len(given) == 1
     return _found(host, registered=known is not None and known.is_plain(host)).alone
 
 
@@ -295,26 +306,6 @@ def _by_shape(host: ModuleInfo) -> list[LinearMap]:
         return []
     widths = (*host.x.shape[-1:], *host.y.shape[-1:])
     return [MatrixMap(transposed=t) for t in (False, True) if kernel.shape == (widths[::-1] if t else widths)]
-
-
-# --- the types of flax
-
-
-_SHARED = ("use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
-_known |= {
-    nn.Dense: _Known(dense, {"features", *_SHARED}, alone=True),
-    nn.DenseGeneral: _Known(dense_general, {"features", "axis", "batch_dims", *_SHARED}, alone=True),
-    nn.Einsum: _Known(einsum, {"shape", "einsum_str", *_SHARED}, alone=True),
-    nn.Conv: _Known(
-        conv,
-        {
-            *("features", "kernel_size", "strides", "padding", "input_dilation", "kernel_dilation"),
-            *("feature_group_count", *_SHARED),
-        },
-        alone=True,
-    ),
-    nn.Embed: _Known(embed, {"num_embeddings", "features", "dtype", "param_dtype", "embedding_init"}, alone=True),
-}
 
 
 def _of(module_type: type) -> _Known | None:

@@ -1,8 +1,9 @@
-"""How the linear modules of flax, and those that compute an einsum, describe themselves."""
+"""How linear modules describe themselves: the kinds that linen and nnx have, and any that compute an einsum."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,34 +11,31 @@ import jax.numpy as jnp
 from jdelta.core.linear_maps import ConvMap, EinsumMap, LinearMap, LookupMap, MatrixMap, operands
 from jdelta.core.structure import ModuleInfo
 
-# --- the types of flax
+# --- the kinds of flax
 
 
 def dense(host: ModuleInfo, transposed: bool = False) -> LinearMap:
-    """How an `nn.Dense`, or one whose kernel is `(d_out, d_in)`, is linear."""
+    """How a `Dense` or `Linear`, or one whose kernel is `(d_out, d_in)`, is linear."""
     require(host, "kernel")
     require_floats(host)
     return MatrixMap(transposed=transposed)
 
 
-def dense_general(host: ModuleInfo) -> LinearMap:
-    """How an `nn.DenseGeneral` is linear."""
+def over_axes(host: ModuleInfo, axis: int | Sequence[int]) -> LinearMap:
+    """How a module is linear that contracts these axes of its input."""
     require(host, "kernel")
     require_floats(host)
-    if host.fields["batch_dims"]:
-        raise TypeError("this one is a DenseGeneral with batch_dims, which are not supported.")
-    axis = host.fields["axis"]
     # The kernel has the axes in the order of the input, however they are given.
     return MatrixMap(axis=tuple(sorted([axis] if isinstance(axis, int) else axis, key=lambda i: i % len(host.x.shape))))
 
 
 def einsum(host: ModuleInfo) -> LinearMap:
-    """How an `nn.Einsum` is linear."""
+    """How an `Einsum` is linear."""
     return by_equation(host, equation_of(host, "kernel"), "kernel")
 
 
 def conv(host: ModuleInfo) -> LinearMap:
-    """How an `nn.Conv` is linear."""
+    """How a `Conv` is linear."""
     require(host, "kernel")
     require_floats(host)
     if host.fields["mask"] is not None:
@@ -52,7 +50,7 @@ def conv(host: ModuleInfo) -> LinearMap:
 
 
 def embed(host: ModuleInfo) -> LinearMap:
-    """How an `nn.Embed` is linear."""
+    """How an `Embed` is linear."""
     require(host, "embedding")
     return LookupMap()
 

@@ -6,7 +6,6 @@ Nothing of the user's is touched: parameters and inputs are drawn here, in the s
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -14,9 +13,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
-from jdelta.core.arguments import arguments, is_array, main_input, main_output, with_main_input
+from jdelta.core.arguments import argument_names, arguments, is_array, main_input, main_output, with_main_input
+from jdelta.core.standalone import Standalone
 from jdelta.core.structure import ModuleInfo
 
 Shape = tuple[int, ...]
@@ -26,10 +25,8 @@ _ROWS = 256  # modules may compute in another way from some number of rows on
 _LARGE = 2**16  # of leaves of more numbers, a module like it with smaller ones is tried, if there can be one
 _LARGEST = 2**27  # leaves of more numbers are not tried
 _MAGNITUDES = ((1.0, 1.0), (0.01, 1.0), (100.0, 1.0), (1.0, 30.0))  # of the input, and of the weights
-_MODES = ("deterministic", "train", "training", "is_training")
 
 Values = tuple[Any, Any, Any]
-Mode = tuple[Mapping[str, bool], Mapping[str, bool]]  # fields of the module, and arguments of its call
 
 
 class Map(Protocol):
@@ -58,35 +55,36 @@ def problem(host: ModuleInfo, linear: Map) -> str | None:
       host: the module.
       linear: the leaf, and the product.
     """
+    if host.standalone is None:
+        return "it cannot be tried by itself"
     weights = host.params[linear.weights]
     if math.prod(weights.shape) > _LARGE:
-        host = _smaller(host) or host
+        host = _smaller(host, host.standalone) or host
     if math.prod(host.params[linear.weights].shape) > _LARGEST:
         return f"it is too large to try that: {linear.weights} has shape {weights.shape}"
     try:
-        rest = _variables_of(host, linear.weights)
+        assert host.standalone is not None
+        others = {key: leaf for key, leaf in host.params.items() if key != linear.weights}
+        shapes = others, host.standalone.shapes(host.args, host.kwargs).rest
         with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
-            return _problem(host, linear, rest)
+            return _problem(host, host.standalone, linear, shapes)
     except Exception as error:  # whatever the module's own code raises
         return f"it cannot be tried by itself: {_brief(error)}"
 
 
 def runs_alone(host: ModuleInfo) -> bool:
     """Whether a module can be run on its own parameters and one array, keeps nothing else, and returns an array."""
-    if len(host.args) + len(host.kwargs) != 1 or not is_array(host.output):
+    if host.standalone is None or len(host.args) + len(host.kwargs) != 1 or not is_array(host.output):
         return False
     try:
-        module = host.type(**host.fields, parent=None)
-        params = {"params": dict(host.params)}
-        kept = _shapes_of(host, lambda params, *args, **kw: module.apply(params, *args, mutable=True, **kw)[1], params)
+        return host.standalone.is_complete(host.params, host.args, host.kwargs)
     except Exception:
         return False
-    return not jax.tree.leaves({name: tree for name, tree in kept.items() if name != "params"})
 
 
-def _problem(host: ModuleInfo, linear: Map, rest: Any) -> str | None:
+def _problem(host: ModuleInfo, module: Standalone, linear: Map, shapes: Any) -> str | None:
     draw, stored = np.random.default_rng(0), host.params[linear.weights]
-    rest = jax.tree.map(lambda leaf: _random(draw, leaf), rest)
+    rest = jax.tree.map(lambda leaf: _random(draw, leaf), shapes)
     is_float, given = jnp.issubdtype(stored.dtype, jnp.inexact), main_input(host.type, host.args, host.kwargs)[1]
     takes_floats = jnp.issubdtype(given.dtype, jnp.inexact)
     d_in = math.prod(stored.shape) / math.prod(host.y.shape[-1:])
@@ -95,8 +93,8 @@ def _problem(host: ModuleInfo, linear: Map, rest: Any) -> str | None:
     if product.shape != host.y.shape:
         return f"its output has shape {host.y.shape}, where x·{linear.weights} has {product.shape}"
     conclusive = False
-    for mode in _modes(host):
-        run = _runner(host, linear, mode, draw, is_float)
+    for mode in module.in_float32().modes(argument_names(host.type.__call__)):
+        run = _runner(host, mode.module, mode.arguments, linear, draw, is_float)
         for shape in dict.fromkeys((given.shape, *_other_rows(given.shape, linear))):
             for of_x, of_weights in _MAGNITUDES if is_float or takes_floats else ():
                 x = _random(draw, jax.ShapeDtypeStruct(shape, given.dtype), of_x) if takes_floats else None
@@ -109,21 +107,20 @@ def _problem(host: ModuleInfo, linear: Map, rest: Any) -> str | None:
                     break  # the module is not for so many rows
                 off, largest, allowed = _compared(*values)
                 if not off <= allowed:
-                    return _difference(linear, is_float, off, largest, shape, mode)
+                    return _difference(linear, is_float, off, largest, shape, {**mode.fields, **mode.arguments})
                 conclusive |= allowed < largest / 10
     return None if conclusive or not (is_float or takes_floats) else "on random numbers its output hardly depends on it"
 
 
 def _runner(
     host: ModuleInfo,
+    module: Standalone,
+    of_call: Mapping[str, bool],
     linear: Map,
-    mode: Mode,
     draw: np.random.Generator,
     is_float: bool,
 ) -> Callable[..., Values]:
-    """From `(x, W, D, scale of both, other variables)` to what the change should be, and the outputs around it."""
-    of_fields, of_call = mode
-    module = host.type(**{**_in_float32(host.fields), **of_fields}, parent=None)
+    """From `(x, W, D, scale of both, all else)` to what the change should be, and the outputs around it."""
     main = main_input(host.type, host.args, host.kwargs)[0]
     args, kwargs = jax.tree.map(lambda a: _random(draw, a) if is_array(a) else a, (tuple(host.args), dict(host.kwargs)))
 
@@ -131,9 +128,10 @@ def _runner(
     def f(x: jax.Array, weights: jax.Array, rest: Any) -> jax.Array:
         call = arguments(host.type, *with_main_input(args, kwargs, main, x))
         call.arguments.update(of_call)
-        variables = {**rest, "params": {**rest["params"], linear.weights: weights}}
-        rngs = {"dropout": jax.random.key(0)}
-        y: jax.Array = main_output(module.apply(variables, *call.args[1:], **call.kwargs, rngs=rngs))
+        others, inside = rest
+        y: jax.Array = main_output(
+            module.run({**others, linear.weights: weights}, inside, call.args[1:], call.kwargs, jax.random.key(0))
+        )
         return y
 
     product = jax.jit(linear.product)
@@ -163,10 +161,9 @@ def _difference(
     off: float,
     largest: float,
     shape: Shape,
-    mode: Mode,
+    mode: Mapping[str, bool],
 ) -> str:
-    said = {**mode[0], **mode[1]}
-    where = f"for an input of shape {shape}{''.join(f', {key}={value}' for key, value in said.items())}"
+    where = f"for an input of shape {shape}{''.join(f', {key}={value}' for key, value in mode.items())}"
     if not is_float:
         return f"with whole numbers in {linear.weights} it is not linear in its input either, {where}"
     return (
@@ -178,7 +175,7 @@ def _difference(
 # --- what it is tried on
 
 
-def _smaller(host: ModuleInfo) -> ModuleInfo | None:
+def _smaller(host: ModuleInfo, module: Standalone) -> ModuleInfo | None:
     """The same module with smaller sizes in place of large ones, wherever these stand; `None` if it is none then."""
     shapes = jax.tree.map(
         lambda a: a.shape if is_array(a) else (), [host.args, host.kwargs, host.output, *host.params.values()]
@@ -195,56 +192,20 @@ def _smaller(host: ModuleInfo) -> ModuleInfo | None:
             return {key: mapped(item) for key, item in value.items()}
         return sizes.get(value, value) if type(value) is int else value
 
-    parts = ("fields", "args", "kwargs", "output", "params")
-    small = dataclasses.replace(host, **{part: mapped(_plain(getattr(host, part))) for part in parts})
     try:
-        module = small.type(**small.fields, parent=None)
-        key = jax.random.key(0)
-        output, variables = _shapes_of(
-            small, lambda key, *a, **k: module.init_with_output({"params": key, "dropout": key}, *a, **k), key
-        )
+        parts = ("fields", "args", "kwargs", "output", "params")
+        small = dataclasses.replace(host, **{part: mapped(_plain(getattr(host, part))) for part in parts})
+        resized = module.resized(mapped)
+        found = resized.shapes(small.args, small.kwargs)
     except Exception:  # it takes no such sizes
         return None
-    own = {key: meta.unbox(leaf).shape for key, leaf in variables.get("params", {}).items() if key in small.params}
-    fits = own == {key: leaf.shape for key, leaf in small.params.items()} and main_output(output).shape == small.y.shape
-    return small if fits else None
+    own, wanted = ({key: leaf.shape for key, leaf in params.items()} for params in (found.own, small.params))
+    fits = own == wanted and main_output(found.output).shape == small.y.shape
+    return dataclasses.replace(small, standalone=resized) if fits else None
 
 
 def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _variables_of(host: ModuleInfo, weights: str) -> dict[str, Any]:
-    """Shapes of all that a module needs but for a leaf: other leaves, those of modules inside it, other collections."""
-    module = host.type(**host.fields, parent=None)
-
-    def init(key: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        return meta.unbox(module.init({"params": key, "dropout": key}, *args, **kwargs))
-
-    variables = _shapes_of(host, init, jax.random.key(0))
-    own = {**variables.get("params", {}), **host.params}
-    return {**variables, "params": {key: leaf for key, leaf in own.items() if key != weights}}
-
-
-def _shapes_of(host: ModuleInfo, call: Callable[..., Any], given: Any) -> Any:
-    """What a function of `given` and the module's arguments returns, as shapes."""
-    leaves, treedef = jax.tree.flatten((tuple(host.args), dict(host.kwargs)))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
-
-    def run(given: Any, arrays: dict[int, jax.Array]) -> Any:
-        args, kwargs = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return call(given, *args, **kwargs)
-
-    return jax.eval_shape(run, given, arrays)
-
-
-def _modes(host: ModuleInfo) -> list[tuple[dict[str, bool], dict[str, bool]]]:
-    """What says whether this is training, both ways: fields of the module, or else arguments of its call."""
-    fields = [name for name in _MODES if isinstance(host.fields.get(name), bool)]
-    names = [name for name in _MODES if name in inspect.signature(host.type.__call__).parameters]
-    if fields:
-        return [(dict.fromkeys(fields, flag), {}) for flag in (False, True)]
-    return [({}, dict.fromkeys(names, flag)) for flag in (False, True)[: len(names) + 1]]
 
 
 def _other_rows(shape: Shape, linear: Map) -> list[Shape]:
@@ -264,16 +225,6 @@ def _random(draw: np.random.Generator, leaf: Any, size: float = 1.0) -> np.ndarr
         return np.asarray(draw.integers(0, 2, leaf.shape), leaf.dtype)
     some = draw.standard_normal(min(math.prod(leaf.shape), 65_537 + 2 * int(draw.integers(500))), np.float32)
     return np.asarray(np.float32(size) * np.resize(some, leaf.shape))
-
-
-def _in_float32(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields, with a dtype of floats to compute in as float32."""
-    dtype = fields.get("dtype")
-    try:
-        is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:
-        is_float = False
-    return {**fields, **({"dtype": jnp.float32} if is_float else {})}
 
 
 def _brief(error: Exception) -> str:

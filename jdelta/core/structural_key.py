@@ -23,7 +23,8 @@ def structural_key(value: Any) -> Any:
       value: a module, a field of one, what a trace saw of a module.
     """
     if isinstance(value, ModuleInfo):
-        return (value.type, structural_key(value.fields), structural_key((value.args, value.kwargs)))
+        inside = None if value.standalone is None else value.standalone.key
+        return (value.type, structural_key(value.fields), structural_key((value.args, value.kwargs)), inside)
     if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         skip = ("parent", "name") if isinstance(value, nn.Module) else ()
         own = [f.name for f in dataclasses.fields(value) if f.name not in skip]

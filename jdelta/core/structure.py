@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import linen as nn
 from flax.core import meta
 
 from jdelta.core.arguments import input_if_any, main_input, main_output
+from jdelta.core.standalone import Standalone
 from jdelta.trees import addressing, surgery
 from jdelta.trees.surgery import Path, Tree
 
-ModuleType = type[nn.Module]
+ModuleType = type[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModuleInfo:
     Attributes:
       path: the path of the module and its parameters in the tree.
       type: its class.
-      fields: its hyperparameters: the fields of the linen dataclass.
+      fields: its hyperparameters: the fields of the linen dataclass; of an nnx module, its static attributes.
       args, kwargs: the arguments of the call, arrays as `jax.ShapeDtypeStruct`s.
       output: what the call returned, likewise.
       params: shapes of its own parameters as the module itself sees them: inside `nn.scan` without the layer axis.
@@ -37,10 +37,11 @@ class ModuleInfo:
       sharing: names and classes of the modules inside it that use its scope (`nn.share_scope`); their parameters are
         among its own.
       closed: the reason why a delta cannot be attached at the module; `""` if it can.
+      standalone: the module by itself, on which it is tried whether it is linear; `None` if it cannot be tried.
     """
 
     path: Path
-    type: type[nn.Module]
+    type: ModuleType
     fields: Mapping[str, Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -50,6 +51,7 @@ class ModuleInfo:
     caller: Path | None = None
     sharing: Mapping[str, ModuleType] = dataclasses.field(default_factory=dict)
     closed: str = ""
+    standalone: Standalone | None = None
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from jdelta.core.arguments import is_array
 from jdelta.core.structure import ModuleInfo, ModuleType, Structure
 from jdelta.hosts.linen import jit_cache
 from jdelta.hosts.linen.calls import Calls, Frame
+from jdelta.hosts.linen.standalone import LinenStandalone
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree
 
@@ -201,21 +202,24 @@ def _info(
 ) -> ModuleInfo:
     """What a call showed of a module; `known` is what an earlier one did."""
     module = frame.module
-    own = meta.unbox(module.scope.variables().get("params", {})) if module.scope is not None else {}
+    held = meta.unbox(module.scope.variables().get("params", {})) if module.scope is not None else {}
+    own = {key: _abstract(leaf) for key, leaf in held.items() if is_array(leaf)}
+    fields = {
+        f.name: getattr(module, f.name)
+        for f in dataclasses.fields(module)
+        if f.init and f.name not in ("parent", "name")
+    }
     return ModuleInfo(
         path=frame.path,
         type=type(module),
-        fields={
-            f.name: getattr(module, f.name)
-            for f in dataclasses.fields(module)
-            if f.init and f.name not in ("parent", "name")
-        },
+        fields=fields,
         args=_abstract(args),
         kwargs=_abstract(kwargs),
         output=_abstract(output),
-        params={key: _abstract(leaf) for key, leaf in own.items() if is_array(leaf)},
+        params=own,
         calls=known.calls + 1 if known is not None else 1,
         caller=known.caller if known is not None else caller,
+        standalone=LinenStandalone(type(module), fields, tuple(own)),
     )
 
 
