@@ -167,8 +167,7 @@ def test_a_tree_without_variables_gets_none(kind):
 
 def test_a_layer_that_no_other_tree_has_is_numbered_as_those_beside_it():
     rest = surgery.unflatten({p: v for p, v in surgery.flatten(state()).items() if p[1:2] != ("0",)}, like=state())
-    combined = jdelta.combine(rest, OWN)
-    assert type(combined["layers"][0]["dense"]["lora"]["a"]) is DeltaParam
+    assert type(jdelta.graft(rest, OWN)["layers"][0]["dense"]["lora"]["a"]) is DeltaParam
 
 
 def test_a_number_and_a_string_of_the_same_digits_are_refused():
@@ -205,11 +204,17 @@ def test_partition_then_combine_is_the_identity_and_loses_no_variable(kind):
 
 
 def test_the_parts_may_be_plain_trees():
-    """Leaves that `init` or a folder gives are a dict; they become variables of the state that they are joined with."""
-    tree = jdelta.graft(state(), OWN)
-    _, frozen = jdelta.partition(tree, freezing.mask_of(tree, PATHS))
-    assert_same(jdelta.combine(OWN, frozen), tree)
-    assert_same(jdelta.combine(frozen, OWN), tree)
+    """Such as saved leaves, of deltas and of a head; the module that the state is put into has their types."""
+    model = with_leaves()
+    graphdef, tree = nnx.split(model)
+    chosen = {*PATHS, ("heads", "0", "kernel"), ("heads", "0", "bias")}
+    trainable, frozen = jdelta.partition(tree, freezing.mask_of(tree, chosen))
+    plain = surgery.unflatten(surgery.flatten(trainable))
+    for parts in ((plain, frozen), (frozen, plain)):
+        combined = jdelta.combine(*parts)
+        assert type(combined) is nnx.State
+        assert nnx.graphdef(nnx.merge(graphdef, combined)) == graphdef
+        assert_same_bits(nnx.state(nnx.merge(graphdef, combined)), tree)
 
 
 def test_the_input_is_not_changed_by_changes_of_the_output():

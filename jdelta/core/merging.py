@@ -201,7 +201,8 @@ def merge(state: DeltaState, params: Tree | None = None) -> Tree:
     if params is not None:
         leaves = surgery.flatten(tree)
         own_leaves = {(*start, *path) for path in own.leaves}
-        return surgery.unflatten({p: leaf for p, leaf in leaves.items() if p not in own_leaves} | new, like=tree)
+        kept = {path: leaf for path, leaf in leaves.items() if path not in own_leaves}
+        return surgery.unflatten(kept | new, like=tree, deltas=False)
     new |= unfrozen_backbone(state, tree)
     switching.detach(state)
     before = surgery.flatten(state.host.params)

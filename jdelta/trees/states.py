@@ -73,20 +73,23 @@ def parameters(state: Any) -> Any:
     return state if len(kept) == len(leaves) else type(state)(unflatten_dict(kept))
 
 
-def unflatten(leaves: Mapping[tuple[str, ...], Any], like: Sequence[Any], variables: bool = True) -> Any:
+def unflatten(
+    leaves: Mapping[tuple[str, ...], Any], like: Sequence[Any], variables: bool = True, deltas: bool = True
+) -> Any:
     """A tree of the leaves, in the form of others.
 
     It is an `nnx.State` if one of the others is, otherwise of the type of the first. A leaf that one of them has in a
-    variable is in one of its type, with all its metadata. A leaf that none of them has, or a plain tree alone, is in a
-    `DeltaParam` if others have variables. Keys are numbers where one of the others has numbers.
+    variable is in one of its type, with all its metadata. Keys are numbers where one of the others has numbers.
 
     Args:
       leaves: path to value.
       like: the others.
       variables: whether what was in variables is to be in variables again.
+      deltas: whether a leaf that none of the others has, or a plain tree alone, is one of a delta, to be in
+        a `DeltaParam` if others have variables. Else it stays bare: flax knows its type from the module.
     """
     form = _form_of(like)
-    made = {form.keys_of(path): form.leaf(path, leaf) if variables else leaf for path, leaf in leaves.items()}
+    made = {form.keys_of(path): form.leaf(path, leaf, deltas) if variables else leaf for path, leaf in leaves.items()}
     tree = unflatten_dict(made)
     state = next((type(other) for other in like if is_state(other)), None)
     if state is not None:
@@ -113,10 +116,10 @@ class _Form:
             return path
         return tuple(int(k) if path[:i] in self.numbered and k.isdecimal() else k for i, k in enumerate(path))
 
-    def leaf(self, path: tuple[str, ...], value: Any) -> Any:
+    def leaf(self, path: tuple[str, ...], value: Any, delta: bool) -> Any:
         if path in self.variables and value is not empty_node:
             return self.variables[path].replace(value)
-        if not self.variables or path in self.bare or value is empty_node:
+        if not (self.variables and delta) or path in self.bare or value is empty_node:
             return value
         from jdelta.trees.variables import DeltaParam  # it imports flax.nnx, which is slow, and here already imported
 

@@ -61,13 +61,14 @@ def _checked_tree(tree: Any) -> Tree:
     return tree
 
 
-def unflatten(leaves: Mapping[Path, Any], like: Tree = None, variables: bool = True) -> Tree:
+def unflatten(leaves: Mapping[Path, Any], like: Tree = None, variables: bool = True, deltas: bool = True) -> Tree:
     """The inverse of `flatten`, of the type of `like`.
 
     Keys that are whole numbers are those of `like`. If it has variables, a leaf at a path of it is in one of the same
-    type and metadata, and any other leaf in a `DeltaParam`; with `variables=False`, none is.
+    type and metadata, and any other leaf in a `DeltaParam`, or with `deltas=False` in none; with `variables=False`,
+    none is.
     """
-    return states.unflatten(leaves, [like], variables)
+    return states.unflatten(leaves, [like], variables, deltas)
 
 
 def root(tree: Tree) -> Path:
@@ -137,7 +138,7 @@ def graft(params: Tree, delta_params: Tree) -> Tree:
     """
     if states.is_state(delta_params) and not states.is_state(params):
         delta_params = unflatten(flatten(delta_params))
-    return _merge((params, delta_params), "graft: {} is in the tree already. Prune the old delta first.")
+    return _merge((params, delta_params), "graft: {} is in the tree already. Prune the old delta first.", deltas=True)
 
 
 def prune(params: Tree, *deltas: HasPaths | Tree | Iterable[Path | str] | str) -> Tree:
@@ -245,7 +246,7 @@ def combine(*trees: Tree, like: Tree = None) -> Tree:
     Raises:
       ValueError: two parts hold the same path, or the structure of the result is not that of `like`.
     """
-    merged = _merge(trees, "combine: {} is in more than one of the trees.")
+    merged = _merge(trees, "combine: {} is in more than one of the trees.", deltas=False)
     if like is not None:
         of_parameters = states.is_state(merged) and not states.is_state(like)  # which has no statistics and no keys
         have, want = flatten(states.parameters(merged) if of_parameters else merged).keys(), flatten(like).keys()
@@ -294,7 +295,7 @@ def require_arrays(tree: Tree) -> None:
             raise TypeError(f"the leaves of parameters are arrays or shapes; {name!r} is {type(leaf).__name__}.")
 
 
-def _merge(trees: Sequence[Tree], message: str) -> Tree:
+def _merge(trees: Sequence[Tree], message: str, deltas: bool) -> Tree:
     require_alive(trees)
     merged: dict[Path, Any] = {}
     for tree in trees:
@@ -311,4 +312,4 @@ def _merge(trees: Sequence[Tree], message: str) -> Tree:
                 if merged[above] is not empty_node:
                     raise ValueError(message.format(repr(name_of(above))))
                 del merged[above]
-    return states.unflatten(merged, trees)
+    return states.unflatten(merged, trees, deltas=deltas)
