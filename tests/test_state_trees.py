@@ -423,3 +423,42 @@ def test_rows_of_a_batch_run_with_states_of_their_own():
     for i, which in enumerate([2, 0, 0, 1]):
         alone = call(x[i : i + 1], jdelta.combine(jdelta.unstack(stacked)[which], frozen))
         np.testing.assert_allclose(rows[i], alone[0], rtol=1e-6)
+
+
+CHOSEN = {("layers", "1", "norm", "bias"), ("heads", "0", "kernel")}
+
+
+@pytest.mark.parametrize("kind", ["variables", "dict"])
+def test_rows_of_a_module_run_with_leaves_of_their_own(kind):
+    model = Model()
+    model.eval()
+    whole = nnx.state(model)
+    if kind == "dict":  # of parameters alone, as a delta's partition of an nnx model gives it
+        whole = surgery.unflatten(surgery.parameters_of(whole))
+    trainable, frozen = jdelta.partition(whole, freezing.mask_of(whole, CHOSEN))
+    trees = [jax.tree.map(lambda a, i=i: a + i, trainable) for i in range(3)]
+    x, indices = jnp.arange(12.0).reshape(4, 3), [2, 0, 0, 1]
+    rows = jdelta.select(jdelta.stack(trees), indices)
+    outputs = jdelta.rowwise(model, frozen)(x, params=rows)
+    np.testing.assert_array_equal(outputs, jdelta.rowwise(model.__call__, frozen)(x, params=rows))
+    for i, which in enumerate(indices):
+        alone = Model()
+        alone.eval()
+        nnx.update(alone, state_of(alone, trees[which]))
+        np.testing.assert_allclose(outputs[i], alone(x[i : i + 1])[0], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"lack 'heads\.0\.kernel'"):
+        jdelta.rowwise(model, frozen)(x, params=jdelta.prune(rows, ["heads.0.kernel"]))
+
+
+def state_of(model, tree):
+    leaves = surgery.flatten(nnx.state(model)) | surgery.flatten(tree)
+    return surgery.unflatten(leaves, like=nnx.state(model))
+
+
+def test_rows_of_a_module_drop_out_independently_and_leave_it_as_it_was():
+    model = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    model.scale = nnx.Param(jnp.ones(()))
+    before = jax.tree.map(lambda leaf: leaf, nnx.state(model))
+    outputs = jdelta.rowwise(model, {})(jnp.ones((8, 16)), params={"scale": jnp.ones(8)})
+    assert len({bits(row) for row in outputs}) == 8
+    assert_same_bits(nnx.state(model), before)

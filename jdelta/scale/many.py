@@ -32,6 +32,7 @@ from jdelta.methods.lora import LoraConfig
 from jdelta.saved.arithmetic.checks import Source, read_all, require_one_backbone, require_same_arguments
 from jdelta.saved.arithmetic.lora_factors import SCALED, pairs_of, same_up_to_rank
 from jdelta.saved.finetuned import Finetuned, HasFinetuned
+from jdelta.scale import pure_calls
 from jdelta.trees import states, surgery
 from jdelta.trees.fingerprint import kind
 from jdelta.trees.surgery import Tree
@@ -136,17 +137,17 @@ def rowwise(call: Callable[..., Any], frozen: Tree) -> Callable[..., Any]:
     Every row is a batch of one, under `jax.vmap`; the backbone's leaves are not mapped, so XLA computes its products
     once for all rows. Statistics over a batch, as `nn.BatchNorm` takes them in training, are those of a single row.
     The result can be jitted and differentiated; in `jax.jit`, pass `frozen` as an argument, otherwise it becomes a
-    constant.
+    constant. An nnx module itself is not changed: statistics and counts of random keys that a run changes are dropped.
 
     Args:
-      call: a model, or any function that takes `params=`.
+      call: a model, a method of one, or any function that takes `params=`.
       frozen: the leaves that all rows share, as `partition` gives them.
 
     Returns:
       A function of the arguments of `call`, whose `params` is a tree of leaves `(batch, …)`, as `select` returns it.
       Arrays among the arguments, also in lists and dicts, have the batch as their first axis; scalars are the same for
-      all rows. A typed key is split into one for each row, unless there is one for each. Outputs that are `(1, …)` for
-      a row are `(batch, …)`; outputs without a batch axis get one.
+      all rows. A typed key, also of an nnx module, is split into one for each row, unless there is one for each.
+      Outputs that are `(1, …)` for a row are `(batch, …)`; outputs without a batch axis get one.
 
     Raises:
       ValueError: raised by the returned function: the first axis of an array is not that of `params`, or `params` and
@@ -157,6 +158,9 @@ def rowwise(call: Callable[..., Any], frozen: Tree) -> Callable[..., Any]:
         batch = _length(params)
         if surgery.root(frozen) and not surgery.root(params):  # what is saved knows nothing of collections
             params = {"params": params}
+        run = call
+        if pure_calls.is_of_module(call):
+            run, kwargs[pure_calls.KEYS] = pure_calls.pure(call)
         named, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
         leaves = [_prepared(path, leaf, batch) for path, leaf in named]
         axes = [0 if isinstance(leaf, jax.Array) and leaf.ndim else None for leaf in leaves]
@@ -165,7 +169,7 @@ def rowwise(call: Callable[..., Any], frozen: Tree) -> Callable[..., Any]:
         def one(own: Tree, mapped: dict[int, jax.Array]) -> Any:
             given = {i: leaf if _is_key(leaf) else leaf[None] for i, leaf in mapped.items()}
             args, kwargs = jax.tree.unflatten(treedef, [(given | others)[i] for i in range(len(leaves))])
-            output = call(*args, params=surgery.combine(own, frozen), **kwargs)
+            output = run(*args, params=surgery.combine(own, frozen), **kwargs)
             return jax.tree.map(lambda a: a[0] if jnp.shape(a)[:1] == (1,) else a, output)
 
         return jax.vmap(one)(params, {i: leaf for i, leaf in enumerate(leaves) if axes[i] == 0})

@@ -1,34 +1,36 @@
 """Trees of flax.nnx: states, whose leaves are in variables, and trees with whole numbers among their keys.
 
 A path of jdelta's is of strings, and a leaf is a plain value; what a tree had in their place is put back from a tree
-that has it. No function here imports flax.nnx: while nobody has imported it, there are no states and no variables.
+that has it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import empty_node, unflatten_dict
+
+from jdelta.trees.variables import DeltaParam
 
 
 def is_state(tree: Any) -> bool:
     """Whether it is an `nnx.State`."""
-    return _is(tree, "State")
+    return isinstance(tree, nnx.State)
 
 
 def is_variable(leaf: Any) -> bool:
     """Whether it is an `nnx.Variable`."""
-    return _is(leaf, "Variable")
+    return isinstance(leaf, nnx.Variable)
 
 
 def is_parameter(leaf: Any) -> bool:
     """Whether it is an `nnx.Param`, or in no variable at all: then nothing says that it is something else."""
-    return not is_variable(leaf) or _is(leaf, "Param")
+    return isinstance(leaf, nnx.Param) or not is_variable(leaf)
 
 
 def value_of(leaf: Any) -> Any:
@@ -43,7 +45,7 @@ def partition_spec(leaf: Any) -> Any:
     """The `PartitionSpec` that the metadata of a variable mean; `None` if there are none."""
     if not (is_variable(leaf) and leaf.get_metadata().get("out_sharding")):
         return None
-    return sys.modules["flax.nnx"].get_partition_spec(leaf).get_raw_value()
+    return nnx.get_partition_spec(leaf).get_raw_value()
 
 
 def walk(tree: Mapping[Any, Any], keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -121,8 +123,6 @@ class _Form:
             return self.variables[path].replace(value)
         if not (self.variables and delta) or path in self.bare or value is empty_node:
             return value
-        from jdelta.trees.variables import DeltaParam  # it imports flax.nnx, which is slow, and here already imported
-
         return DeltaParam(value)
 
 
@@ -139,9 +139,3 @@ def _form_of(trees: Sequence[Any]) -> _Form:
             elif variables:
                 form.bare.add(path)
     return form
-
-
-def _is(value: Any, name: str) -> bool:
-    """isinstance without importing: a class of flax.nnx that was never imported has no instances."""
-    cls = getattr(sys.modules.get("flax.nnx"), name, None)
-    return cls is not None and isinstance(value, cls)

@@ -1,4 +1,4 @@
-"""The variables that hold the leaves of deltas in flax.nnx. Importing this imports flax.nnx."""
+"""The variables that hold the leaves of deltas in flax.nnx."""
 
 from __future__ import annotations
 
