@@ -15,6 +15,7 @@ from jdelta.display.visualization import Visualization
 from jdelta.exchange import from_peft
 from jdelta.hosts.linen import linear_types as _linen_linear
 from jdelta.hosts.linen.backbone import Backbone
+from jdelta.hosts.nnx import linear_types as _nnx_linear
 from jdelta.hosts.transformers import linear_types as _transformers_linear
 from jdelta.hosts.transformers import repairs as _transformers_repair
 from jdelta.methods.adapter import AdapterConfig
@@ -107,5 +108,6 @@ __all__ = [
 ]
 
 _linen_linear.install()
+_nnx_linear.install()
 _transformers_linear.install()
 _transformers_repair.install()

@@ -110,14 +110,17 @@ def register_linear(module_type: type[Any], weights: str = "kernel", equation: s
 
 
 def register_known(
-    module_type: type, describe: Callable[[ModuleInfo], LinearMap], plain: Collection[str], defaults: Mapping[str, Any]
+    module_type: type,
+    describe: Callable[[ModuleInfo], LinearMap],
+    plain: Collection[str] | None,
+    defaults: Mapping[str, Any],
 ) -> None:
     """Registers a class of a library, whose modules need nothing but their own parameters.
 
     Args:
       module_type: the class. Subclasses are tried.
       describe: how a module of it is linear. Raises `TypeError` if it is not.
-      plain: the fields which do not change that it is linear.
+      plain: the fields which do not change that it is linear. `None`: all.
       defaults: what the other fields have to be, by name.
     """
     _known[module_type] = _Known(describe, plain, defaults, alone=True)

@@ -38,7 +38,7 @@ def conv(host: ModuleInfo) -> LinearMap:
     """How a `Conv` is linear."""
     require(host, "kernel")
     require_floats(host)
-    if host.fields["mask"] is not None:
+    if host.fields.get("mask", host) is not None:  # an array is no static attribute of an nnx module
         raise TypeError("it does not take masked convolutions: an update of the weights would not be masked.")
     fields = {
         key: hashable(host.fields[key])
@@ -47,6 +47,11 @@ def conv(host: ModuleInfo) -> LinearMap:
     window = fields["kernel_size"]
     fields["kernel_size"] = (window,) if isinstance(window, int) else window
     return ConvMap("kernel", tuple(fields.items()), host.fields["feature_group_count"])
+
+
+def conv_transpose(host: ModuleInfo) -> LinearMap:
+    """Raises `TypeError`: it is linear, in a way that no map has."""
+    raise TypeError("this one is a transposed convolution, which is not supported. An adapter goes after any module.")
 
 
 def embed(host: ModuleInfo) -> LinearMap:

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from jdelta.core import linear
 from jdelta.core.linear_maps import LinearMap
-from jdelta.core.linear_types import conv, dense, einsum, embed, over_axes
+from jdelta.core.linear_types import conv, conv_transpose, dense, einsum, embed, over_axes
 from jdelta.core.structure import ModuleInfo
 
 _SHARED = ("use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
@@ -23,6 +23,7 @@ def install() -> None:
     _register(nn.Einsum, einsum, {"shape", "einsum_str", *_SHARED})
     _register(nn.Conv, conv, {*_CONV, *_SHARED})
     _register(nn.Embed, embed, {"num_embeddings", "features", "dtype", "param_dtype", "embedding_init"})
+    linear.register_known(nn.ConvTranspose, conv_transpose, None, {})
 
 
 def _dense_general(host: ModuleInfo) -> LinearMap:

@@ -1,0 +1,1 @@
+"""Runs edits in flax.nnx modules."""
