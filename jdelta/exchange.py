@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from jdelta.hosts.adapting import adapt
 from jdelta.saved import hub
 from jdelta.saved.finetuned import Finetuned, listing
 from jdelta.saved.peft.limits import known_fields
-from jdelta.saved.peft.names import CONFIG, TENSORS, Names, Tensors, fitted, shapes_of, to_flax
+from jdelta.saved.peft.names import CONFIG, TENSORS, Names, Tensors, fitted, shapes_of
 from jdelta.saved.peft.reading import READERS, PeftAdapter, checksum, patterns_of, read
 from jdelta.trees import dtypes, freezing, processes, regexes, surgery
 from jdelta.trees.surgery import Tree
@@ -81,12 +80,14 @@ def from_peft(
                 )
         with unchanged_on_error(host_adapter), regexes.limited():
             adapter = READERS[fields["peft_type"]](fields, tensors, names)
-            return _attached(adapter, backbone_model, name, keep_dtype)
+            return _attached(adapter, names, backbone_model, name, keep_dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _attached(adapter: PeftAdapter, backbone_model: Any, name: str | None, keep_dtype: bool) -> DeltaModel:
+def _attached(
+    adapter: PeftAdapter, names: Names, backbone_model: Any, name: str | None, keep_dtype: bool
+) -> DeltaModel:
     for (host, leaf), value in adapter.leaves.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{leaf!r} of the adapter at {host or 'the model'!r} is {value.dtype}, and no float.")
@@ -96,7 +97,7 @@ def _attached(adapter: PeftAdapter, backbone_model: Any, name: str | None, keep_
         key = f"{host or delta.targets[0]}.{delta.name}.{leaf}"
         values[key] = fitted(value, shapes.get(key, value.shape))
     wide = {key: value.astype(np.float32) for key, value in values.items()}
-    saved = _news(adapter, delta.backbone_model.params, shapes_of(delta.structure.params))
+    saved = _news(adapter, names, delta.backbone_model.params)
     delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)
     if keep_dtype:
         params = delta.backbone_model.params
@@ -109,7 +110,7 @@ def _attached(adapter: PeftAdapter, backbone_model: Any, name: str | None, keep_
     return delta
 
 
-def _news(adapter: PeftAdapter, params: Tree, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _news(adapter: PeftAdapter, names: Names, params: Tree) -> dict[str, np.ndarray]:
     """The backbone's leaves that train, or that the file has other values of; PEFT saves some that are as they were.
 
     In the dtype that they have in the model.
@@ -118,7 +119,7 @@ def _news(adapter: PeftAdapter, params: Tree, shapes: Mapping[str, tuple[int, ..
     have = {surgery.name_of(path): meta.unbox(leaf) for path, leaf in leaves.items() if path}
     news, rounded = {}, []
     for name, tensor in adapter.saved.items():
-        value, old = fitted(to_flax(tensor) if name.endswith(".kernel") else tensor, shapes[name]), have[name]
+        value, old = names.in_flax(name, tensor), have[name]
         if dtypes.takes_steps(value.dtype) and not dtypes.is_fixed(old):
             value, given = value.astype(old.dtype), value
             if not np.array_equal(value.astype(given.dtype), given):

@@ -517,9 +517,9 @@ def test_names_that_a_model_lacks_are_an_error_that_says_what_it_has():
 @pytest.mark.parametrize(
     ("block", "names", "error", "message"),
     [
-        (3, {"attn": "x"}, TypeError, "the block is a linen class or its name, got 3"),
-        (int, {"attn": "x"}, TypeError, "the block is a linen class or its name"),
-        (ToyBlock(), {"attn": "x"}, TypeError, "the block is a linen class or its name"),
+        (3, {"attn": "x"}, TypeError, "the block is a class of linen or nnx, or its name, got 3"),
+        (int, {"attn": "x"}, TypeError, "the block is a class of linen or nnx, or its name"),
+        (ToyBlock(), {"attn": "x"}, TypeError, "the block is a class of linen or nnx, or its name"),
         ("my.Block", {"attn": "x"}, ValueError, "'my.Block' is not the name of a class"),
         ("Block", ["attn"], TypeError, r"the names are a mapping .*got \['attn'\]"),
         ("Block", {}, ValueError, "no names were given for Block"),

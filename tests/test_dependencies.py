@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "_pytest": "pytest",
     "scipy": "jax",
+    "tunix": "google-tunix",
     "xdist": "pytest-xdist",
 }
 
@@ -71,7 +72,9 @@ def test_nothing_of_it_imports_transformers():
     assert PROJECT["optional-dependencies"]["transformers"] == ["transformers>=4.40,<5"]
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("examples", ["examples"]), ("tests", ["test", "parity", "browser"])])
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("examples", ["examples"]), ("tests", ["test", "parity", "browser", "tunix"])]
+)
 def test_what_examples_and_tests_import_is_in_their_extras(folder, extras):
     found = {package: file for package, file in imported((ROOT / folder).rglob("*.py"))}
     assert {package: file for package, file in found.items() if package not in declared(*extras)} == {}

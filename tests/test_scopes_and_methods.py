@@ -382,10 +382,8 @@ def test_an_adapter_after_an_attention_that_returns_its_cache(cached, tmp_path):
 def test_own_leaves_are_float32_where_the_model_makes_parameters_of_another_dtype(method, arguments):
     param = nn.Module.param
 
-    def in_bfloat16(self, name, init, *args, **kwargs):
-        return (
-            param(self, name, init, args[0], **{**kwargs, "dtype": jnp.bfloat16}) if args else param(self, name, init)
-        )
+    def in_bfloat16(self, name, init, shape, dtype=None, **kwargs):
+        return param(self, name, init, shape, **{**kwargs, "dtype": jnp.bfloat16})
 
     with mock.patch.object(nn.Module, "param", in_bfloat16):
         backbone = jdelta.Backbone(Model(), dummy_inputs=(IDS,))

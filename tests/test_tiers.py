@@ -17,6 +17,7 @@ markers =
     slow: x
     browser: x
     parity: x
+    tunix: x
 """
 TESTS = """import pytest
 def test_one(): pass

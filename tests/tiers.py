@@ -37,6 +37,7 @@ TIERS = {
     "slow": Tier("all classes and families, the examples, meshes of devices"),
     "browser": Tier("the selection page", ("playwright", "axe_playwright_python"), "browser", browser=True),
     "parity": Tier("comparisons with PyTorch PEFT", ("torch", "peft"), "parity"),
+    "tunix": Tier("the models of tunix", ("tunix", "qwix"), "tunix"),
 }
 DEFAULT = " and ".join(f"not {name}" for name in TIERS)  # as in pyproject.toml
 _counts = pytest.StashKey[Counter[str]]()

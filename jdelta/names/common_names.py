@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
+from flax import nnx
 
 from jdelta.core import module_tree
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.names import guess
+from jdelta.names.decoders import DECODERS
 from jdelta.names.table import NAMES, TABLE, Names, as_tuple
 from jdelta.trees import addressing
 
@@ -55,7 +57,9 @@ def known(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
     return [info for info in structure if info.name and info.name in found]
 
 
-def register_common_names(block: type[nn.Module] | str, names: Mapping[str, str | Sequence[str]]) -> None:
+def register_common_names(
+    block: type[nn.Module] | type[nnx.Module] | str, names: Mapping[str, str | Sequence[str]]
+) -> None:
     """Adds a family of models to the common names, or replaces one.
 
         jdelta.register_common_names("MyBlock", {"attn.q": "attention.wq", "ff.w1": ("mlp.gate", "mlp.up")})
@@ -67,11 +71,11 @@ def register_common_names(block: type[nn.Module] | str, names: Mapping[str, str 
       names: common name to the path of the module from the block, or several paths; `""` is the block itself.
 
     Raises:
-      TypeError: the block is neither a linen class nor a name, or a path is not a string.
+      TypeError: the block is neither a class of flax nor a name, or a path is not a string.
       ValueError: a name is not a common name, or a path is not dot-joined.
     """
-    if not isinstance(block, str) and not (isinstance(block, type) and issubclass(block, nn.Module)):
-        raise TypeError(f"register_common_names: the block is a linen class or its name, got {block!r}.")
+    if not isinstance(block, str) and not (isinstance(block, type) and issubclass(block, (nn.Module, nnx.Module))):
+        raise TypeError(f"register_common_names: the block is a class of linen or nnx, or its name, got {block!r}.")
     if not isinstance(names, Mapping):
         raise TypeError(f"register_common_names: the names are a mapping {{'attn.q': 'path', …}}, got {names!r}.")
     key = block if isinstance(block, str) else block.__name__
@@ -107,10 +111,15 @@ def _blocks(structure: Structure) -> list[tuple[ModuleInfo, Names]]:
     """The blocks of known families. A class that merely shares its name with one has nothing at the table's paths."""
     blocks, there = [], structure.modules.keys() | structure.uncalled.keys()
     for info in structure:
-        entry = next((TABLE[cls.__name__] for cls in info.type.__mro__ if cls.__name__ in TABLE), {})
+        entry: Names = next(filter(None, map(_entry, info.type.__mro__)), {})
         if any(path in there for name in entry for path in _paths(info, entry, name)):
             blocks.append((info, entry))
     return blocks
+
+
+def _entry(block: type) -> Names | None:
+    """What is known of a class by its name, which whoever registers one gives, or by its qualified name."""
+    return TABLE.get(block.__name__) or DECODERS.get(f"{block.__module__}.{block.__qualname__}")
 
 
 def _paths(block: ModuleInfo, entry: Names, wanted: str) -> Iterator[str]:

@@ -81,7 +81,7 @@ _GPT2_BLOCK: Names = {
     "ff.w2": "mlp.c_proj",
     "ff.layer_norm": "ln_2",
 }
-_LLAMA_LAYER: Names = {
+LLAMA_LAYER: Names = {
     "attn": "self_attn",
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
@@ -245,7 +245,7 @@ TABLE: dict[str, Names] = {
     "FlaxBloomModule": {"embeddings": "word_embeddings", "layer_norm": "ln_f"},
     "FlaxBloomForCausalLMModule": _LM_HEAD,
     # Llama, Mistral, Gemma
-    **{f"Flax{family}DecoderLayer": _LLAMA_LAYER for family in ("Llama", "Mistral", "Gemma")},
+    **{f"Flax{family}DecoderLayer": LLAMA_LAYER for family in ("Llama", "Mistral", "Gemma")},
     **{
         f"Flax{family}Module": {"embeddings": "embed_tokens", "layer_norm": "norm"}
         for family in ("Llama", "Mistral", "Gemma")

@@ -82,7 +82,12 @@ class OwnLeaves(nn.Module):
     def __call__(self, weight: jax.Array) -> dict[str, jax.Array]:
         """The leaves by name, at this weight as its module sees it."""
         made = weights.init(dataclasses.replace(self.edit, layers=()), self.make_rng("params"), weight)
-        return {name: self.param(name, lambda _, value=value: value) for name, value in made.items()}
+        return {name: self.param(name, _always(value), value.shape) for name, value in made.items()}
+
+
+def _always(value: jax.Array) -> Callable[..., jax.Array]:
+    """An initialiser of this value, whatever it is asked for: Google's gemma asks for a shape and a dtype."""
+    return lambda *args, **kwargs: value
 
 
 def _make_own(edit: WeightEdit, frame: Frame) -> None:

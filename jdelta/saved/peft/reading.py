@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jdelta.core import parsing
+from jdelta.core.linear import linear_map
 from jdelta.core.method import Method
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.prefix import PrefixConfig
@@ -24,9 +25,10 @@ from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.names import common_names
 from jdelta.saved import folder
 from jdelta.saved.finetuned import listing
+from jdelta.saved.peft.joining import Lora, joined
 from jdelta.saved.peft.keys import normalized
 from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
-from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, to_flax
+from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, owner, to_flax
 from jdelta.trees import addressing, fingerprint, regexes
 
 Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's, ("…query", "a"); "" is the only host
@@ -117,27 +119,44 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdap
             f"{TENSORS} holds no LoRA: no key has lora_A or lora_B in it. It holds "
             f"{listing(sorted(tensors)) or 'nothing'}."
         )
-    r, alpha = fields["r"], fields["lora_alpha"]
-    ranks = {hosts[name]: _by_pattern(fields.get("rank_pattern"), name, r) for name in hosts}
-    alphas = {hosts[name]: _by_pattern(fields.get("alpha_pattern"), name, alpha) for name in hosts}
+    r, alpha, use_rslora = fields["r"], fields["lora_alpha"], fields.get("use_rslora", False)
+    ranks = {name: _by_pattern(fields.get("rank_pattern"), name, r) for name in hosts}
+    found: dict[str, dict[int, Lora]] = {}
     for name, pair in factors.items():
-        if (a := pair["a"].shape[-1:]) != (b := pair["b"].shape[-2:-1]) or a != (ranks[hosts[name]],):
+        if (a := pair["a"].shape[-1:]) != (b := pair["b"].shape[-2:-1]) or a != (ranks[name],):
             raise ValueError(
-                f"LoRA at {name!r} has rank {ranks[hosts[name]]} by r and rank_pattern in {CONFIG}, and its tensors "
+                f"LoRA at {name!r} has rank {ranks[name]} by r and rank_pattern in {CONFIG}, and its tensors "
                 f"have {a[0] if a else 'none'} in lora_A and {b[0] if b else 'none'} in lora_B."
             )
-    patterns = {host: _exact(host, names.structure.modules) for host in hosts.values()}
+        lora = Lora(pair["a"], pair["b"], _by_pattern(fields.get("alpha_pattern"), name, alpha))
+        found.setdefault(hosts[name], {})[names.part(name, hosts[name])] = lora
+    whole = {host: _whole(host, parts, names, use_rslora) for host, parts in found.items()}
+    patterns = {host: _exact(host, names.structure.modules) for host in whole}
     config = LoraConfig(
         modified_modules=tuple(patterns.values()),
         lora_r=r,
         lora_alpha=alpha,
         lora_dropout=fields.get("lora_dropout", 0.0),
-        rank_pattern={patterns[host]: rank for host, rank in ranks.items() if rank != r} or None,
-        alpha_pattern={patterns[host]: value for host, value in alphas.items() if value != alpha} or None,
-        use_rslora=fields.get("use_rslora", False),
+        rank_pattern={patterns[host]: lora.rank for host, lora in whole.items() if lora.rank != r} or None,
+        alpha_pattern={patterns[host]: lora.alpha for host, lora in whole.items() if lora.alpha != alpha} or None,
+        use_rslora=use_rslora,
     )
-    leaves = {(hosts[name], letter): value for name, pair in factors.items() for letter, value in pair.items()}
+    leaves = {(host, letter): leaf for host, lora in whole.items() for letter, leaf in (("a", lora.a), ("b", lora.b))}
     return _with_saved(config, leaves, rest, fields, names)
+
+
+def _whole(host: str, parts: Mapping[int, Lora], names: Names, use_rslora: bool) -> Lora:
+    """The LoRA at a Flax module, from those of its parts in PyTorch."""
+    torch = names.torch(host)
+    if len(torch) == 1:
+        return parts[0]
+    info = names.structure[host]
+    linear = linear_map(info)
+    shape = info.params[linear.weights].shape
+    try:
+        return joined(dict(sorted(parts.items())), len(torch), linear.layout(shape).matrix_shape(shape)[1], use_rslora)
+    except ValueError as error:
+        raise ValueError(f"LoRA at {host!r}, which is {' and '.join(torch)} in PyTorch: {error}") from error
 
 
 def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
@@ -184,21 +203,31 @@ def _with_saved(config: Method, leaves: Leaves, rest: Tensors, fields: Mapping[s
     """The adapter with the backbone's leaves that the file holds besides."""
     entries = addressing.checked(fields.get("modules_to_save") or ())
     biases = fields.get("bias", "none") != "none"
-    saved, trains = {}, set()
+    saved: dict[str, np.ndarray] = {}
+    trains: set[str] = set()
+    pieces: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in rest.items():
         if ".original_module." in key or _is_double(key, rest):  # the former is what PEFT keeps of before
             continue
         plain = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")  # the latter in older files
         name = names.leaf(plain)
-        saved[name] = tensor
+        pieces.setdefault(name, {})[names.torch(name)[names.part(plain, name)]] = tensor
         to_save = any(addressing.matches_at_or_above(plain, entry) for entry in entries)
-        if to_save and name.rpartition(".")[0] in names.structure.tied:
+        if to_save and owner(name) in names.tied:
             raise ValueError(
                 f"modules_to_save={list(entries)!r} trains the embedding {plain!r} apart from the head, and in this "
                 "model the head computes with it. Load a model with tie_word_embeddings=False."
             )
-        if to_save or (biases and name.endswith(".bias")):
+        if to_save or (biases and plain.endswith(".bias")):
             trains.add(name)
+    for name, found in pieces.items():
+        if missing := [part for part in names.torch(name) if part not in found]:
+            raise ValueError(
+                f"the adapter holds {listing(sorted(found))} and not {listing(missing)}, and in this model they are "
+                f"one leaf, {name!r}."
+            )
+        tensors = [found[part] for part in names.torch(name)]
+        saved[name] = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
     return PeftAdapter(config, leaves, saved, frozenset(trains), entries)
 
 

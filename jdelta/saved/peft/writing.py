@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from flax import linen as nn
 from safetensors.numpy import save
 
 from jdelta.core.linear import linear_map
@@ -23,7 +22,8 @@ from jdelta.names import common_names
 from jdelta.saved import folder
 from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing
 from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
-from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, modules_of, shapes_of, to_torch, torch_leaf, torch_name
+from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, modules_of, owner, shapes_of, to_torch
+from jdelta.saved.peft.torch_leaves import Parts
 
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -63,23 +63,24 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
 
 def _write_lora(found: Finetuned, structure: Structure) -> Written:
     config: LoraConfig = found.config  # type: ignore[assignment]
-    shapes = shapes_of(structure.params)
+    names, shapes = Names.of(structure), shapes_of(structure.params)
     tensors: dict[str, np.ndarray] = {}
     for host in found.targets:
         info = structure[host]
-        require_same_lora(info, torch_name(host))
+        parts = names.torch(host)
+        require_same_lora(info, parts[0])
         a, b = (found.values[f"{host}.{found.name}.{leaf}"] for leaf in "ab")
         if any(shapes[f"{host}.{key}"] != leaf.shape for key, leaf in info.params.items()):
             raise ValueError(f"LoRA at {host} has leaves for several layers (nn.scan), and PEFT has a module for each.")
-        tensors |= _factors(info, a, b)
-    modules, biases = _trained(found, structure)
-    saved = {torch_leaf(name): _in_torch(name, found.values[name], structure) for name in (*modules, *biases)}
-    for host in found.targets:  # PEFT puts LoRA in the place of its host, which then is inside
-        if f"{host}.bias" in biases:
-            saved[f"{torch_name(host)}.base_layer.bias"] = saved.pop(f"{torch_name(host)}.bias")
-    of_hosts = {f"{host}.bias" for host in found.targets}
+        tensors |= _factors(info, parts, a, b)
+    modules, biases = _trained(found, names)
+    saved = _in_torch((*modules, *biases), found, names)
+    hosts = {part: host for host in found.targets for part in names.torch(host)}
+    of_hosts = {f"{part}.bias" for part in hosts} & saved.keys()
+    for bias in of_hosts:  # PEFT puts LoRA in the place of its host, which then is inside
+        saved[f"{owner(bias)}.base_layer.bias"] = saved.pop(bias)
     r, alpha = config.lora_r, config.lora_alpha
-    own = {f"^{re.escape(torch_name(host))}": host for host in found.targets}
+    own = {f"^{re.escape(part)}": host for part, host in hosts.items()}
     fields = {
         "peft_type": "LORA",
         "r": r,
@@ -90,10 +91,10 @@ def _write_lora(found: Finetuned, structure: Structure) -> Written:
         "alpha_pattern": {
             key: _whole(config.alpha_of(host)) for key, host in own.items() if config.alpha_of(host) != alpha
         },
-        "target_modules": [torch_name(host) for host in found.targets],
+        "target_modules": [*hosts],
         "fan_in_fan_out": any(_is_transposed(structure[host]) for host in found.targets),
-        "modules_to_save": _owners(modules) or None,
-        "bias": "none" if not biases else "lora_only" if biases <= of_hosts else "all",
+        "modules_to_save": _owners(modules, names) or None,
+        "bias": "none" if not biases else "lora_only" if len(biases) == len(of_hosts) else "all",
     }
     return fields, {f"base_model.model.{key}": value for key, value in (tensors | saved).items()}
 
@@ -103,9 +104,9 @@ def _is_transposed(host: ModuleInfo) -> bool:
     return isinstance(linear, MatrixMap) and linear.transposed
 
 
-def _factors(host: ModuleInfo, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-    """PEFT's tensors of the LoRA at a module."""
-    name = torch_name(host.name)
+def _factors(host: ModuleInfo, parts: Parts, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    """PEFT's tensors of the LoRA at a module. Where that is several in PyTorch, each has `a` and its part of `b`."""
+    name = parts[0]
     linear = linear_map(host)
     if isinstance(linear, LookupMap):
         return {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T}
@@ -115,7 +116,10 @@ def _factors(host: ModuleInfo, a: np.ndarray, b: np.ndarray) -> dict[str, np.nda
     if isinstance(linear, EinsumMap) and linear.layout(host.params[linear.weights].shape).shared:
         raise ValueError(f"LoRA at {name}: PEFT has no module with weights for each row, as {linear.equation!r} has.")
     r = len(b)
-    return {f"{name}.lora_A.weight": a.reshape(-1, r).T, f"{name}.lora_B.weight": b.reshape(r, -1).T}
+    columns = np.split(b.reshape(r, -1).T, len(parts))
+    return {f"{part}.lora_A.weight": a.reshape(-1, r).T for part in parts} | {
+        f"{part}.lora_B.weight": column for part, column in zip(parts, columns, strict=True)
+    }
 
 
 def _write_prefix(found: Finetuned, structure: Structure) -> Written:
@@ -178,7 +182,8 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
     task, heads = next((value for end, value in _TASKS.items() if kind.endswith(end)), (None, ()))
     if task is None:
         raise ValueError(f"PEFT needs to know the task of a prompt, and {kind!r} does not tell.")
-    modules, biases = _trained(found, structure)
+    names = Names.of(structure)
+    modules, biases = _trained(found, names)
     if biases:
         raise ValueError(f"PEFT trains no biases with a prompt; here {listing(sorted(biases))} trained.")
     saves = [name for name in modules_of(structure) if name.endswith(heads)]
@@ -188,13 +193,14 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
                 f"for {task}, PEFT saves {name!r} with a prompt, and this delta does not train it. Call "
                 f"freeze_module(exclude=['deltas', {name!r}]) before."
             )
-    saved = {f"base_model.{torch_leaf(n)}": _in_torch(n, found.values[n], structure) for n in modules}
+    saved = {f"base_model.{name}": value for name, value in _in_torch(modules, found, names).items()}
     shared = {
         "task_type": task,
         "num_virtual_tokens": len(rows),
         "num_transformer_submodules": 1,
         # of a head with modules inside, PEFT adds the name of the whole, and fails on both
-        "modules_to_save": _owners(next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules) or None,
+        "modules_to_save": _owners((next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules), names)
+        or None,
     }
     return fields | shared, {PROMPT: rows, **saved}
 
@@ -206,30 +212,31 @@ _WRITERS: dict[str, Callable[[Finetuned, Structure], Written]] = {
 }
 
 
-def _trained(found: Finetuned, structure: Structure) -> tuple[set[str], set[str]]:
+def _trained(found: Finetuned, names: Names) -> tuple[set[str], set[str]]:
     """The backbone's leaves that trained: those of whole modules, and single biases.
 
     Raises:
       ValueError: others, which PEFT cannot train.
     """
-    leaves = shapes_of(structure.params)
+    leaves = shapes_of(names.structure.params)
     trained = leaves.keys() & found.values.keys()
-    other = {*map(_owner, leaves.keys() - trained), *found.targets}
+    other = {*map(owner, leaves.keys() - trained), *found.targets}
     partly = {name[:i] for name in other for i in _ends(name)}
-    whole = {leaf for leaf in trained if _owner(leaf) not in partly}
-    biases = {leaf for leaf in trained - whole if leaf.endswith(".bias")}
+    whole = {leaf for leaf in trained if owner(leaf) not in partly}
+    biases = {leaf for leaf in trained - whole if names.torch(leaf)[0].endswith(".bias")}
     if odd := sorted(trained - whole - biases):
         raise ValueError(
             f"PEFT trains whole modules without a delta of their own, and biases; this delta trains {listing(odd)}. "
             "Choose others with freeze_module."
         )
-    owners = set(map(_owner, whole))
+    owners = set(map(owner, whole))
     for name in sorted(owners):
-        if name in structure.tied:
+        if name in names.tied:
             raise ValueError(
                 f"the head computes with the embedding {name!r}, and PEFT would train it apart from the head."
             )
-        if lone := [module for module in modules_of(structure) if module.endswith(name) and module not in owners]:
+        alike = {flax for module, flax in names.modules.items() if module.endswith(names.torch(name))}
+        if lone := sorted(alike - owners):
             raise ValueError(
                 f"PEFT takes the ends of names: with {name!r} it would train {listing(lone)} too. Train these as well."
             )
@@ -241,26 +248,16 @@ def _ends(name: str) -> list[int]:
     return [i for i in range(len(name) + 1) if name[i : i + 1] in (".", "")]
 
 
-def _owner(leaf: str) -> str:
-    """The name of the module that a leaf belongs to."""
-    return leaf.rpartition(".")[0]
-
-
-def _owners(leaves: Iterable[str]) -> list[str]:
+def _owners(leaves: Iterable[str], names: Names) -> list[str]:
     """The names, in PyTorch, of the modules that leaves belong to; not of those inside another."""
-    owners = {_owner(leaf) for leaf in leaves}
+    owners = {owner(leaf) for leaf in leaves}
     outer = [name for name in owners if not any(name[:i] in owners - {name} for i in _ends(name))]
-    return sorted(map(torch_name, outer))
+    return sorted(part for name in outer for part in names.torch(name))
 
 
-def _in_torch(name: str, value: np.ndarray, structure: Structure) -> np.ndarray:
-    """A leaf of the backbone's in PyTorch's layout."""
-    if not name.endswith(".kernel"):
-        return value
-    info = structure.modules.get(_owner(name))
-    if value.ndim != 2 and not (info and issubclass(info.type, nn.Conv)):
-        raise ValueError(f"{name!r} has shape {value.shape}, and PyTorch has no dense layer with so many axes.")
-    return to_torch(value)
+def _in_torch(leaves: Iterable[str], found: Finetuned, names: Names) -> dict[str, np.ndarray]:
+    """Leaves of the backbone's as PyTorch has them."""
+    return {name: value for leaf in leaves for name, value in names.in_torch(leaf, found.values[leaf]).items()}
 
 
 def _whole(number: float) -> float:
