@@ -10,9 +10,9 @@ from flax import nnx
 from tiers import breadth
 
 import jdelta
-from jdelta.core import linear, probing
+from jdelta.core import axes, linear, probing
 from jdelta.core.linear_maps import ConvMap, EinsumMap, LookupMap, MatrixMap
-from jdelta.core.structure import ModuleInfo
+from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts.nnx.standalone import standalone
 
 D_IN, D_OUT = 6, 10
@@ -343,3 +343,34 @@ def test_a_module_that_computes_in_half_precision_is_tried_in_float32():
             return y + self.inside(jnp.zeros_like(y))
 
     assert linear.linear_map(seen(Half(), X)) == MatrixMap()
+
+
+class Scale(nnx.Module):
+    """As in tunix: a norm whose scale is called w."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(D_IN))
+
+    def __call__(self, x):
+        return self.w[...] * x
+
+
+AXES = {
+    "Linear": (of(nnx.Linear, D_IN, D_OUT), X, "kernel", [0], [1]),
+    "LinearGeneral": (of(nnx.LinearGeneral, D_IN, (2, 5)), X, "kernel", [0], [1, 2]),
+    "heads": (lambda: Einsum("BTD,NDH->BTNH", (2, D_IN, 5)), X, "w", [1], [0, 2]),
+    "keys and values": (lambda: Einsum("BSD,CKDH->CBSKH", (2, 3, D_IN, 5)), X, "w", [2], [1, 3]),
+    "out of heads": (lambda: Einsum("BNH,NHD->BD", (3, D_IN, 5)), X, "w", [0, 1], [2]),
+    "a matrix": (lambda: Einsum("BTD,DV->BTV", (D_IN, 5)), X, "w", [0], [1]),
+    "a scale": (Scale, X, "w", [0], [0]),
+    "a LayerNorm": (of(nnx.LayerNorm, D_IN), X, "scale", [0], [0]),
+}
+
+
+@pytest.mark.parametrize("what", breadth(AXES, "heads", "a scale"))
+def test_features_have_the_axes_of_the_weights_that_they_meet_and_come_from(what):
+    make, x, leaf, d_in, d_out = AXES[what]
+    host = seen(make(), x)
+    structure = Structure({"host": host}, {}, {})
+    assert list(axes.of_input(host, structure)) == [axes.Axis(("host", leaf), i) for i in d_in]
+    assert list(axes.of_output(host, structure)) == [axes.Axis(("host", leaf), i) for i in d_out]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from jdelta.core.linear import known_map
-from jdelta.core.linear_maps import ConvMap, EinsumMap
+from jdelta.core.linear_maps import ConvMap, EinsumMap, operands
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.trees.surgery import Path
 
@@ -46,19 +46,35 @@ def of_output(host: ModuleInfo, structure: Structure) -> Axes:
 def _of_weights(host: ModuleInfo) -> tuple[Axes, Axes] | None:
     """The axes of input and output among those of the module's own weights; `None` if that is not known."""
     linear = known_map(host)
-    if linear is None or isinstance(linear, EinsumMap):
-        vector = next((key for key in ("scale", "weight") if key in host.params), None)
+    if linear is None:
+        vector = next((key for key in ("scale", "weight", "w") if key in host.params), None)
         fits = vector is not None and "kernel" not in host.params and host.params[vector].shape == (_width(host, "y"),)
         return ((Axis((*host.path, vector), 0),),) * 2 if fits and vector is not None else None
     axes = tuple(Axis((*host.path, linear.weights), i) for i in range(len(host.params[linear.weights].shape)))
+    if isinstance(linear, EinsumMap):
+        x_axes, w_axes, y_axes = operands(linear.equation)
+        x, y = (_at_the_end(letters, w_axes) for letters in (x_axes, y_axes))
+        return (tuple(axes[w_axes.index(i)] for i in x), tuple(axes[w_axes.index(i)] for i in y)) if x and y else None
     layout = linear.layout(host.params[linear.weights].shape)
     d_in = layout.d_in[-1:] if isinstance(linear, ConvMap) else layout.d_in  # the input has no axes of the window
     return tuple(axes[i] for i in d_in), tuple(axes[i] for i in layout.d_out)
 
 
+def _at_the_end(letters: str, of: str) -> str:
+    """The last axes of an operand of an einsum, as far as another one has them."""
+    kept = len(letters)
+    while kept and letters[kept - 1] in of:
+        kept -= 1
+    return letters[kept:]
+
+
 def _linear_first(modules: list[ModuleInfo]) -> list[ModuleInfo]:
     """In the same order, but normalisations, whose scales are often whole where kernels are split, at the end."""
-    return sorted(modules, key=lambda info: "kernel" not in info.params)
+
+    def is_late(info: ModuleInfo) -> bool:
+        return "embedding" in info.params or all(len(leaf.shape) < 2 for leaf in info.params.values())
+
+    return sorted(modules, key=is_late)
 
 
 def _width(info: ModuleInfo, side: str) -> Any:
