@@ -30,6 +30,16 @@ _TUNIX_LLAMA_LAYER: Names = {
     "attn.v": "attn.v_proj",
     "attn.proj": "attn.o_proj",
 }
+_MAXTEXT_LAYER: Names = {
+    "attn": "self_attention",
+    "attn.q": ("self_attention.query", "self_attention.qkv_proj"),
+    "attn.k": ("self_attention.key", "self_attention.qkv_proj"),
+    "attn.v": ("self_attention.value", "self_attention.qkv_proj"),
+    "attn.proj": "self_attention.out",
+    "ff": "mlp",
+    "ff.w1": ("mlp.wi", "mlp.wi_0", "mlp.wi_1"),
+    "ff.w2": "mlp.wo",
+}
 _MODEL: Names = {"embeddings": "embedder", "layer_norm": "final_norm"}
 
 DECODERS: dict[str, Names] = {
@@ -54,6 +64,25 @@ DECODERS: dict[str, Names] = {
             ("ForCausalLM", {"lm_head.proj": "lm_head"}),
         )
     },
+    # MaxText: Llama, Mistral, Qwen 2, Qwen 3; Gemma 1, Gemma 3, with norms before and after
+    **{
+        f"maxtext.models.{file}DecoderLayer": {
+            **_MAXTEXT_LAYER,
+            "attn.layer_norm": "pre_self_attention_layer_norm",
+            "ff.layer_norm": "post_self_attention_layer_norm",
+        }
+        for file in ("llama2.Llama", "mistral.Mistral", "qwen2.Qwen2", "qwen3.Qwen3")
+    },
+    **{
+        f"maxtext.models.{file}DecoderLayer": {
+            **_MAXTEXT_LAYER,
+            "attn.layer_norm": ("pre_self_attention_norm", "post_self_attention_norm"),
+            "ff.layer_norm": ("pre_ffw_norm", "post_ffw_norm"),
+        }
+        for file in ("gemma.Gemma", "gemma3.Gemma3")
+    },
+    "maxtext.layers.nnx_decoders.NNXDecoder": {"layer_norm": "decoder_norm", "lm_head.proj": "logits_dense"},
+    "maxtext.models.models.Transformer": {"embeddings": "token_embedder"},
     # Google's gemma, in linen: Gemma 1 to 3, Gemma 3n, Gemma 4
     **{f"gemma.gm.nn.{folder}_modules.Block": _GOOGLE_BLOCK for folder in ("", "gemma3n.", "gemma4.")},
     **{f"gemma.gm.nn.{folder}_transformer.Transformer": _MODEL for folder in ("", "gemma4.")},

@@ -50,7 +50,7 @@ def joined(parts: Mapping[int, Lora], count: int, d_out: int, use_rslora: bool) 
 
     width, first = d_out // count, parts[min(parts)]
     scales = {i: part.alpha / divisor(part.rank) for i, part in parts.items()}
-    scale = scales[min(parts)]
+    scale = max(scales.values(), key=abs)
     for part in parts.values():
         if part.b.shape[1] != width:
             raise ValueError(f"its lora_B makes {part.b.shape[1]} features, and here there are {width}.")
