@@ -40,7 +40,7 @@ class _Note(nn.Module):
     @nn.nowrap
     def __call__(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's output."""
-        x = main_input(type(host.frame.module), args, kwargs)[1]
+        x = main_input(host.module_type, args, kwargs)[1]
         if isinstance(x, jax.core.Tracer):
             raise ValueError(
                 f"init_from_batch: the input of {self.module!r} has no value while the model runs, since the module is "

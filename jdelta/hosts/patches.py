@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import linen as nn
+from flax import nnx
 
 _MARK = "_jdelta_patch"
 _lock = threading.RLock()
@@ -68,12 +69,12 @@ def original_of(value: Any) -> Any:
     return patch.original if patch is not None and patch.replacement is value else value
 
 
-def globals_of(module_type: type[nn.Module]) -> list[dict[str, Any]]:
+def globals_of(module_type: type) -> list[dict[str, Any]]:
     """The globals of the functions of a module's class; `sys.modules` may have other ones, if a file was imported anew.
 
     One and the same may be there several times.
     """
-    own = [cls for cls in module_type.__mro__ if cls not in nn.Module.__mro__]
+    own = [cls for cls in module_type.__mro__ if cls not in (*nn.Module.__mro__, *nnx.Module.__mro__)]
     functions = [inspect.unwrap(f) for cls in own for f in vars(cls).values() if callable(f)]
     return [f.__globals__ for f in functions if hasattr(f, "__globals__")]
 

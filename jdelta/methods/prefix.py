@@ -22,8 +22,7 @@ from jdelta.core.config import require_count, require_positive_int
 from jdelta.core.edits import CallEdit, Edit
 from jdelta.core.method import Method, Site
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.linen.calls import describe
-from jdelta.hosts.linen.running import Host
+from jdelta.hosts.call_edits import Host
 from jdelta.hosts.transformers import attention
 from jdelta.hosts.transformers.attention_parts import Prefix
 from jdelta.hosts.transformers.positions import positions
@@ -106,9 +105,9 @@ class PrefixLayer(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        given = arguments(type(host.frame.module), args, kwargs).arguments
-        prefix = Prefix(describe(host.frame.module), self.pair, head_mask=given.get("layer_head_mask"))
-        with attention.active(prefix, host.frame.module), host.watched(functools.partial(attention.joined, prefix)):
+        given = arguments(host.module_type, args, kwargs).arguments
+        prefix = Prefix(host.describe(), self.pair, head_mask=given.get("layer_head_mask"))
+        with attention.active(prefix, host.module_type), host.watched(functools.partial(attention.joined, prefix)):
             output = host(*args, **kwargs)
         return prefix.finish(output)
 
@@ -140,14 +139,13 @@ class ShiftedPositions(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        module = host.frame.module
-        bound = arguments(type(module), args, kwargs)
+        bound = arguments(host.module_type, args, kwargs)
         given: dict[str, Any] = bound.arguments
-        ids, mask = main_input(type(module), args, kwargs)[1], given.get("attention_mask")  # this covers the cache
+        ids, mask = main_input(host.module_type, args, kwargs)[1], given.get("attention_mask")  # this covers the cache
         length = ids.shape[1] if mask is None else mask.shape[1]
         if self.positions is not None and self.tokens + length > len(self.positions):
             raise ValueError(
-                f"prefix at {describe(module)}: with shift_positions, {self.tokens} tokens of it and {length} of the "
+                f"prefix at {host.describe()}: with shift_positions, {self.tokens} tokens of it and {length} of the "
                 f"sequence make {self.tokens + length} positions, and the model has {len(self.positions)}. Shorten the "
                 "sequence."
             )

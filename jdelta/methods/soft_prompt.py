@@ -21,8 +21,7 @@ from jdelta.core.config import require_count, require_positive
 from jdelta.core.edits import CallEdit
 from jdelta.core.method import Method, Site
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.linen.calls import Frame, describe
-from jdelta.hosts.linen.running import Host
+from jdelta.hosts.call_edits import Host, ModuleCall
 from jdelta.hosts.transformers import generation
 from jdelta.hosts.transformers.positions import positions
 from jdelta.methods.parameter import param
@@ -182,44 +181,43 @@ class Prompted(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        module, n = host.frame.module, len(self.prompt_ids)
-        ids = main_input(type(module), args, kwargs)[1]
-        given: dict[str, Any] = arguments(type(module), args, kwargs).arguments
+        n = len(self.prompt_ids)
+        ids = main_input(host.module_type, args, kwargs)[1]
+        given: dict[str, Any] = arguments(host.module_type, args, kwargs).arguments
         mask = given.get("attention_mask")  # covers the cache, and other prompts
         length = ids.shape[1] if mask is None else mask.shape[1]
         if generation.prompt_is_in():
-            self._check_length(module, 0, length)
+            self._check_length(host, 0, length)
             return host(*args, **kwargs)
-        scope: Any = module.scope
-        if scope.is_mutable_collection("cache") and scope.variables().get("cache"):
+        if host.has_cache():
             raise ValueError(
-                f"soft prompt at {describe(module)}: in a call with a cache, the prompt would be put in again and "
+                f"soft prompt at {host.describe()}: in a call with a cache, the prompt would be put in again and "
                 "again. Use model.generate, which puts it in once, or call the model without a cache."
             )
-        self._check_length(module, n, length)
-        args, kwargs = self._grown(type(module), args, kwargs, ids)
+        self._check_length(host, n, length)
+        args, kwargs = self._grown(host.module_type, args, kwargs, ids)
 
-        def watch(frame: Frame, call: Callable) -> Callable:
+        def watch(this: ModuleCall, call: Callable) -> Callable:
             def watched(*args: Any, **kwargs: Any) -> Any:
-                if frame.path == self.entry:
-                    args, kwargs = self._prompted(type(frame.module), args, kwargs)
+                if this.path == self.entry:
+                    args, kwargs = self._prompted(this.module_type, args, kwargs)
                 output = call(*args, **kwargs)
-                return _cut(output, main_output(output).shape[1], n) if frame.path == self.exit else output
+                return _cut(output, main_output(output).shape[1], n) if this.path == self.exit else output
 
             return watched
 
-        if self.entry == host.frame.path:
-            args, kwargs = self._prompted(type(module), args, kwargs)
+        if self.entry == host.path:
+            args, kwargs = self._prompted(host.module_type, args, kwargs)
         with host.watched(watch):
             output = host(*args, **kwargs)
-        return _cut(output, ids.shape[1] + n, n) if self.exit == host.frame.path else output
+        return _cut(output, ids.shape[1] + n, n) if self.exit == host.path else output
 
     @nn.nowrap
-    def _check_length(self, module: nn.Module, prompt: int, length: int) -> None:
+    def _check_length(self, host: Host, prompt: int, length: int) -> None:
         if self.positions is not None and prompt + length > (limit := len(self.positions)):
             tokens = f"a prompt of {prompt} tokens and an input of {length}" if prompt else "prompt, input and output"
             raise ValueError(
-                f"soft prompt at {describe(module)}: {tokens} make {prompt + length} positions, and the model has "
+                f"soft prompt at {host.describe()}: {tokens} make {prompt + length} positions, and the model has "
                 f"{limit}: {prompt + length - limit} too many. Shorten the input, or take a lower "
                 "soft_token_num."
             )
@@ -267,13 +265,13 @@ class PromptPooled(nn.Module):
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         whole: list[jax.Array] = []
 
-        def watch(frame: Frame, call: Callable) -> Callable:
+        def watch(this: ModuleCall, call: Callable) -> Callable:
             def watched(*args: Any, **kwargs: Any) -> Any:
-                if frame.path in self.poolers and whole:
-                    key, x = main_input(type(frame.module), args, kwargs)
+                if this.path in self.poolers and whole:
+                    key, x = main_input(this.module_type, args, kwargs)
                     args, kwargs = with_main_input(args, kwargs, key, _before(x, whole[-1][:, : self.tokens]))
                 output = call(*args, **kwargs)
-                if frame.path != self.exit:
+                if this.path != self.exit:
                     return output
                 whole.append(main_output(output))
                 return _cut(output, whole[-1].shape[1], self.tokens)
@@ -289,7 +287,7 @@ class MaskGrown(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        bound = arguments(type(host.frame.module), args, kwargs)
+        bound = arguments(host.module_type, args, kwargs)
         given: dict[str, Any] = bound.arguments
         mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
         if mask is not None and states is not None and mask.shape[1] < states.shape[1]:
@@ -312,18 +310,18 @@ class EncoderStatesCut(nn.Module):
         extra = total = 0
         states: dict[int, jax.Array] = {}  # by id: what the encoder returned, wherever it is in the output
 
-        def watch(frame: Frame, call: Callable) -> Callable:
+        def watch(this: ModuleCall, call: Callable) -> Callable:
             def watched(*args: Any, **kwargs: Any) -> Any:
                 nonlocal extra, total  # extra: all prompts' tokens
                 output = call(*args, **kwargs)
                 total = main_output(output).shape[1]
-                extra = total - main_input(type(frame.module), args, kwargs)[1].shape[1]
+                extra = total - main_input(this.module_type, args, kwargs)[1].shape[1]
                 states.update({id(leaf): leaf for leaf in jax.tree.leaves(output)})
                 return output
 
-            return watched if frame.path == self.encoder else call
+            return watched if this.path == self.encoder else call
 
-        bound = arguments(type(host.frame.module), args, kwargs)
+        bound = arguments(host.module_type, args, kwargs)
         named = bound.arguments.get("return_dict") is not False
         if not named:  # among a tuple's elements, cross-attention cannot be told from the decoder's own
             bound.arguments["return_dict"] = True

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jdelta.core.edits import CallEdit
 from jdelta.core.host import HostAdapter
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.linen.running import Host
+from jdelta.hosts.call_edits import Host
 from jdelta.hosts.transformers import attention
 from jdelta.hosts.transformers.attention_call import AttentionCall, materialised
 from jdelta.speedups.patch import Patch, install_patch, reasons, trace_with, unpatched
@@ -94,7 +94,7 @@ class _Fused(nn.Module):
 
     @nn.nowrap
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        with attention.active(self.kernel, host.frame.module):
+        with attention.active(self.kernel, host.module_type):
             output = host(*args, **kwargs)
             return output if self.defer else materialised(output)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdelta.core.edits import CallEdit
-from jdelta.hosts.linen.running import Host
+from jdelta.hosts.call_edits import Host
 from jdelta.hosts.patches import patched
 from jdelta.hosts.transformers import activations
 from jdelta.speedups.patch import Patch, install_patch, trace_with, unpatched

@@ -15,6 +15,7 @@ from flax.core.scope import Scope
 
 from jdelta.core.arguments import arguments, is_array
 from jdelta.core.context import Context, current_step
+from jdelta.hosts import call_edits
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
 
@@ -31,6 +32,11 @@ class Frame:
     args: tuple = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     outer: Frame | None = None
+
+    @property
+    def module_type(self) -> type:
+        """The module's class."""
+        return type(self.module)
 
     @property
     def scope(self) -> Scope:
@@ -55,9 +61,17 @@ class Frame:
             scope = scope.push(key, reuse=True)  # reuse: a module called several times shares one delta
         return scope
 
+    def describe(self) -> str:
+        """Name and class of the module, for messages."""
+        return f"{surgery.name_of(self.path) or 'the root module'} ({type(self.module).__name__})"
+
+    def has_cache(self) -> bool:
+        """Whether the module holds a cache of earlier tokens that this call continues."""
+        return self.scope.is_mutable_collection("cache") and bool(self.scope.variables().get("cache"))
+
     def context(self) -> Context:
         """What layers and rules are told of this call."""
-        mask, positions = (self._nearest(names) for names in (_MASKS, _POSITIONS))
+        mask, positions = (self._nearest(names) for names in (call_edits.MASKS, call_edits.POSITIONS))
         return Context(self.is_deterministic, mask, positions, current_step())
 
     def _nearest(self, names: Collection[str]) -> Any:
@@ -70,10 +84,6 @@ class Frame:
                     return given[name]
             frame = frame.outer
         return None
-
-
-_MASKS = ("attention_mask", "padding_mask", "mask")
-_POSITIONS = ("position_ids", "positions")
 
 
 class Calls:
@@ -160,9 +170,3 @@ def _mode_arguments(call: Callable) -> tuple[tuple[str, int, Any], ...]:
         for i, p in enumerate(parameters)
         if p.name in ("deterministic", "train")
     )
-
-
-def describe(module: nn.Module) -> str:
-    """Name and class of a bound module, for messages."""
-    path = module.scope.path if module.scope is not None else ()
-    return f"{surgery.name_of(path) or 'the root module'} ({type(module).__name__})"

@@ -13,32 +13,22 @@ import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import lift
 from flax.core.scope import Scope
 
-from jdelta.core.arguments import (
-    argument_names,
-    input_if_any,
-    main_input,
-    main_output,
-    with_main_input,
-    with_main_output,
-)
+from jdelta.core.arguments import main_input
 from jdelta.core.context import current_step
 from jdelta.core.edits import CallEdit, Edit, WeightEdit
 from jdelta.core.host import Trial
-from jdelta.core.rules import uses_context
-from jdelta.hosts import patches
+from jdelta.hosts import call_edits, patches
+from jdelta.hosts.call_edits import Host, Watcher
 from jdelta.hosts.linen import jit_cache, weight_calls
-from jdelta.hosts.linen.calls import Calls, Frame, describe
+from jdelta.hosts.linen.calls import Calls, Frame
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
 
 _CALL = "__call__"
-Watcher = Callable[[Frame, Callable], Callable]
 
 _runs: contextvars.ContextVar[tuple[tuple[Hashable, Calls], ...]] = contextvars.ContextVar("runs", default=())
 
@@ -46,28 +36,6 @@ _runs: contextvars.ContextVar[tuple[tuple[Hashable, Calls], ...]] = contextvars.
 def is_running(name: Hashable) -> bool:
     """Whether a run of the edits of this name is in progress, in this thread."""
     return name in [other for other, _ in _runs.get()]
-
-
-class Host:
-    """What an "around" layer is given: calling it runs the host."""
-
-    def __init__(self, call: Callable, frame: Frame, watchers: list[Watcher]):
-        self._call = call
-        self.frame = frame
-        self._watchers = watchers
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the host."""
-        return self._call(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def watched(self, watch: Watcher) -> Iterator[None]:
-        """While this lasts, every `call` inside the host is replaced by `watch(frame, call)`."""
-        self._watchers.append(watch)
-        try:
-            yield
-        finally:
-            self._watchers.remove(watch)
 
 
 @contextlib.contextmanager
@@ -85,9 +53,9 @@ def running(
       name: of these edits, among all others: runs under the same name share what `nn.jit` traced.
       trial: where to note the edits that were run.
     """
-    call_edits = [edit for edit in edits if isinstance(edit, CallEdit)]
+    of_calls = [edit for edit in edits if isinstance(edit, CallEdit)]
     by_host: dict[tuple[Path, str], list[CallEdit]] = {}  # and by the method of the host
-    for edit in sorted(call_edits, key=lambda edit: edit.outermost):
+    for edit in sorted(of_calls, key=lambda edit: edit.outermost):
         if edit.layer is not None:
             by_host.setdefault((edit.host, edit.method), []).append(edit)
     of_weights: dict[Path, list[WeightEdit]] = {}
@@ -95,8 +63,8 @@ def running(
         if isinstance(each, WeightEdit) and each.in_call:
             of_weights.setdefault(each.host, []).append(each)
     calls = Calls(root_type, {*of_weights, *(path for path, method in by_host if method == _CALL)})
-    by_step = any(map(_asks_for_context, edits))
-    starts = {edit.span_input for edit in call_edits if edit.span_input is not None}
+    by_step = any(map(call_edits.asks_for_context, edits))
+    starts = {edit.span_input for edit in of_calls if edit.span_input is not None}
     inputs: dict[Path, _Input] = {}  # of each start's newest call
     watchers: list[Watcher] = []  # of the hosts in progress, outermost first
 
@@ -107,7 +75,9 @@ def running(
             if edit.where == "around":
                 call = functools.partial(_layer(edit, frame), Host(call, frame, watchers))
             else:
-                call = functools.partial(_run, edit, call, frame, inputs, calls)
+                layer = functools.partial(_run_layer, edit, frame)
+                span_input = _span_input(edit, frame, inputs, calls)
+                call = functools.partial(call_edits.run, edit, call, frame, layer, span_input)
             if trial is not None:
                 trial.ran.add(edit)
         return call
@@ -149,7 +119,7 @@ def running(
 
     def mark(module: nn.Module) -> Hashable:
         path = module.scope.path if module.scope is not None else ()
-        within = (edit for edit in call_edits if edit.span_input in inputs and edit.host[: len(path)] == path)
+        within = (edit for edit in of_calls if edit.span_input in inputs and edit.host[: len(path)] == path)
         if watchers or any(within) or (by_step and current_step() is not None):
             return jit_cache.unique()  # what comes from outside would become a constant of what is kept
         return name, path, calls.state
@@ -216,87 +186,29 @@ class _Input:
         return levels[0] != levels[1] and not calls.inside(self.body)
 
 
-def _run(
-    edit: CallEdit,
-    call: Callable,
-    frame: Frame,
-    inputs: Mapping[Path, _Input],
-    calls: Calls,
-    /,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    if edit.where == "replace":
-        return _layer(edit, frame)(*args, **kwargs)
-    if edit.where == "before":
-        key, x = main_input(type(frame.module), args, kwargs)
-        new = _same_dtype(_layer(edit, frame)(x), x)
-        args, kwargs = with_main_input(args, kwargs, key, new)
-        return call(*args, **kwargs)
-    if edit.where == "after":
-        output = call(*args, **kwargs)
-        given = input_if_any(type(frame.module), args, kwargs)
-        y = main_output(output, given)
-        return with_main_output(output, _same_dtype(_layer(edit, frame)(y), y), given)
-    # parallel
+def _span_input(edit: CallEdit, frame: Frame, inputs: Mapping[Path, _Input], calls: Calls) -> Callable[[], Any] | None:
+    """What gives the input of the module where the span of an edit starts; `None`, if that is the host."""
     if edit.span_input is None or edit.span_input == edit.host:
-        x = main_input(type(frame.module), args, kwargs)[1]
-    elif edit.span_input in inputs:
-        if inputs[edit.span_input].is_gone(frame, calls):
-            raise ValueError(
-                f"the span from {surgery.name_of(edit.span_input)} to {describe(frame.module)} leads out of a module "
-                "that is transformed as a whole (by nn.jit, nn.remat, nn.scan, …), and values cannot leave it that "
-                "way. Name two modules inside it, or two outside."
-            )
-        x = inputs[edit.span_input].x
-    else:
-        raise ValueError(
-            f"the span to {describe(frame.module)} starts at {surgery.name_of(edit.span_input)}, which was not called "
-            "before it in this run of the model."
-        )
-    output, given = call(*args, **kwargs), input_if_any(type(frame.module), args, kwargs)
-    y = main_output(output, given)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        x = _same_dtype(x, y)  # T5's norms give float32 to a Dense that computes in bfloat16
-    change = _layer(edit, frame)(x)
-    if jnp.shape(change) != y.shape:
-        raise ValueError(
-            f"the parallel layer {type(edit.layer).__name__} at {describe(frame.module)} returned shape "
-            f"{jnp.shape(change)}, but the module's output has shape {y.shape}."
-        )
-    return with_main_output(output, y + _same_dtype(change, y), given)
+        return None
+    path, start = edit.span_input, surgery.name_of(edit.span_input)
+
+    def found() -> Any:
+        if path not in inputs:
+            raise ValueError(call_edits.not_started(frame.describe(), start))
+        if inputs[path].is_gone(frame, calls):
+            raise ValueError(call_edits.leads_out(frame.describe(), start))
+        return inputs[path].x
+
+    return found
 
 
-def _asks_for_context(edit: Edit) -> bool:
-    """Whether what an edit runs is told of the call, and so of the step of training."""
-    if isinstance(edit, WeightEdit):
-        return uses_context(edit.rule)
-    return edit.layer is not None and "context" in argument_names(type(edit.layer).__call__)
+def _run_layer(edit: CallEdit, frame: Frame, /, *args: Any, **kwargs: Any) -> Any:
+    return _layer(edit, frame)(*args, **kwargs)
 
 
 def _layer(edit: CallEdit, frame: Frame) -> Callable:
     """The edit's layer, bound into the host's scope and told what it asks for of the call."""
     assert edit.layer is not None
     layer = edit.layer.clone(parent=frame.scope_below(edit.leaf), name=None)
-    names = argument_names(type(layer).__call__)
-    told: dict[str, Any] = {}
-    if "context" in names:
-        told["context"] = frame.context()
-    if "deterministic" in names:
-        told["deterministic"] = frame.is_deterministic
-    elif "train" in names:
-        told["train"] = not frame.is_deterministic
+    told = call_edits.told(layer, lambda: frame.is_deterministic, frame.context)
     return functools.partial(layer, **told) if told else layer
-
-
-def _same_dtype(new: Any, old: Any) -> Any:
-    """A delta never changes the precision that the backbone computes in.
-
-    Raises:
-      TypeError: what the layer computes would be cut off: whole numbers, or real ones, are in its place.
-    """
-    for a in jax.tree.leaves(new):
-        is_complex = jnp.issubdtype(a.dtype, jnp.complexfloating)
-        if not jnp.issubdtype(old.dtype, jnp.complexfloating if is_complex else jnp.inexact):
-            raise TypeError(f"a layer gives {a.dtype} where the model has {old.dtype}, which would be cut off.")
-    return jax.tree.map(lambda a: a.astype(old.dtype), new)

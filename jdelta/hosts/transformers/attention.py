@@ -20,11 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.linen import attention as flax_attention
 
 from jdelta.hosts import patches
-from jdelta.hosts.linen.calls import Frame
+from jdelta.hosts.call_edits import ModuleCall
 from jdelta.hosts.transformers.attention_call import AttentionCall, LazyWeights, materialised
 from jdelta.hosts.transformers.attention_parts import Kernel, Prefix, active_kernel, innermost_prefix, taking_part
 from jdelta.hosts.transformers.own_softmax import (
@@ -39,38 +38,38 @@ _BLOCK_SPARSE = "bigbird_block_sparse_attention"
 
 
 @contextlib.contextmanager
-def active(part: Prefix | Kernel, module: nn.Module) -> Iterator[None]:
-    """While this lasts, a prefix or a kernel takes part in all attention that the module computes."""
-    with taking_part(part), _heard_in(module):
+def active(part: Prefix | Kernel, module_type: type) -> Iterator[None]:
+    """While this lasts, a prefix or a kernel takes part in all attention that a module of this class computes."""
+    with taking_part(part), _heard_in(module_type):
         yield
 
 
-def joined(prefix: Prefix, frame: Frame, call: Callable) -> Callable:
+def joined(prefix: Prefix, this: ModuleCall, call: Callable) -> Callable:
     """A call inside the attention module, in which the prefix takes part, and whose input is the attention's result
     with the prefix's part."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = prefix.add_to_input(type(frame.module), args, kwargs)
-        with _heard_in(frame.module):
+        args, kwargs = prefix.add_to_input(this.module_type, args, kwargs)
+        with _heard_in(this.module_type):
             return call(*args, **kwargs)
 
     return run
 
 
-def computes_attention(module_type: type[nn.Module]) -> bool:
+def computes_attention(module_type: type) -> bool:
     """Whether attention is computed in the file of a module's class in a way that others can take part in."""
     return any(_WEIGHTS in file or _is_distilbert(file) for file in patches.globals_of(module_type))
 
 
 @contextlib.contextmanager
-def _heard_in(module: nn.Module) -> Iterator[None]:
+def _heard_in(module_type: type) -> Iterator[None]:
     """While this lasts, active prefixes and kernels are heard in the file of a module's class, and in flax's own."""
-    files = {id(file): file for file in (*patches.globals_of(type(module)), vars(flax_attention))}
+    files = {id(file): file for file in (*patches.globals_of(module_type), vars(flax_attention))}
     with contextlib.ExitStack() as stack:
         for file in files.values():
             for name, make in _replacements(file).items():
                 stack.enter_context(patches.patched(file, name, make))
-        for cls in type(module).__mro__:
+        for cls in module_type.__mro__:
             if _BLOCK_SPARSE in vars(cls):
                 stack.enter_context(patches.patched(cls, _BLOCK_SPARSE, big_bird_attention))
         yield

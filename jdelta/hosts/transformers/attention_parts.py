@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jdelta.core.arguments import main_input, main_output, with_main_input, with_main_output
 
@@ -59,7 +58,7 @@ class Prefix:
         """
         self._waiting = result * self._head_mask[:, None] if masked and self._head_mask is not None else result
 
-    def add_to_input(self, module_type: type[nn.Module], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def add_to_input(self, module_type: type, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of a call, with what is waiting added to the main one if the shape says that the module takes
         the attention's result."""
         if self._waiting is not None:
