@@ -16,6 +16,7 @@ from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, taken
 from jdelta.delta import DeltaModel, model_class
 from jdelta.hosts.adapting import adapt
+from jdelta.hosts.nnx.adapter import DummyInputs
 from jdelta.saved.finetuned import Finetuned, listing
 from jdelta.saved.loading import read_delta
 from jdelta.trees import regexes
@@ -90,7 +91,12 @@ class AutoDeltaModel:
 
     @classmethod
     def from_config(
-        cls, config: Method, backbone_model: Any, name: str | None = None, rng: int | chex.PRNGKey = 0
+        cls,
+        config: Method,
+        backbone_model: Any,
+        name: str | None = None,
+        rng: int | chex.PRNGKey = 0,
+        dummy_inputs: DummyInputs | None = None,
     ) -> DeltaModel:
         """Attaches the delta that a configuration describes.
 
@@ -99,7 +105,7 @@ class AutoDeltaModel:
 
         Args:
           config: the configuration of any method.
-          backbone_model, name, rng: as in the constructor of `DeltaModel`.
+          backbone_model, name, rng, dummy_inputs: as in the constructor of `DeltaModel`.
 
         Raises:
           TypeError: `config` is no configuration.
@@ -112,7 +118,7 @@ class AutoDeltaModel:
                 "AutoDeltaConfig.from_dict makes one from a dict."
             )
         require_known(config.delta_type)
-        return model_class(config).from_config(config, backbone_model, name=name, rng=rng)
+        return model_class(config).from_config(config, backbone_model, name, rng, dummy_inputs)
 
     @classmethod
     def from_finetuned(
@@ -122,6 +128,7 @@ class AutoDeltaModel:
         name: str | None = None,
         check_hash: bool | Literal["warn"] = "warn",
         revision: str | None = None,
+        dummy_inputs: DummyInputs | None = None,
     ) -> DeltaModel:
         """Attaches a saved delta, with its values, the classifier head that trained with it, and what trains.
 
@@ -136,7 +143,7 @@ class AutoDeltaModel:
 
         Args:
           source: a folder that `save_finetuned` wrote, `"user/name"` on the Hub, or what `finetuned` gave.
-          backbone_model: as in the constructor of `DeltaModel`.
+          backbone_model, dummy_inputs: as in the constructor of `DeltaModel`.
           name: the delta's name in the tree; by default that which it had, or if it is taken, a numbered one.
           check_hash, revision: as in `DeltaModel.load_finetuned`.
 
@@ -145,7 +152,7 @@ class AutoDeltaModel:
           ConnectionError: no such folder, and the Hub cannot be reached.
           TypeError, ValueError: as `DeltaModel.load_finetuned`. The model is then as it was.
         """
-        adapter = adapt(backbone_model)
+        adapter = adapt(backbone_model, dummy_inputs)
         found = source if isinstance(source, Finetuned) else read_delta(source, revision, adapter.params)
         if found.inserted:
             raise ValueError(
@@ -155,7 +162,7 @@ class AutoDeltaModel:
         _require_few_patterns(found, len(adapter.structure().modules) + len(found.values))
         name = _free_name(found, adapter, backbone_model) if name is None else name
         with unchanged_on_error(adapter), regexes.limited():
-            delta = model_class(found.config)._of(found.config, backbone_model, name, saved=found)
+            delta = model_class(found.config)._of(found.config, adapter, backbone_model, name, saved=found)
             delta.load_finetuned(found, check_hash=check_hash)
             if found.exclude is not None:
                 delta.freeze_module(found.exclude)

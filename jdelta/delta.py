@@ -23,7 +23,7 @@ from jdelta.core import (
     training,
 )
 from jdelta.core import state as states
-from jdelta.core.host import unchanged_on_error
+from jdelta.core.host import HostAdapter, unchanged_on_error
 from jdelta.core.method import Method, signature_of
 from jdelta.core.state import DeltaState, new_state, targets
 from jdelta.core.structure import Structure
@@ -31,11 +31,13 @@ from jdelta.display import interactive, showing
 from jdelta.display import movement as movements
 from jdelta.display import status as statuses
 from jdelta.hosts.adapting import adapt
+from jdelta.hosts.nnx.adapter import DummyInputs
 from jdelta.names import common_names
 from jdelta.saved import extraction, loading
 from jdelta.saved.finetuned import Finetuned
 from jdelta.scale import sharding
 from jdelta.trees import regexes
+from jdelta.trees.filters import Trained
 from jdelta.trees.surgery import Path, Tree
 
 P = ParamSpec("P")
@@ -73,7 +75,7 @@ class DeltaModel:
         delta = jdelta.DeltaModel(model)  # without a method: carries what `insert_sequential_module` puts in
 
     Args:
-      backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+      backbone_model: a Flax model of transformers, a `jdelta.Backbone`, or an nnx module, which is changed in place.
       modified_modules: patterns of the modules to change; without them, the method's default positions.
       exclude_modules: patterns of modules to exclude, with everything below them, also where a method edits modules
         below those that are named.
@@ -85,6 +87,9 @@ class DeltaModel:
       rng: seed or key of the delta's initial values: a whole number, `jax.random.key(0)`, or an old-style key.
       modified_parameters: patterns of parameters to change, by the same rules as those of modules: experts that are
         stored in one array, weights that a tied head reads too. Without `modified_modules`, nothing else is changed.
+      dummy_inputs: of an nnx module, the arguments of one call: a tuple, or a dict of keywords. Only shapes and dtypes
+        count. Without them, an int32 `[[0, 0, 0]]` and then `[0, 0, 0]` is tried; those of an earlier delta are
+        remembered.
       method: what the delta does, for a `DeltaModel` that is not of one method already.
       **arguments: the method's own, see its configuration.
 
@@ -110,6 +115,7 @@ class DeltaModel:
         name: str | None = None,
         rng: int | chex.PRNGKey = 0,
         modified_parameters: Sequence[str] | None = None,
+        dummy_inputs: DummyInputs | None = None,
         method: Method | None = None,
         **arguments: Any,
     ):
@@ -120,7 +126,8 @@ class DeltaModel:
             "unfrozen_modules": unfrozen_modules,
             "common_structure": common_structure,
         }
-        self._attach(backbone_model, self._method(method, where, arguments), name, rng, interactive_modify)
+        chosen = self._method(method, where, arguments)
+        self._attach(adapt(backbone_model, dummy_inputs), backbone_model, chosen, name, rng, interactive_modify)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes the class the constructor of its method, and shows the method's arguments in the signature."""
@@ -147,6 +154,7 @@ class DeltaModel:
 
     def _attach(
         self,
+        host: HostAdapter,
         backbone_model: Any,
         method: Method,
         name: str | None,
@@ -157,7 +165,7 @@ class DeltaModel:
         label = type(self).__name__ if type(self) is not DeltaModel or type(method) is Method else method.described()
         if interactive_modify and method.modified_modules is not None:
             raise ValueError("give either modified_modules or interactive_modify, not both.")
-        self._state = state = new_state(adapt(backbone_model), backbone_model, method, label, name, rng)
+        self._state = state = new_state(host, backbone_model, method, label, name, rng)
         if saved is not None:
             state.check = lambda state, own: loading.require_leaves(saved, state, own)
         if interactive_modify:
@@ -189,14 +197,21 @@ class DeltaModel:
         return copied
 
     @classmethod
-    def from_config(cls, config: Method, backbone_model: Any, name: str | None = None, rng: Any = 0) -> Self:
+    def from_config(
+        cls,
+        config: Method,
+        backbone_model: Any,
+        name: str | None = None,
+        rng: Any = 0,
+        dummy_inputs: DummyInputs | None = None,
+    ) -> Self:
         """Attaches the delta that a configuration describes.
 
             delta = jdelta.LoraModel.from_config(jdelta.LoraConfig(lora_r=4), model)
 
         Args:
           config: a configuration of this method.
-          backbone_model, name, rng: as in the constructor.
+          backbone_model, name, rng, dummy_inputs: as in the constructor.
 
         Raises:
           TypeError: it is no configuration of this method.
@@ -209,16 +224,22 @@ class DeltaModel:
                 f"{cls.__name__}.from_config takes a {cls.method_class.__name__}, got {config!r}. "
                 "AutoDeltaModel takes the configuration of any method, AutoDeltaConfig makes one from a dict."
             )
-        return cls._of(config, backbone_model, name, rng)
+        return cls._of(config, adapt(backbone_model, dummy_inputs), backbone_model, name, rng)
 
     @classmethod
     def _of(
-        cls, method: Method, backbone_model: Any, name: str | None, rng: Any = 0, saved: Finetuned | None = None
+        cls,
+        method: Method,
+        host: HostAdapter,
+        backbone_model: Any,
+        name: str | None,
+        rng: Any = 0,
+        saved: Finetuned | None = None,
     ) -> Self:
         """Attaches a method; one that was saved only if its leaves are those of the saved delta."""
         delta = object.__new__(cls)
         with regexes.limited():  # it may come from a file
-            delta._attach(backbone_model, method, name, rng, saved=saved)
+            delta._attach(host, backbone_model, method, name, rng, saved=saved)
         return delta
 
     # --- what it is
@@ -262,6 +283,15 @@ class DeltaModel:
     def paths(self) -> tuple[Path, ...]:
         """The paths of the delta's own leaves in the tree of parameters."""
         return (self._state.removed or self._state.attachment).leaves
+
+    @property
+    def filter(self) -> Trained:
+        """What trains now, as a hashable filter of flax.nnx.
+
+        optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=delta.filter)
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, delta.filter))(model, batch)
+        """
+        return training.trained_filter(self._state)
 
     def shapes(self) -> Tree:
         """Returns the shapes of the delta's own leaves, as a tree to be grafted into the backbone's.

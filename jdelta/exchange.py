@@ -13,10 +13,11 @@ from flax.core import meta
 
 from jdelta.auto import AutoDeltaModel
 from jdelta.core.config import as_type
-from jdelta.core.host import unchanged_on_error
+from jdelta.core.host import HostAdapter, unchanged_on_error
 from jdelta.core.warn import warn
 from jdelta.delta import DeltaModel
 from jdelta.hosts.adapting import adapt
+from jdelta.hosts.nnx.adapter import DummyInputs
 from jdelta.saved import hub
 from jdelta.saved.finetuned import Finetuned, listing
 from jdelta.saved.peft.limits import known_fields
@@ -32,6 +33,7 @@ def from_peft(
     name: str | None = None,
     revision: str | None = None,
     keep_dtype: bool = False,
+    dummy_inputs: DummyInputs | None = None,
 ) -> DeltaModel:
     """Attaches an adapter that PyTorch PEFT saved, with its values and with what else was trained with it.
 
@@ -52,6 +54,7 @@ def from_peft(
       keep_dtype: whether the delta's own leaves have the dtype of the file. By default they become float32, as PEFT
         loads them: in less, most steps of an optimizer are rounded away. The backbone's own leaves always keep the
         dtype that they have in the model, as in PEFT; if that rounds what is in the file, a warning says so.
+      dummy_inputs: of an nnx module, as in the constructor of `DeltaModel`.
 
     Raises:
       FileNotFoundError: the folder or repository does not exist, or lacks one of the two files.
@@ -61,7 +64,7 @@ def from_peft(
         model. The model is then as it was.
     """
     as_type("keep_dtype", keep_dtype, bool)
-    host_adapter = adapt(backbone_model)
+    host_adapter = adapt(backbone_model, dummy_inputs)
     if host_adapter.params is None:
         raise ValueError("the model holds no parameters that the values could go into. Give it some: model.params = ….")
     names = Names.of(host_adapter.structure(), getattr(backbone_model, "base_model_prefix", ""))
@@ -80,29 +83,29 @@ def from_peft(
                 )
         with unchanged_on_error(host_adapter), regexes.limited():
             adapter = READERS[fields["peft_type"]](fields, tensors, names)
-            return _attached(adapter, names, backbone_model, name, keep_dtype)
+            return _attached(adapter, names, host_adapter, backbone_model, name, keep_dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _attached(
-    adapter: PeftAdapter, names: Names, backbone_model: Any, name: str | None, keep_dtype: bool
+    adapter: PeftAdapter, names: Names, host: HostAdapter, backbone_model: Any, name: str | None, keep_dtype: bool
 ) -> DeltaModel:
-    for (host, leaf), value in adapter.leaves.items():
+    for (module, leaf), value in adapter.leaves.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{leaf!r} of the adapter at {host or 'the model'!r} is {value.dtype}, and no float.")
+            raise ValueError(f"{leaf!r} of the adapter at {module or 'the model'!r} is {value.dtype}, and no float.")
     delta = AutoDeltaModel.from_config(adapter.config, backbone_model, name=name)
     shapes, values = shapes_of(delta.shapes()), {}
-    for (host, leaf), value in adapter.leaves.items():
-        key = f"{host or delta.targets[0]}.{delta.name}.{leaf}"
+    for (module, leaf), value in adapter.leaves.items():
+        key = f"{module or delta.targets[0]}.{delta.name}.{leaf}"
         values[key] = fitted(value, shapes.get(key, value.shape))
     wide = {key: value.astype(np.float32) for key, value in values.items()}
-    saved = _news(adapter, names, delta.backbone_model.params)
+    saved = _news(adapter, names, host.params)
     delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)
     if keep_dtype:
-        params = delta.backbone_model.params
+        params = host.params
         paths = {surgery.name_of(path): (*surgery.root(params), *path) for path in delta.paths}
-        delta.backbone_model.params = surgery.replaced(params, {paths[key]: value for key, value in values.items()})
+        host.params = surgery.replaced(params, {paths[key]: value for key, value in values.items()})
     if saved:
         delta.freeze_module(
             [freezing.DELTAS, *patterns_of(saved, adapter.modules_to_save, shapes_of(delta.structure.params))]

@@ -158,6 +158,8 @@ def taken(name: str, state: DeltaState) -> str | None:
     parts = {key for path in surgery.flatten(structure.params) for key in path}
     if name in parts.union(*(info.path for info in structure)):
         return f"{name!r} is the name of a part of this backbone. Choose another name for the delta."
+    if name in structure.reserved:
+        return f"modules of this model have an attribute {name!r}. Choose another name for the delta."
     for a in attachments:
         if name in {key for path in (*a.leaves, *a.generated) for key in path}:
             return f"{name!r} is the name of a part of delta {a.name!r}. Choose another name."

@@ -108,6 +108,7 @@ class Structure:
       params: the tree of parameter shapes, without other collections.
       tied: names of the modules with whose weights something computes besides their calls, such as a tied head.
       by_method: name and method to what a call showed, of modules that are run by other methods than `__call__`.
+      reserved: names that no delta can have, since modules have other attributes so called.
       derived: what others have found out about it, by a name of theirs.
     """
 
@@ -116,6 +117,7 @@ class Structure:
     params: Tree
     tied: frozenset[str] = frozenset()
     by_method: Mapping[tuple[str, str], ModuleInfo] = dataclasses.field(default_factory=dict)
+    reserved: frozenset[str] = frozenset()
     derived: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> ModuleInfo:

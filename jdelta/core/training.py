@@ -14,6 +14,7 @@ from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, has_value, kept_value
 from jdelta.core.warn import warn
 from jdelta.trees import addressing, dtypes, fingerprint, freezing, surgery
+from jdelta.trees.filters import Trained
 from jdelta.trees.surgery import Path, Tree
 
 
@@ -72,6 +73,11 @@ def trained(state: DeltaState, leaves: Mapping[Path, Any]) -> set[Path]:
         return freezing.trained_paths(leaves, exclude, own.trained if own.active else (), frozen, fixed)
     deltas = {path for a in attachments if a.active for path in a.trained}
     return freezing.trained_paths(leaves, state.exclude, deltas, frozen, fixed)
+
+
+def trained_filter(state: DeltaState) -> Trained:
+    """What trains now, as a filter of flax.nnx."""
+    return Trained(frozenset(trained(state, surgery.parameters_of(state.tree(None)))))
 
 
 def freeze_module(state: DeltaState, exclude: Sequence[str] = ("deltas",)) -> None:

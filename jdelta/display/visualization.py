@@ -21,6 +21,7 @@ from jdelta.core.module_tree import Leaf, Node, build, collapse, shape
 from jdelta.core.structure import Structure
 from jdelta.display.drawing import Drawing, Line, Part, plain, to_html, to_page, to_svg
 from jdelta.hosts.adapting import adapt
+from jdelta.hosts.nnx.adapter import DummyInputs
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree
 
@@ -52,15 +53,16 @@ class Visualization:
     line.
 
     Args:
-      backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+      backbone_model: a Flax model of transformers, a `jdelta.Backbone`, or an nnx module.
       mask: what trains: a tree of bools, or a function from parameters to one; by default everything.
+      dummy_inputs: of an nnx module, as in the constructor of `DeltaModel`.
 
     Raises:
       TypeError: the backbone is not a supported model, or the mask is neither.
     """
 
-    def __init__(self, backbone_model: Any, mask: Mask | None = None):
-        self._adapter = adapt(backbone_model)
+    def __init__(self, backbone_model: Any, mask: Mask | None = None, dummy_inputs: DummyInputs | None = None):
+        self._adapter = adapt(backbone_model, dummy_inputs)
         self._mask = _checked_mask(mask)
 
     def structure_graph(

@@ -20,6 +20,7 @@ from jdelta.display.interactive.cost import Costs, costs, format_arguments, para
 from jdelta.display.interactive.describe import describe
 from jdelta.display.interactive.server import Refused, Server
 from jdelta.hosts.adapting import adapt
+from jdelta.hosts.nnx.adapter import DummyInputs
 from jdelta.trees import addressing
 
 Take = Callable[[list[str]], None]
@@ -31,6 +32,7 @@ def select_modules(
     *,
     host: str = "127.0.0.1",
     port: bool | int = True,
+    dummy_inputs: DummyInputs | None = None,
     **arguments: Any,
 ) -> list[str]:
     """Shows the model as a tree in a web page, waits, and returns the modules that were selected there.
@@ -43,11 +45,12 @@ def select_modules(
     stops. The model is not changed.
 
     Args:
-      backbone_model: a Flax model of transformers, or a `jdelta.Backbone`.
+      backbone_model: a Flax model of transformers, a `jdelta.Backbone`, or an nnx module.
       method: the method that the modules are for, or its configuration. The page then shows the costs of the selection,
         and which modules the method cannot be attached at, and why.
       host: the address to listen at. With any other than the loopback address, others who read the traffic can answer.
       port: the port; `True` for the first free one from 8888 on.
+      dummy_inputs: of an nnx module, as in the constructor of `DeltaModel`.
       **arguments: the method's own, see its configuration; also `exclude_modules` and `unfrozen_modules`.
 
     Returns:
@@ -59,6 +62,7 @@ def select_modules(
       TypeError, ValueError: the backbone is not a supported model, the method's modules cannot be selected one by one,
         or an argument is wrong.
     """
+    adapt(backbone_model, dummy_inputs)  # which remembers the inputs
     if method is None:
         structure = _without_method("select_modules", backbone_model, arguments)
         return _ask(structure, None, {"": "The whole model has no name to choose it by."}, None, host, port)
@@ -76,6 +80,7 @@ def select_parameters(
     *,
     host: str = "127.0.0.1",
     port: bool | int = True,
+    dummy_inputs: DummyInputs | None = None,
     **arguments: Any,
 ) -> list[str]:
     """Shows the model with its parameters in a web page, waits, and returns the parameters that were selected there.
@@ -84,7 +89,7 @@ def select_parameters(
         delta = jdelta.LoraModel(model, modified_parameters=names, lora_r=4)
 
     Args:
-      backbone_model, host, port, **arguments: as in `select_modules`.
+      backbone_model, host, port, dummy_inputs, **arguments: as in `select_modules`.
       method: the method that the parameters are for, or its configuration. The page then shows what the selection
         costs, and which parameters cannot take it and why.
 
@@ -94,6 +99,7 @@ def select_parameters(
     Raises:
       KeyboardInterrupt, OSError, TypeError, ValueError: as `select_modules`.
     """
+    adapt(backbone_model, dummy_inputs)
     if method is None:
         structure = _without_method("select_parameters", backbone_model, arguments)
         return _ask(structure, None, {}, None, host, port, parameters=True)

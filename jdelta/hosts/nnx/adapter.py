@@ -1,0 +1,399 @@
+"""An nnx module as a backbone: it is changed in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jdelta.core import weights
+from jdelta.core.arguments import is_array
+from jdelta.core.edits import Attachment, Edit, WeightEdit
+from jdelta.core.generators import without_generated
+from jdelta.core.host import Cache, Trial
+from jdelta.core.structure import Structure
+from jdelta.hosts.nnx import graph
+from jdelta.hosts.nnx.creating import Initialiser, Place, creating
+from jdelta.hosts.nnx.recording import Layers, layers_at, record
+from jdelta.hosts.nnx.roles import edits_by_module
+from jdelta.hosts.nnx.running import Edited, drops_out, trying
+from jdelta.hosts.nnx.swapping import class_of, give, role_of
+from jdelta.trees import surgery
+from jdelta.trees.surgery import Path, Tree
+from jdelta.trees.variables import DeltaParam
+
+DummyInputs = Sequence[Any] | Mapping[str, Any]
+
+
+class _Record:
+    """What is known of a model besides what is on it: as long as the model lives."""
+
+    def __init__(self) -> None:
+        self.cache = Cache()
+        self.detached: tuple[Attachment, ...] = ()  # what it carries, while none of that is active
+        self.dummy_inputs: DummyInputs | None = None
+
+
+_records: dict[int, _Record] = {}  # by the identity of the model, which need not be hashable
+
+
+def _record_of(model: nnx.Module) -> _Record:
+    if id(model) not in _records:
+        _records[id(model)] = _Record()
+        weakref.finalize(model, _records.pop, id(model), None)
+    return _records[id(model)]
+
+
+class NnxAdapter:
+    """A `jdelta.core.host.HostAdapter` on an nnx module.
+
+    What the model carries is in the role of its root; while nothing is active, beside the model, so that its graph is
+    that of the bare one.
+
+    Args:
+      model: the module.
+      dummy_inputs: arguments of one call, a tuple or a dict of keywords. Only shapes and dtypes count. Those that were
+        given for the model before are remembered.
+
+    Raises:
+      TypeError: they are neither.
+      ValueError: there are none, and none can be guessed; or the model carries LoRA of another library, or deltas of
+        another model that it is a part of, or that are on a part of it.
+    """
+
+    source_repo: str = ""
+
+    def __init__(self, model: nnx.Module, dummy_inputs: DummyInputs | None = None):
+        self.model = model
+        self._record = _record_of(model)
+        if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list, Mapping)):
+            raise TypeError(
+                f"dummy_inputs are the arguments of one call, a tuple or a dict, got {type(dummy_inputs).__name__}: "
+                "write (x,)."
+            )
+        self._require_own()
+        given, before = _shapes(dummy_inputs), self._record.dummy_inputs
+        if given is not None and given != before:
+            self.cache.pop("structure", None)
+            self._record.dummy_inputs = given
+            try:
+                self.structure()
+            except BaseException:
+                self._record.dummy_inputs = before
+                raise
+
+    # --- what it is
+
+    @property
+    def class_name(self) -> str:
+        """The name of the model's class."""
+        return class_of(self.model).__name__
+
+    @property
+    def cache(self) -> Cache:
+        """What the newest traces found."""
+        return self._record.cache
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """See `HostAdapter`."""
+        role = role_of(self.model)
+        return self._record.detached if role is None else role.edits.attachments
+
+    @property
+    def params(self) -> Tree:
+        """The values of all parameters, those of deltas too."""
+        return graph.nested({path: leaf.get_raw_value() for path, leaf in graph.variables(self.model).items()})
+
+    @params.setter
+    def params(self, tree: Tree) -> None:
+        self._require_level()
+        have, modules = graph.variables(self.model), graph.modules(self.model)
+        wanted = {path: leaf for path, leaf in surgery.flatten(tree).items() if leaf is not surgery.empty_node}
+        known = surgery.flatten(self.structure().params) if "structure" in self.cache else {}
+        names = {a.name for a in self.attachments}
+        for path in have:
+            if path not in wanted and path in known:
+                raise ValueError(f"the tree lacks {surgery.name_of(path)!r}, which {self.class_name} needs.")
+            if path not in wanted:
+                at = _place(path, modules)
+                graph.take_out(modules[path[:at]], path[at:])
+        for path, value in wanted.items():
+            if path in have:
+                if have[path].get_raw_value() is not value:
+                    have[path].set_raw_value(value)
+                continue
+            at = _place(path, modules)
+            if names.intersection(path[at:-1]):
+                graph.put(modules[path[:at]], path[at:], value)
+            else:
+                graph.add(modules[path[:at]], path[-1], value)
+        _share(self.model, self.attachments)
+
+    def tree(self) -> Tree:
+        """See `HostAdapter`."""
+        return self.params
+
+    def remember_tree(self, tree: Tree) -> None:
+        """See `HostAdapter`. The model has its tree itself."""
+
+    # --- what it carries
+
+    def install(self, attachments: Sequence[Attachment]) -> None:
+        """See `HostAdapter`."""
+        self._require_level()
+        put_on(self.model, attachments, self.structure() if attachments else None)
+        self._record.detached = tuple(attachments)
+
+    def uninstall(self) -> None:
+        """See `HostAdapter`."""
+        self.install(())
+
+    def snapshot(self) -> Callable[[], None]:
+        """See `HostAdapter`."""
+        attachments, params = self.attachments, self.params
+
+        def restore() -> None:
+            self.install(attachments)
+            self.params = params
+
+        return restore
+
+    # --- runs
+
+    def structure(self) -> Structure:
+        """See `HostAdapter`."""
+        return self.cache.find("structure", self._record, self._recorded)
+
+    def _recorded(self) -> Structure:
+        bare = self._bare()
+        params = graph.nested({path: _shape(leaf.get_raw_value()) for path, leaf in graph.variables(bare).items()})
+        tried, problem = self._record.dummy_inputs, None
+        for inputs in _GUESSED if tried is None else [tried]:
+            try:
+                recorder = record(bare, functools.partial(_call, inputs=inputs))
+            except Exception as error:  # whatever the model's own code raises
+                problem = problem or error
+            else:
+                self._record.dummy_inputs = inputs
+                return recorder.structure(bare, params)
+        if tried is None:
+            raise ValueError(
+                f"{self.class_name} takes neither the pseudo input [[0, 0, 0]] nor [0, 0, 0]. Say what it takes, for "
+                "example dummy_inputs=(jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32),)."
+            ) from problem
+        shapes = jax.tree.map(lambda a: a.shape if is_array(a) else a, tried)
+        raise ValueError(f"the dummy inputs of shapes {shapes} do not fit {self.class_name}: {problem}") from problem
+
+    def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, trial: Trial | None = None) -> Tree:
+        """See `HostAdapter`."""
+        structure, held = self.structure(), graph.variables(self.model)
+        backbone = {path: _as_array(held[path].get_raw_value()) for path in structure.leaves}
+        own = {
+            (*edit.own_path, name): leaf
+            for attachment in attachments
+            for edit in (attachment.weight_edits if attachment.active else ())
+            if not edit.is_bias
+            for name, leaf in weights.init(edit, rng, backbone[edit.leaf]).items()
+        }
+        for (host, leaf), initialise in self._initialisers(attachments, own).items():
+            below = _over_layers(initialise, layers_at(structure, host))(_key_at(rng, (*host, *leaf)))
+            own |= {(*host, *leaf, *path): value for path, value in surgery.flatten(below).items()}
+        everything = {"params": graph.nested(backbone | own)}
+        tree: Tree = without_generated(everything, attachments, {"params": rng})["params"]
+        if trial is not None:
+            zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in backbone.items()}
+            graphdef, state = self._split()
+            with trying(trial):
+                trial.outputs.append(self._run(graphdef, state, attachments, surgery.flatten(tree) | zeros))
+        return tree
+
+    def _initialisers(self, attachments: Sequence[Attachment], own: Mapping[Path, Any]) -> dict[Place, Initialiser]:
+        """How the leaves of the layers of attachments are made, by a run of the model."""
+        if not any(a.active and any(edit.layer is not None for edit in a.call_edits) for a in attachments):
+            return {}
+        edits = tuple(edit for a in attachments if a.active for edit in a.edits)
+        newest = self.cache.get("initialisers")
+        if newest is not None and _are_same(newest[0], edits):
+            return newest[1]
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in own.items()}
+        drafts = [dataclasses.replace(a, leaves=(), generated=(), generator=None) for a in attachments]
+        graphdef, state = self._split()
+        with creating() as found:
+            jax.eval_shape(lambda state, own: self._run(graphdef, state, drafts, own), state, shapes)
+        self.cache["initialisers"] = (edits, found)
+        return found
+
+    def _run(
+        self, graphdef: Any, state: nnx.State, attachments: Sequence[Attachment], leaves: Mapping[Path, Any]
+    ) -> Any:
+        """Runs a copy of the model with attachments, and with other values of some leaves, on its pseudo input."""
+        copy = nnx.merge(graphdef, state, copy=True)
+        modules, have = graph.modules(copy), graph.variables(copy)
+        for path, leaf in leaves.items():
+            if path in have:
+                have[path].set_raw_value(leaf)
+            else:
+                at = _place(path, modules)
+                graph.put(modules[path[:at]], path[at:], leaf)
+        put_on(copy, attachments, self.structure())
+        return _call(copy, self._record.dummy_inputs)
+
+    def _bare(self) -> nnx.Module:
+        """A copy of the model without deltas, which has the same arrays."""
+        copy = nnx.merge(*nnx.split(self.model))
+        for module in graph.modules(copy).values():
+            give(module, None)
+            for name in [name for name, value in vars(module).items() if isinstance(value, graph.Leaves)]:
+                graph.delete(module, name)
+        return copy
+
+    def _split(self) -> tuple[Any, nnx.State]:
+        return nnx.split(self._bare())
+
+    # --- what can be wrong
+
+    def _require_own(self) -> None:
+        """Raises `ValueError` if the model carries what this host does not run."""
+        self._require_level()
+        for path, variable in graph.variables(self.model).items():
+            if isinstance(variable, nnx.LoRAParam) and not isinstance(variable, DeltaParam):
+                raise ValueError(
+                    f"{self.class_name} carries LoRA already, which is not jdelta's: {surgery.name_of(path)!r} is an "
+                    f"nnx.{type(variable).__name__}, as nnx.LoRA and qwix make them. Build the model without it, or "
+                    "merge it into the weights."
+                )
+        of_root = {path: role.edits.attachments for path, module in self._modules if (role := role_of(module))}
+        if any(of_root.get((), ())):
+            inside = [path for path, attachments in of_root.items() if path and attachments]
+        else:
+            inside = [path for path, attachments in of_root.items() if attachments]
+            if of_root and not inside:
+                raise ValueError(
+                    f"this {self.class_name} is a part of a model that carries deltas, at "
+                    f"{surgery.name_of(next(iter(of_root))) or 'itself'}. Attach to that model."
+                )
+        if inside:
+            raise ValueError(
+                f"{surgery.name_of(inside[0])!r} of this {self.class_name} carries deltas that were attached to it "
+                "alone. Remove them, and attach to the whole model."
+            )
+        bare = self._bare()
+        signature = nnx.graphdef(bare), tuple(v.get_raw_value().shape for v in graph.variables(bare).values())
+        if self.cache.get("signature", signature) != signature:
+            self.cache.clear()
+        self.cache["signature"] = signature
+
+    @property
+    def _modules(self) -> Iterable[tuple[Path, nnx.Module]]:
+        return graph.modules(self.model).items()
+
+    def _require_level(self) -> None:
+        """Raises `RuntimeError` while a function is traced, which runs a copy of the model."""
+        state: Any = self.model._pytree__state  # private API of nnx; a test of attaching inside nnx.jit notices
+        values = [leaf for v in graph.variables(self.model).values() for leaf in jax.tree.leaves(v.get_raw_value())]
+        if not state.trace_state.is_valid() or any(isinstance(leaf, jax.core.Tracer) for leaf in values):
+            raise RuntimeError(
+                f"{self.class_name} is changed while a function is traced, as by nnx.jit or nnx.grad, which runs a "
+                "copy of the model. Attach, detach and disable deltas, and load values, outside of it."
+            )
+
+
+# --- what a model carries
+
+
+def put_on(model: nnx.Module, attachments: Sequence[Attachment], structure: Structure | None) -> None:
+    """Gives each module of a model the role that makes it run exactly these."""
+    modules, owners = graph.modules(model), graph.shared_variables(model)
+    edits = edits_by_module(attachments, modules, owners)
+    names = {a.name for a in attachments if a.active}
+    for path, module in modules.items():
+        mine = edits.get(path)
+        give(module, Edited(mine) if mine is not None else None)
+        for name, holder in list(vars(module).items()):
+            if isinstance(holder, graph.Leaves) and not graph.variables(holder) and name not in names:
+                graph.delete(module, name)
+        for edit in mine.all if mine is not None else ():
+            if structure is not None and drops_out(edit):
+                _give_dropout(model, module, path, edit, layers_at(structure, path))
+    _share(model, attachments)
+
+
+def _share(model: nnx.Module, attachments: Sequence[Attachment]) -> None:
+    for edit in (edit for a in attachments if a.active for edit in a.weight_edits if not edit.in_call):
+        graph.share(model, edit)
+
+
+def _give_dropout(model: nnx.Module, module: nnx.Module, path: Path, edit: Edit, layers: Layers) -> None:
+    """Makes what the dropout of an edit needs, if that is not there yet. It is on as the model's own is."""
+    name = edit.name if isinstance(edit, WeightEdit) else edit.leaf[0]
+    holder = graph.holder_of(module, name)
+    if "deterministic" not in vars(holder):
+        modes = [getattr(m, "deterministic", None) for m in graph.modules(model).values()]
+        key = jax.random.key(zlib.crc32(surgery.name_of((*path, name)).encode()))
+        vars(holder)["deterministic"] = next((mode for mode in modes if isinstance(mode, bool)), False)
+        keys = jax.random.split(key, layers.sizes[::-1]) if layers.sizes else key
+        graph.set_data(holder, "rngs", nnx.RngStream(keys, tag="dropout"))
+
+
+# --- values
+
+
+def _place(path: Path, modules: Mapping[Path, nnx.Module]) -> int:
+    """How much of the path of a leaf is that of the innermost module around it."""
+    return max(i for i in range(len(path)) if path[:i] in modules)
+
+
+def _key_at(rng: jax.Array, path: Path) -> jax.Array:
+    """A key for what is at a path."""
+    return jax.random.fold_in(rng, zlib.crc32(surgery.name_of(path).encode()) % 2**31)
+
+
+def _over_layers(initialise: Initialiser, layers: Layers) -> Initialiser:
+    """The initialiser of leaves that have axes of layers besides."""
+
+    def over(one: Initialiser, axis: int, size: int) -> Initialiser:
+        return lambda key: jax.vmap(one, out_axes=axis)(jax.random.split(key, size))
+
+    for axis, size in zip(layers.axes, layers.sizes, strict=True):
+        initialise = over(initialise, axis, size)
+    return initialise
+
+
+def _as_array(value: Any) -> Any:
+    """A value, or an array of its shape that takes no memory."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return np.broadcast_to(np.zeros((), value.dtype), value.shape)
+    return value
+
+
+def _shape(value: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+def _shapes(inputs: DummyInputs | None) -> DummyInputs | None:
+    """Shapes in place of arrays, which are not kept."""
+    found: DummyInputs | None = jax.tree.map(lambda a: _shape(a) if is_array(a) else a, inputs)
+    return found
+
+
+def _call(model: nnx.Module, inputs: Any) -> Any:
+    given = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype) if is_array(a) else a, inputs)
+    call: Any = model
+    return call(**given) if isinstance(given, Mapping) else call(*given)
+
+
+def _are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+_GUESSED = ((jax.ShapeDtypeStruct((1, 3), jnp.int32),), (jax.ShapeDtypeStruct((3,), jnp.int32),))
