@@ -14,7 +14,7 @@ from flax.core import meta
 from jdelta.core.linear import linear_map
 from jdelta.core.linear_maps import Layout
 from jdelta.core.structure import Structure
-from jdelta.saved.peft.torch_leaves import Parts, torch_leaves
+from jdelta.saved.peft.torch_leaves import BASES, Parts, base_model, torch_leaves
 from jdelta.trees import addressing, surgery
 from jdelta.trees.surgery import Tree
 
@@ -34,7 +34,7 @@ class Names:
 
     Attributes:
       structure: the Flax model.
-      prefix: the name of the base model in models with a head.
+      bases: what the base model is called in models with a head: in this one, and in others.
       modules: every module that has leaves, itself or inside: PyTorch's name to Flax'.
       leaves: likewise.
       parts: Flax' names of modules and leaves to PyTorch's. What is absent is nothing in PyTorch.
@@ -42,7 +42,7 @@ class Names:
     """
 
     structure: Structure
-    prefix: str
+    bases: tuple[str, ...]
     modules: Mapping[str, str]
     leaves: Mapping[str, str]
     parts: Mapping[str, Parts]
@@ -52,6 +52,7 @@ class Names:
     def of(cls, structure: Structure, prefix: str = "") -> Names:
         """Those of a model whose base model goes by `prefix` in models with a head."""
         names, tied = shapes_of(structure.params), structure.tied
+        bases: tuple[str, ...] = (prefix,)
         leaves = torch_leaves(structure[""].type, names)
         if leaves is None:
             modules: dict[str, Parts] = {module: (torch_name(module),) for module in modules_of(structure)}
@@ -59,9 +60,9 @@ class Names:
         else:
             weights = {leaf: parts for leaf, parts in leaves.items() if parts[0].endswith(".weight")}
             modules = {owner(leaf): tuple(map(owner, parts)) for leaf, parts in weights.items()}
-            prefix, heads = "model", {parts[0] for parts in leaves.values()} & {"lm_head.weight"}
-            tied |= frozenset() if heads else {owner(leaf) for leaf in leaves if leaf.endswith(".input_embedding")}
-        return cls(structure, prefix, _inverse(modules), _inverse(leaves), {**modules, **leaves}, tied)
+            bases = (base_model(names), *BASES)
+            tied |= frozenset() if "lm_head.w" in leaves else {"embedder"}
+        return cls(structure, bases, _inverse(modules), _inverse(leaves), {**modules, **leaves}, tied)
 
     def find(self, name: str) -> str | None:
         """The Flax name of a module; `None` if the model lacks it."""
@@ -101,7 +102,9 @@ class Names:
         )
 
     def _spellings(self, name: str) -> tuple[str, ...]:
-        return name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")
+        """What a name may mean, as models with and without a head have it."""
+        inside = [name.removeprefix(f"{base}.") for base in self.bases]
+        return (name, *(f"{self.bases[0]}.{rest}" for rest in inside), *inside)
 
     # --- how arrays lie
 

@@ -49,13 +49,31 @@ _GEMMA = _decoder(
     },
     "scale",
 )
+_GEMMA_4 = _GEMMA | {
+    "layers.*.attn.k_einsum.w": ("model.layers.*.self_attn.k_proj.weight",),
+    **{
+        f"layers.*.{name}.w": (f"model.layers.*.{name}.weight",)
+        for name in ("per_layer_input_gate", "per_layer_projection")
+    },
+    "layers.*.post_per_layer_input_norm.scale": ("model.layers.*.post_per_layer_input_norm.weight",),
+    "embedder.per_layer_model_projection.w": ("model.per_layer_model_projection.weight",),
+    "embedder.per_layer_projection_norm.scale": ("model.per_layer_projection_norm.weight",),
+}
 # Gemma 1 has no norms after its layers, and PyTorch calls the one before the feed-forward layer by what is before it.
 _GEMMA_1 = {**_GEMMA, "layers.*.pre_ffw_norm.scale": ("model.layers.*.post_attention_layernorm.weight",)}
 
 _CLASSES = {
     **{f"tunix.models.{family}.model.{family.title()}": _LLAMA for family in ("llama3", "qwen2", "qwen3")},
     **{f"tunix.models.{family}.model.{family.title()}": _GEMMA for family in ("gemma", "gemma3")},
+    "tunix.models.gemma4.model.Gemma4": _GEMMA_4,
 }
+# What the decoder is called in models of text, in others, and in others of older releases of transformers.
+BASES = ("model", "model.language_model", "language_model.model")
+
+
+def base_model(leaves: Iterable[str]) -> str:
+    """What PyTorch calls the decoder of a model with these leaves: Gemma 4 and Gemma 3 with a vision encoder see."""
+    return BASES[any(leaf.startswith("vision_encoder.") or leaf.endswith(".skip_scale") for leaf in leaves)]
 
 
 def torch_leaves(model: type, leaves: Iterable[str]) -> dict[str, Parts] | None:
@@ -72,10 +90,11 @@ def torch_leaves(model: type, leaves: Iterable[str]) -> dict[str, Parts] | None:
     leaves = list(leaves)
     if table is _GEMMA and not any(leaf.endswith("post_ffw_norm.scale") for leaf in leaves):
         table = _GEMMA_1
-    found = {}
+    found, base = {}, base_model(leaves)
     for leaf in leaves:
         number = re.search(r"(?<=\.)\d+(?=\.)", leaf)
         key = f"{leaf[: number.start()]}*{leaf[number.end() :]}" if number else leaf
         if key in table:
-            found[leaf] = tuple(part.replace("*", number[0]) if number else part for part in table[key])
+            parts = (part.replace("*", number[0]) if number else part for part in table[key])
+            found[leaf] = tuple(re.sub(r"^model(?=\.)", base, part) for part in parts)
     return found
