@@ -376,6 +376,10 @@ def without(params: Tree, *deltas: DeltaModel) -> Tree:
     Everything else is as in `params`, such as a head that trains besides the delta. The tree is for calls of this model
     and its `generate`, not for other functions of jdelta. The model itself does not change, so threads can share it.
 
+    An `nnx.State` keeps the deltas' leaves, and the metadata of their variables say that they are left out:
+
+        reference = nnx.merge(graphdef, jdelta.without(state, delta))
+
     Args:
       params: a tree with the leaves of the model's deltas.
       *deltas: attached or detached.
@@ -386,7 +390,8 @@ def without(params: Tree, *deltas: DeltaModel) -> Tree:
     Raises:
       RuntimeError: a delta is merged or was removed, or the tree was donated.
       TypeError: one of the deltas is not a `DeltaModel`.
-      ValueError: the earlier value of a leaf is unknown, since the backbone held none when the delta was attached.
+      ValueError: the earlier value of a leaf is unknown, since the backbone held none when the delta was attached; or
+        a state has the deltas' leaves in no variables.
     """
     for delta in deltas:
         if not isinstance(delta, DeltaModel):

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jdelta
-from jdelta.trees import surgery
+from jdelta.trees import left_out, states, surgery
 from jdelta.trees.variables import DeltaParam
 
 STATISTICS = {
@@ -129,11 +129,19 @@ def test_initial_values_start_from_a_state():
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_tree_without_the_delta_is_a_state():
+def test_a_state_without_the_delta_keeps_its_leaves_and_marks_them():
     delta, params = trained()
-    state, expected = jdelta.without(as_state(params), delta), jdelta.without(params, delta)
-    assert type(state) is nnx.State
-    assert surgery.flatten(state).keys() == surgery.flatten(expected).keys() | STATISTICS.keys()
+    state = jdelta.without(as_state(params), delta)
+    unmarked = jax.tree.map(
+        lambda v: v.copy() if left_out.MARK not in v.get_metadata() else type(v)(v.get_value()),
+        state,
+        is_leaf=states.is_variable,
+    )
+    assert_is(unmarked, params)
+    marked = {path for path, v in nnx.to_flat_state(state) if left_out.is_marked(v)}
+    assert marked == {("body", "lora", "a"), ("body", "lora", "b")}
+    with pytest.raises(ValueError, match=r"'body\.lora\.a' is in no variable"):
+        jdelta.without(nnx.as_pure(as_state(params)), delta)
 
 
 def test_an_optimizer_takes_states_whole_and_in_part():

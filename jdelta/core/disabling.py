@@ -12,7 +12,7 @@ from flax.core import meta
 
 from jdelta.core import merging, switching
 from jdelta.core.state import DeltaState, kept_value, unfrozen_backbone
-from jdelta.trees import left_out, surgery
+from jdelta.trees import left_out, states, surgery
 from jdelta.trees.surgery import Tree
 
 Was = Literal["attached", "merged", "detached"]
@@ -62,7 +62,7 @@ def without(state: DeltaState, params: Tree | None = None) -> Tree:
             "delta.disabled() for model.params."
         )
     leaves, start = surgery.flatten(tree), surgery.root(tree)
-    gone = {(*start, *path) for path in own.leaves}
+    gone = {(*start, *path) for path in own.leaves if not states.is_state(tree)}
     rest = {path: leaf for path, leaf in leaves.items() if path not in gone}
     earlier = state.kept if own.active else unfrozen_backbone(state, state.host.params or {})
     for path in own.unfrozen_backbone:
@@ -74,7 +74,8 @@ def without(state: DeltaState, params: Tree | None = None) -> Tree:
                 "its parameters."
             )
         rest[(*start, *path)] = _with_value(leaves[(*start, *path)], value)
-    return left_out.marked(surgery.unflatten(rest, like=tree), [state.name])
+    made = surgery.unflatten(rest, like=tree)
+    return left_out.marked_state(made, own.leaves) if states.is_state(tree) else left_out.marked(made, [state.name])
 
 
 def _now(state: DeltaState) -> Was:
