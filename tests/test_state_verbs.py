@@ -186,3 +186,12 @@ def test_metadata_of_variables_say_how_they_are_sharded():
         found = delta.partition_specs(state)
         assert found["body"]["kernel"].get_value() == nnx.get_partition_spec(state)["body"]["kernel"].get_value()
     assert found["body"]["lora"]["b"].get_value() == jax.P(None, "model")
+
+
+def test_arithmetic_takes_a_state_as_its_base():
+    delta, params = trained()
+    found, before = delta.finetuned(params), delta.backbone_model.params
+    one, other = (jdelta.negate(found, base=base) for base in (as_state(before), before))
+    assert one.values.keys() == other.values.keys()
+    for name in one.values:
+        np.testing.assert_array_equal(one.values[name], other.values[name])
