@@ -7,7 +7,7 @@ from jdelta.core.edits import CallEdit, WeightEdit
 from jdelta.core.linear import register_linear, weight_edits
 from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
-from jdelta.delta import DeltaModel, without
+from jdelta.delta import DeltaModel
 from jdelta.display.interactive import select_modules, select_parameters
 from jdelta.display.movement import Movement
 from jdelta.display.status import Status
@@ -18,6 +18,7 @@ from jdelta.hosts.linen.backbone import Backbone
 from jdelta.hosts.nnx import linear_types as _nnx_linear
 from jdelta.hosts.transformers import linear_types as _transformers_linear
 from jdelta.hosts.transformers import repairs as _transformers_repair
+from jdelta.leaving_out import without
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig

@@ -2,7 +2,7 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python on_meshes.py llama [all]
 
-With `all` on all meshes, and with every method.
+With `all` on all meshes, and with every method. The family `nnx` is a module of flax.nnx, whose trees are states.
 """
 
 import math
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from conftest import fresh
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matrix import METHODS
@@ -30,6 +31,7 @@ SOME = {
     "gpt2": [(1, 1, 2), (1, 8, 1)],
     "t5": [(1, 4, 2)],
     "llama": [(8, 1, 1), (2, 2, 2)],
+    "nnx": [(8, 1, 1), (2, 2, 2)],
 }
 IN, OUT = P("fsdp", "model"), P("model", "fsdp")
 FAMILIES = {  # class, number of layers, rules
@@ -59,11 +61,51 @@ IDS = jnp.arange(8 * 7).reshape(8, 7) % 50 + 3
 OPERATIONS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 
 
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        def linear(*axes):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), axes, eager_sharding=False)
+            return nnx.Linear(32, 32, use_bias=False, kernel_init=init, rngs=rngs)
+
+        self.query, self.key, self.value = (linear("fsdp", "model") for _ in range(3))
+        self.out = linear("model", "fsdp")
+
+    def __call__(self, x):
+        q, k, v = (f(x).reshape(*x.shape[:-1], 4, 8) for f in (self.query, self.key, self.value))
+        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(64, 32, rngs=rngs)
+        self.norm = nnx.RMSNorm(32, rngs=rngs)
+        self.layers = nnx.List([Attention(rngs)])
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(self.norm(x))
+        return self.embed.attend(x)
+
+
 def make(family):
     """A model of one layer, and its specs."""
+    if family == "nnx":
+        model = Decoder(nnx.Rngs(0))
+        return model, nnx.get_partition_spec(nnx.state(model))
     cls, layers, rules = FAMILIES[family]
     model = fresh(family, cls, vocab_size=64, **{layers: 1})
     return model, jdelta.match_partition_rules([*rules, ("embedding", P())], model.params, default=P())
+
+
+def params_of(model):
+    return nnx.state(model) if isinstance(model, nnx.Module) else model.params
+
+
+def with_lora(model):
+    modules = ["query", "value"] if isinstance(model, nnx.Module) else None
+    more = {"dummy_inputs": (IDS,)} if isinstance(model, nnx.Module) else {}
+    return jdelta.LoraModel(model, modules, lora_r=RANK, **more)
 
 
 def mesh_of(sizes):
@@ -76,7 +118,10 @@ def on_mesh(specs, mesh):
 
 def loss_of(model, params, ids):
     given = {"decoder_input_ids": ids} if "T5" in type(model).__name__ else {}
-    logits = model(ids, params=params, train=False, **given).logits
+    if isinstance(model, nnx.Module):
+        logits = nnx.merge(nnx.graphdef(model), params, copy=True)(ids)
+    else:
+        logits = model(ids, params=params, train=False, **given).logits
     return -jax.nn.log_softmax(logits)[..., 1].mean()
 
 
@@ -148,13 +193,13 @@ def check_lora(family, sizes, want):
         out_shardings=(NamedSharding(mesh, P()), split),
     )
     by_batch = NamedSharding(mesh, P(("data", "fsdp")))
-    whole = collectives(full.lower(*jax.device_put((model.params, IDS), (split, by_batch))).compile())
-    delta = jdelta.LoraModel(model, lora_r=RANK)
+    whole = collectives(full.lower(*jax.device_put((params_of(model), IDS), (split, by_batch))).compile())
+    delta = with_lora(model)
     split = delta.shardings(specs, mesh)
-    run, arguments = compiled(model, *delta.partition(), *delta.partition(split), mesh)
+    run, arguments = compiled(model, *delta.partition(params_of(model)), *delta.partition(split), mesh)
     np.testing.assert_allclose(losses(run, arguments), want, rtol=1e-4)
     check_bytes(jdelta.combine(arguments[0], arguments[2]), split, mesh)
-    if sizes == MESHES[-1]:
+    if sizes == MESHES[-1] and isinstance(specs, dict):
         check_init(delta, split)
     found = collectives(run)
     own = Counter({key: n for key, n in found.items() if RANK in key[1]})
@@ -200,13 +245,13 @@ def check_sequence():
 
 def main(family, everything=False):
     model, specs = make(family)
-    delta, mesh = jdelta.LoraModel(model, lora_r=RANK), mesh_of((1, 1, 1))
+    delta, mesh = with_lora(model), mesh_of((1, 1, 1))
     split = delta.shardings(specs, mesh)
-    want = losses(*compiled(model, *delta.partition(), *delta.partition(split), mesh))
+    want = losses(*compiled(model, *delta.partition(params_of(model)), *delta.partition(split), mesh))
     for sizes in MESHES if everything else SOME[family]:
         check_lora(family, sizes, want)
     some = ["adapter", "prefix"] if family == "bert" else []
-    for method in METHODS if everything else some:
+    for method in METHODS if everything and family != "nnx" else some:
         check_method(family, method)
     if family == "t5":
         check_sequence()

@@ -369,7 +369,7 @@ def test_shardings_need_one_mesh(bert):
 # --- on 8 virtual devices
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama", "nnx"])
 @pytest.mark.slow
 def test_on_meshes_losses_agree_bytes_are_as_promised_and_nothing_of_the_backbone_is_sent_more(family):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from jdelta.core.edits import WeightEdit
+from jdelta.trees import left_out
 from jdelta.trees.surgery import Path
 from jdelta.trees.variables import DeltaParam
 
@@ -36,6 +37,7 @@ class Leaves(nnx.Module):
 
 
 _ADDED = "added_by_jdelta"  # of a variable
+_OPTIONAL = "optional_by_jdelta"  # of a variable: there was `None`, as data or not, and it was switched off or not
 
 
 def strings(path: tuple[Any, ...]) -> Path:
@@ -113,6 +115,11 @@ def leaves_of(module: nnx.Module, name: str) -> dict[Path, nnx.Param]:
     return variables(holder) if isinstance(holder, Leaves) else {}
 
 
+def is_left_out(module: nnx.Module, name: str) -> bool:
+    """Whether the state that a module was made of says that a delta is left out: see `jdelta.without`."""
+    return any(map(left_out.is_marked, leaves_of(module, name).values()))
+
+
 def put(module: nnx.Module, path: Path, value: Any) -> None:
     """Makes a leaf of a delta: `path` begins with the delta's name."""
     holder = module
@@ -148,7 +155,7 @@ def take_out(module: nnx.Module, path: Path) -> None:
     holders = [module]
     for key in path[:-1]:
         holders.append(vars(holders[-1])[key])
-    delete(holders[-1], path[-1])
+    remove(holders[-1], path[-1])
     for i in range(len(path) - 1, 0, -1):
         if not variables(holders[i]):
             delete(holders[i - 1], path[i - 1])
@@ -156,8 +163,27 @@ def take_out(module: nnx.Module, path: Path) -> None:
 
 def add(module: nnx.Module, name: str, value: Any) -> None:
     """Gives a module a parameter of its own, which it may know of, as an optional bias, or not: see `is_added`."""
-    knows = name in vars(module)
-    set_data(module, name, nnx.Param(value) if knows else nnx.Param(value, **{_ADDED: True}))
+    if name not in vars(module):
+        set_data(module, name, nnx.Param(value, **{_ADDED: True}))
+        return
+    is_data, switch = module._pytree__nodes[name], f"use_{name}"  # as nnx.Linear has use_bias
+    switched = vars(module).get(switch) is False
+    metadata: dict[str, Any] = {_OPTIONAL: (is_data, switched)}
+    set_data(module, name, nnx.Param(value, **metadata))
+    if switched:
+        vars(module)[switch] = True
+
+
+def remove(module: nnx.Module, name: str) -> None:
+    """The inverse of `add`; removes any other data, too."""
+    variable = vars(module)[name]
+    optional = variable.get_metadata().get(_OPTIONAL) if isinstance(variable, nnx.Param) else None
+    delete(module, name)
+    if optional is not None:
+        is_data, switched = optional
+        set_data(module, name, None, is_data)
+        if switched:
+            vars(module)[f"use_{name}"] = False
 
 
 def is_added(module: nnx.Module, name: str) -> bool:
@@ -166,12 +192,12 @@ def is_added(module: nnx.Module, name: str) -> bool:
     return isinstance(variable, nnx.Param) and bool(variable.get_metadata().get(_ADDED))
 
 
-def set_data(module: nnx.Module, name: str, value: Any) -> None:
+def set_data(module: nnx.Module, name: str, value: Any, is_data: bool = True) -> None:
     """Sets an attribute that is data, also while a transformation is traced that the module is not in.
 
     Private API of nnx: `_pytree__nodes` says which attributes are data. A test of states and graphs notices if not.
     """
-    object.__setattr__(module, "_pytree__nodes", module._pytree__nodes.update({name: True}))
+    object.__setattr__(module, "_pytree__nodes", module._pytree__nodes.update({name: is_data}))
     vars(module)[name] = value
 
 

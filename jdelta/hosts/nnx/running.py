@@ -57,6 +57,11 @@ class _Run:
         self.frames: list[Frame] = []
         self.inputs: dict[Path, tuple[Any, tracers.TraceState]] = {}  # of each start's newest call
         self.watchers: list[Watcher] = []  # of the hosts in progress, outermost first
+        self.left_out: set[str] = set()  # names of deltas that generate nothing in this run
+
+    def leaves_out(self, module: nnx.Module, name: str) -> bool:
+        """Whether the state that the module was made of says that a delta is left out."""
+        return name in self.left_out or graph.is_left_out(module, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,9 @@ class Edited:
         try:
             with contextlib.ExitStack() as stack:
                 for attachment in (a for a in attachments if a.active):
+                    if graph.is_left_out(module, attachment.name):
+                        run.left_out.add(attachment.name)
+                        continue
                     stack.enter_context(_generated(module, attachment))
                     for during_run in (getattr(edit.layer, "during_run", None) for edit in attachment.edits):
                         if during_run is not None:
@@ -89,10 +97,13 @@ class Edited:
 
     def read(self, module: nnx.Module, name: str, variable: nnx.Variable) -> nnx.Variable:
         """A parameter with its changes while the model runs; at any other time as it is stored."""
-        edits = self.edits.rewritten.get(name)
-        if not edits or _run.get() is None:
+        edits, run = self.edits.rewritten.get(name), _run.get()
+        if not edits or run is None:
             return variable
-        self._require_leaves(module)
+        self._require_leaves(run, module)
+        edits = tuple(edit for edit in edits if not run.leaves_out(module, edit.name))
+        if not edits:
+            return variable
         stored = variable.get_value()
         # In a scan over layers, a module has one layer's.
         seen = [e if stored.ndim > len(e.shape) else dataclasses.replace(e, layers=()) for e in edits]
@@ -119,7 +130,9 @@ class Edited:
         mine = self.edits.calls.get(frame.name, ())
         of_weights = self.edits.weights if frame.name == CALL else ()
         if mine or of_weights:
-            self._require_leaves(frame.module)
+            self._require_leaves(run, frame.module)
+        mine = tuple(edit for edit in mine if not edit.leaf or not run.leaves_out(frame.module, edit.leaf[0]))
+        of_weights = tuple(edit for edit in of_weights if not run.leaves_out(frame.module, edit.name))
 
         hides = isinstance(frame.module, nnx.bridge.ToNNX)  # which takes all its attributes for the linen module's
 
@@ -146,12 +159,12 @@ class Edited:
             heard = watch(frame, heard)
         return heard
 
-    def _require_leaves(self, module: nnx.Module) -> None:
+    def _require_leaves(self, run: _Run, module: nnx.Module) -> None:
         """Raises `ValueError` if the state that the module was made of lacks a leaf."""
         if is_creating():
             return
         for path in self.edits.leaves:
-            if path[1:] not in graph.leaves_of(module, path[0]):
+            if path[0] not in run.left_out and path[1:] not in graph.leaves_of(module, path[0]):
                 raise ValueError(
                     f"delta {path[0]!r} is attached, but the model's state lacks "
                     f"{surgery.name_of((*self.edits.path, *path))!r}. Take both from the same model: graphdef, state = "
@@ -173,11 +186,13 @@ def _without_leaves(module: nnx.Module, call: Callable, /, *args: Any, **kwargs:
 def _bound(edit: CallEdit, frame: Frame) -> Callable:
     """The edit's layer with its leaves, told what it asks for of the call."""
     assert edit.layer is not None
-    layer, name = edit.layer.clone(parent=None, name=None), edit.leaf[0]
+    layer, name = edit.layer.clone(parent=None, name=None), edit.leaf[0] if edit.leaf else ""
     told = call_edits.told(layer, lambda: frame.is_deterministic(name), lambda: frame.context(name))
     n = len(edit.leaf)
     own = {path: v for path, v in _own(frame.module, name).items() if path[:n] == edit.leaf}
     leaves: Any = graph.nested({path[n:]: leaf for path, leaf in own.items()})
+    if edit.needs is not None:
+        leaves = {edit.needs: graph.own_leaves(frame.module)[edit.needs]}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if is_creating() and not leaves:
