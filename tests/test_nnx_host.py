@@ -1,7 +1,10 @@
 """Deltas on nnx modules: the module is changed in place, and is what it was when they are off."""
 
 import copy
+import dataclasses
+import gc
 import pickle
+import weakref
 
 import chex
 import jax
@@ -13,6 +16,7 @@ from flax import nnx
 from nnx_models import IDS, Block, Mixed, Model, Tied, train_deltas
 
 import jdelta
+from jdelta.methods.lora import LoraRule
 from jdelta.trees import surgery
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
@@ -371,3 +375,80 @@ def test_shapes_suffice():
     delta = lora(m, dummy_inputs=(IDS,))
     assert isinstance(m.stack.up.lora.a.get_raw_value(), jax.ShapeDtypeStruct)
     assert len(delta.paths) == 12
+
+
+class WithoutBias(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+        self.norm = nnx.RMSNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_merged_biases_of_bitfit_are_the_modules_own():
+    m = WithoutBias(nnx.Rngs(0))
+    before = nnx.graphdef(m)
+    delta = jdelta.BitFitModel(m, modified_modules=["linear", "norm"], dummy_inputs=(X,))
+    train_deltas(m)
+    changed = m(X)
+    delta.merge()
+    chex.assert_trees_all_close(m(X), changed, atol=1e-6)
+    assert m.linear.use_bias
+    delta.unmerge()
+    chex.assert_trees_all_equal(m(X), changed)
+    delta.detach()
+    assert nnx.graphdef(m) == before
+    delta.attach()
+    delta.merge()
+    delta.remove()
+    chex.assert_trees_all_close((m(X), nnx.clone(m)(X)), (changed, changed), atol=1e-6)
+
+
+def test_what_a_delta_generates_for_many_modules_is_made_in_each_run():
+    m = model()
+    bare = m(IDS)
+    delta = jdelta.CompacterModel(
+        m,
+        modified_modules=["layers.0", "stack"],
+        reduction_factor=1,
+        hypercomplex_division=2,
+        shared_phm_rule=True,
+        shared_W_phm=True,
+    )
+    assert ("compacter", "phm_rule") in delta.paths
+    train_deltas(m)
+    changed = m(IDS)
+    assert jnp.abs(changed - bare).max() > 1e-2
+    chex.assert_trees_all_close(nnx.jit(lambda m: m(IDS))(m), changed, rtol=1e-4, atol=1e-4)
+    grads = nnx.grad(lambda m: m(IDS).sum(), argnums=nnx.DiffState(0, delta.filter))(m)
+    assert len(jax.tree.leaves(grads)) == len(delta.paths)
+    delta.remove()
+    chex.assert_trees_all_equal(m(IDS), bare)
+
+
+def test_inputs_of_modules_are_seen_in_a_batch():
+    class FromInputs(jdelta.Method):
+        def rule(self, name):
+            return LoraRule(2, 1.0)
+
+        def init_from_inputs(self, leaves, params, inputs):
+            assert inputs["boxed.a"].shape == X.shape
+            return {path: jnp.ones_like(leaf) for path, leaf in leaves.items()}
+
+    m = Mixed(nnx.Rngs(0))
+    made = dataclasses.dataclass(frozen=True)(FromInputs)()
+    delta = jdelta.DeltaModel(m, method=made, modified_modules=["boxed.a"], dummy_inputs=(X,))
+    delta.init_from_batch(X)
+    assert (m.boxed["a"].delta.a[...] == 1).all()
+
+
+def test_a_module_that_is_no_longer_referenced_is_freed():
+    m = model()
+    delta = lora(m)
+    delta.detach()
+    delta.attach()
+    gone = weakref.ref(m)
+    del m, delta
+    gc.collect()
+    assert gone() is None

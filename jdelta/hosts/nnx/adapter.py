@@ -137,6 +137,8 @@ class NnxAdapter:
                 graph.put(modules[path[:at]], path[at:], value)
             else:
                 graph.add(modules[path[:at]], path[-1], value)
+        if {path for path in have.keys() ^ wanted.keys() if not names.intersection(path)}:
+            self.install(self.attachments)  # parameters of modules' own came or went
         _share(self.model, self.attachments)
 
     def tree(self) -> Tree:
@@ -314,7 +316,8 @@ class NnxAdapter:
 def put_on(model: nnx.Module, attachments: Sequence[Attachment], structure: Structure | None) -> None:
     """Gives each module of a model the role that makes it run exactly these."""
     modules, owners = graph.modules(model), graph.shared_variables(model)
-    edits = edits_by_module(attachments, modules, owners)
+    merged = [path for path, module in modules.items() if any(graph.is_added(module, name) for name in vars(module))]
+    edits = edits_by_module(attachments, modules, owners, merged)
     names = {a.name for a in attachments if a.active}
     for path, module in modules.items():
         mine = edits.get(path)

@@ -52,7 +52,10 @@ class Edits:
 
 
 def edits_by_module(
-    attachments: Sequence[Attachment], paths: Collection[Path], owners: Mapping[Path, Collection[Path]]
+    attachments: Sequence[Attachment],
+    paths: Collection[Path],
+    owners: Mapping[Path, Collection[Path]],
+    merged: Collection[Path],
 ) -> dict[Path, Edits]:
     """Path to what happens there, of the modules whose functions have to be heard.
 
@@ -60,11 +63,13 @@ def edits_by_module(
       attachments: in the order of attaching, active or not.
       paths: of all modules.
       owners: path of a parameter to those at which it is too, since modules share it.
+      merged: of modules that were given parameters which they know nothing of.
     """
     active = [a for a in attachments if a.active]
-    if not active and not any(a.after_merge for a in attachments):
+    behind = [edit for a in attachments if not a.active for edit in a.after_merge if edit.host in merged]
+    if not active and not behind:
         return {}
-    edits = [edit for a in attachments for edit in (a.edits if a.active else a.after_merge)]
+    edits = [*(edit for a in active for edit in a.edits), *behind]
     calls = sorted((e for e in edits if isinstance(e, CallEdit) and e.layer is not None), key=lambda e: e.outermost)
     in_call = [e for e in edits if isinstance(e, WeightEdit) and e.in_call]
     rewriting = [e for e in edits if isinstance(e, WeightEdit) and not e.in_call]

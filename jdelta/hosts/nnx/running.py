@@ -24,6 +24,7 @@ from jdelta.hosts.nnx import graph
 from jdelta.hosts.nnx.creating import is_creating, noted
 from jdelta.hosts.nnx.frames import CALL, Frame
 from jdelta.hosts.nnx.roles import Edits
+from jdelta.hosts.nnx.swapping import class_of
 from jdelta.hosts.nnx.weight_calls import ModuleCall, own_of
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
@@ -194,9 +195,13 @@ def _bound(edit: CallEdit, frame: Frame) -> Callable:
     if edit.needs is not None:
         leaves = {edit.needs: graph.own_leaves(frame.module)[edit.needs]}
 
+    def alone(*args: Any) -> tuple:
+        """The arguments with a copy of the host in its place, since its variables belong to another trace."""
+        return (_copied_host(frame), *args[1:]) if edit.where == "around" else args
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        if is_creating() and not leaves:
-            given = noted((frame.path, edit.leaf), lambda key: _initialised(layer, key, told, args, kwargs))
+        if is_creating() and not leaves and edit.leaf:
+            given = noted((frame.path, edit.leaf), lambda key: _initialised(layer, key, told, alone(*args), kwargs))
         else:
             given = leaves
         holder = frame.holder(name)
@@ -205,6 +210,11 @@ def _bound(edit: CallEdit, frame: Frame) -> Callable:
         return bound(*args, **told, **kwargs)
 
     return run
+
+
+def _copied_host(frame: Frame) -> Host:
+    copy = nnx.merge(*nnx.split(frame.module), copy=True)
+    return Host(getattr(class_of(copy), frame.name).__get__(copy), dataclasses.replace(frame, module=copy), [])
 
 
 def _initialised(layer: Any, key: jax.Array, told: Mapping[str, Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -254,4 +264,5 @@ def _generated(root: nnx.Module, attachment: Attachment) -> Iterator[None]:
         yield
     finally:
         for module, path in put:
-            graph.take_out(module, path)
+            if path[1:] in graph.leaves_of(module, path[0]):  # not if the run failed where nnx had taken it apart
+                graph.take_out(module, path)
