@@ -456,9 +456,20 @@ def state_of(model, tree):
 
 
 def test_rows_of_a_module_drop_out_independently_and_leave_it_as_it_was():
-    model = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
-    model.scale = nnx.Param(jnp.ones(()))
+    """Also in a stack of layers, which has a key for each."""
+
+    class Dropouts(nnx.Module):
+        def __init__(self, rngs):
+            self.one, self.scale = nnx.Dropout(0.5, rngs=rngs), nnx.Param(jnp.ones(()))
+            made = nnx.vmap(lambda rngs: nnx.Dropout(0.5, rngs=rngs), in_axes=0, out_axes=0)
+            self.stack = nnx.split_rngs(splits=2)(made)(rngs)
+
+        def __call__(self, x):
+            return self.one(x), nnx.vmap(lambda layer: layer(x), in_axes=0, out_axes=0)(self.stack)
+
+    model = Dropouts(nnx.Rngs(0))
     before = jax.tree.map(lambda leaf: leaf, nnx.state(model))
-    outputs = jdelta.rowwise(model, {})(jnp.ones((8, 16)), params={"scale": jnp.ones(8)})
-    assert len({bits(row) for row in outputs}) == 8
+    one, stacked = jdelta.rowwise(model, {})(jnp.ones((8, 32)), params={"scale": jnp.ones(8)})
+    assert stacked.shape == (8, 2, 1, 32)
+    assert len({bits(mask) for mask in (*one, *stacked.reshape(-1, 32))}) == 8 * 3
     assert_same_bits(nnx.state(model), before)

@@ -160,7 +160,7 @@ def rowwise(call: Callable[..., Any], frozen: Tree) -> Callable[..., Any]:
             params = {"params": params}
         run = call
         if pure_calls.is_of_module(call):
-            run, kwargs[pure_calls.KEYS] = pure_calls.pure(call)
+            run, kwargs[pure_calls.KEYS] = pure_calls.pure(call, batch)
         named, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
         leaves = [_prepared(path, leaf, batch) for path, leaf in named]
         axes = [0 if isinstance(leaf, jax.Array) and leaf.ndim else None for leaf in leaves]
