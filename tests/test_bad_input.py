@@ -230,7 +230,7 @@ def test_detaching_from_a_model_whose_parameters_were_replaced(bert):
 
 def test_backbones_that_are_none():
     torch_like = type("Linear", (), {})()
-    with pytest.raises(TypeError, match=r"expected a Flax model of transformers or a jdelta\.Backbone, got .*Linear"):
+    with pytest.raises(TypeError, match=r"a jdelta\.Backbone or an nnx module, got .*Linear"):
         jdelta.LoraModel(torch_like)
     with pytest.raises(TypeError, match=r"Wrap it: jdelta\.Backbone\(Dense\(…\), params"):
         jdelta.LoraModel(nn.Dense(3))

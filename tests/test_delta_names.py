@@ -131,7 +131,7 @@ def test_another_name_prunes_what_is_lora_beyond_doubt_and_nothing_else(bert):
     assert jax.tree.structure(jdelta.prune(bert.params, by_hand)) == bare
 
 
-@pytest.mark.parametrize("wrong", [3, None, [3], [("a", 3)], []])
+@pytest.mark.parametrize("wrong", [3, None, [3], [("a", 3.5)], []])
 def test_prune_takes_deltas_and_paths(wrong):
     with pytest.raises(TypeError, match="expected a delta, its name, or the paths"):
         jdelta.prune({"d": {"kernel": 1}}, wrong)

@@ -529,7 +529,7 @@ def test_other_models_are_not_changed(uses):
 
 
 def test_what_is_no_model_is_an_error():
-    with pytest.raises(TypeError, match=r"expected a Flax model of transformers or a jdelta\.Backbone"):
+    with pytest.raises(TypeError, match=r"expected a Flax model of transformers, a jdelta\.Backbone or an nnx module"):
         jdelta.fused_attention(3)
 
 

@@ -169,5 +169,5 @@ def test_other_models_and_other_modules_are_not_changed(models):
     own = jdelta.Backbone(nn.Sequential([nn.Dense(2), functools.partial(nn.gelu, approximate=False)]), None, (x,))
     with pytest.raises(ValueError, match=r"write jax\.checkpoint\(nn\.gelu\)"):
         jdelta.lean_activations(own)
-    with pytest.raises(TypeError, match=r"expected a Flax model of transformers or a jdelta\.Backbone"):
+    with pytest.raises(TypeError, match=r"expected a Flax model of transformers, a jdelta\.Backbone or an nnx module"):
         jdelta.lean_activations(3)

@@ -17,15 +17,15 @@ from flax import nnx
 
 from jdelta.core import weights
 from jdelta.core.arguments import is_array
-from jdelta.core.edits import Attachment, Edit, WeightEdit
+from jdelta.core.edits import Attachment
 from jdelta.core.generators import without_generated
 from jdelta.core.host import Cache, Trial
 from jdelta.core.structure import Structure
 from jdelta.hosts.nnx import graph
 from jdelta.hosts.nnx.creating import Initialiser, Place, creating
+from jdelta.hosts.nnx.installing import put_on, share
 from jdelta.hosts.nnx.recording import Layers, layers_at, record
-from jdelta.hosts.nnx.roles import edits_by_module
-from jdelta.hosts.nnx.running import Edited, drops_out, trying
+from jdelta.hosts.nnx.running import trying
 from jdelta.hosts.nnx.swapping import class_of, give, role_of
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree
@@ -139,7 +139,7 @@ class NnxAdapter:
                 graph.add(modules[path[:at]], path[-1], value)
         if {path for path in have.keys() ^ wanted.keys() if not names.intersection(path)}:
             self.install(self.attachments)  # parameters of modules' own came or went
-        _share(self.model, self.attachments)
+        share(self.model, self.attachments)
 
     def tree(self) -> Tree:
         """See `HostAdapter`."""
@@ -308,44 +308,6 @@ class NnxAdapter:
                 f"{self.class_name} is changed while a function is traced, as by nnx.jit or nnx.grad, which runs a "
                 "copy of the model. Attach, detach and disable deltas, and load values, outside of it."
             )
-
-
-# --- what a model carries
-
-
-def put_on(model: nnx.Module, attachments: Sequence[Attachment], structure: Structure | None) -> None:
-    """Gives each module of a model the role that makes it run exactly these."""
-    modules, owners = graph.modules(model), graph.shared_variables(model)
-    merged = [path for path, module in modules.items() if any(graph.is_added(module, name) for name in vars(module))]
-    edits = edits_by_module(attachments, modules, owners, merged)
-    names = {a.name for a in attachments if a.active}
-    for path, module in modules.items():
-        mine = edits.get(path)
-        give(module, Edited(mine) if mine is not None else None)
-        for name, holder in list(vars(module).items()):
-            if isinstance(holder, graph.Leaves) and not graph.variables(holder) and name not in names:
-                graph.delete(module, name)
-        for edit in mine.all if mine is not None else ():
-            if structure is not None and drops_out(edit):
-                _give_dropout(model, module, path, edit, layers_at(structure, path))
-    _share(model, attachments)
-
-
-def _share(model: nnx.Module, attachments: Sequence[Attachment]) -> None:
-    for edit in (edit for a in attachments if a.active for edit in a.weight_edits if not edit.in_call):
-        graph.share(model, edit)
-
-
-def _give_dropout(model: nnx.Module, module: nnx.Module, path: Path, edit: Edit, layers: Layers) -> None:
-    """Makes what the dropout of an edit needs, if that is not there yet. It is on as the model's own is."""
-    name = edit.name if isinstance(edit, WeightEdit) else edit.leaf[0]
-    holder = graph.holder_of(module, name)
-    if "deterministic" not in vars(holder):
-        modes = [getattr(m, "deterministic", None) for m in graph.modules(model).values()]
-        key = jax.random.key(zlib.crc32(surgery.name_of((*path, name)).encode()))
-        vars(holder)["deterministic"] = next((mode for mode in modes if isinstance(mode, bool)), False)
-        keys = jax.random.split(key, layers.sizes[::-1]) if layers.sizes else key
-        graph.set_data(holder, "rngs", nnx.RngStream(keys, tag="dropout"))
 
 
 # --- values

@@ -1,0 +1,60 @@
+"""Puts deltas on an nnx model: the roles of its modules, and what their dropout needs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from jdelta.core.edits import Attachment, Edit, WeightEdit
+from jdelta.core.structure import Structure
+from jdelta.hosts.nnx import graph
+from jdelta.hosts.nnx.recording import Layers, layers_at
+from jdelta.hosts.nnx.roles import edits_by_module
+from jdelta.hosts.nnx.running import Edited, drops_out
+from jdelta.hosts.nnx.swapping import give
+from jdelta.trees import surgery
+from jdelta.trees.surgery import Path
+
+
+def put_on(model: nnx.Module, attachments: Sequence[Attachment], structure: Structure | None) -> None:
+    """Gives each module of a model the role that makes it run exactly these."""
+    modules, owners = graph.modules(model), graph.shared_variables(model)
+    merged = [path for path, module in modules.items() if any(graph.is_added(module, name) for name in vars(module))]
+    edits = edits_by_module(attachments, modules, owners, merged)
+    names = {a.name for a in attachments if a.active}
+    for path, module in modules.items():
+        mine = edits.get(path)
+        give(module, Edited(mine) if mine is not None else None)
+        for name, holder in list(vars(module).items()):
+            if isinstance(holder, graph.Leaves) and not graph.variables(holder) and name not in names:
+                graph.delete(module, name)
+        for edit in mine.all if mine is not None else ():
+            if structure is not None and _name_of(edit) and drops_out(edit):
+                _give_dropout(model, module, path, edit, layers_at(structure, path))
+    share(model, attachments)
+
+
+def share(model: nnx.Module, attachments: Sequence[Attachment]) -> None:
+    """Gives the leaves at a parameter that modules share to all of these."""
+    for edit in (edit for a in attachments if a.active for edit in a.weight_edits if not edit.in_call):
+        graph.share(model, edit)
+
+
+def _give_dropout(model: nnx.Module, module: nnx.Module, path: Path, edit: Edit, layers: Layers) -> None:
+    """Makes what the dropout of an edit needs, if that is not there yet. It is on as the model's own is."""
+    name = _name_of(edit)
+    holder = graph.holder_of(module, name)
+    if "deterministic" not in vars(holder):
+        modes = [getattr(m, "deterministic", None) for m in graph.modules(model).values()]
+        key = jax.random.key(zlib.crc32(surgery.name_of((*path, name)).encode()))
+        vars(holder)["deterministic"] = next((mode for mode in modes if isinstance(mode, bool)), False)
+        keys = jax.random.split(key, layers.sizes[::-1]) if layers.sizes else key
+        graph.set_data(holder, "rngs", nnx.RngStream(keys, tag="dropout"))
+
+
+def _name_of(edit: Edit) -> str:
+    """The name of an edit's delta; nothing, if it belongs to none."""
+    return edit.name if isinstance(edit, WeightEdit) else next(iter(edit.leaf), "")
