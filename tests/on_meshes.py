@@ -167,10 +167,10 @@ def check_bytes(tree, split, mesh):
         assert leaf.addressable_shards[0].data.nbytes * math.prod(mesh.shape[name] for name in names) == leaf.nbytes
 
 
-def check_init(delta, split):
+def check_init(delta, split, params):
     """Fresh leaves are created where they belong, with the values that they have without a mesh."""
-    own = delta.own(split)
-    got, want = jax.jit(delta.init, out_shardings=own)(jax.random.key(0)), delta.init(jax.random.key(0))
+    own, init = delta.own(split), lambda rng: delta.init(rng, params)
+    got, want = jax.jit(init, out_shardings=own)(jax.random.key(0)), init(jax.random.key(0))
     for leaf, other, place in zip(*map(jax.tree.leaves, (got, want, own)), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
         np.testing.assert_allclose(leaf, other, atol=1e-6)
@@ -199,8 +199,8 @@ def check_lora(family, sizes, want):
     run, arguments = compiled(model, *delta.partition(params_of(model)), *delta.partition(split), mesh)
     np.testing.assert_allclose(losses(run, arguments), want, rtol=1e-4)
     check_bytes(jdelta.combine(arguments[0], arguments[2]), split, mesh)
-    if sizes == MESHES[-1] and isinstance(specs, dict):
-        check_init(delta, split)
+    if sizes == MESHES[-1]:
+        check_init(delta, split, params_of(model))
     found = collectives(run)
     own = Counter({key: n for key, n in found.items() if RANK in key[1]})
     assert not found - own - whole, (sizes, found - own - whole)

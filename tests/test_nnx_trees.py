@@ -132,6 +132,7 @@ def test_a_state_comes_apart_and_together_and_fits_the_module(method):
     assert_same(jdelta.graft(bare, delta.own(state)), state)
     fresh = jdelta.graft(bare, delta.init(1))
     assert jax.tree.structure(fresh) == jax.tree.structure(state)
+    assert_same(delta.init(1, state), delta.own(fresh))
     assert np.all(run(graphdef, fresh) != run(graphdef, state))
     delta.detach()
     assert jax.tree.structure(bare) == jax.tree.structure(nnx.state(model))

@@ -15,7 +15,7 @@ from jdelta.core.method import Method
 from jdelta.core.random_keys import as_key
 from jdelta.core.rules import starts_from_weight
 from jdelta.core.state import DeltaState
-from jdelta.trees import surgery
+from jdelta.trees import states, surgery
 from jdelta.trees.surgery import Path, Tree
 
 
@@ -30,14 +30,17 @@ def init(state: DeltaState, rng: int | chex.PRNGKey, params: Tree | None = None)
       rng: seed or key, as in the constructor.
       params: the backbone's tree, for a method that starts from its values; by default `model.params`.
 
+    Returns:
+      A dict; or an `nnx.State`, if `params` is one.
+
     Raises:
       ValueError: the method starts from the backbone's values, and there are none.
     """
     own = dataclasses.replace(state.attachment, active=True)
     attachments = [own if a.name == own.name else a for a in state.host.attachments]
     params = state.host.params if params is None else params
-    leaves = _fresh(state, attachments, own.leaves, params, as_key(rng))
-    return _from_backbone(state, leaves, params)
+    leaves = _from_backbone(state, _fresh(state, attachments, own.leaves, params, as_key(rng)), params)
+    return surgery.unflatten(surgery.flatten(leaves), like=params) if states.is_state(params) else leaves
 
 
 def initial_values(state: DeltaState, draft: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
