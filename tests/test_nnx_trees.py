@@ -352,3 +352,21 @@ def test_training_many_in_one_program_equals_training_each_alone():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), tree, together)
     nnx.update(model, together)  # each is a state of the module
     assert type(model.layers[0].dense.lora.a) is DeltaParam
+
+
+# --- shapes
+
+
+def test_a_module_of_shapes_takes_a_delta_and_its_states_go_into_the_verbs():
+    model = nnx.eval_shape(lambda: Network(nnx.Rngs(0, dropout=1)))  # in training, with statistics and keys
+    delta = jdelta.LoraModel(model, ["dense"], lora_r=2, dummy_inputs=(X,))
+    state = nnx.state(model)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
+    trainable, frozen = delta.partition(state)
+    assert jax.tree.structure(delta.combine(trainable, frozen)) == jax.tree.structure(state)
+    assert delta.partition_specs(nnx.get_partition_spec(state))["layers"][0]["dense"]["kernel"].get_value() == jax.P()
+    with pytest.raises(ValueError, match="the model holds shapes only"):
+        delta.merge(state)
+    values = jdelta.graft(nnx.state(network()), delta.init(0))
+    assert run(nnx.graphdef(model), values).shape == (4, 3)
+    assert delta.finetuned(values).values["layers.0.dense.lora.a"].shape == (6, 2)

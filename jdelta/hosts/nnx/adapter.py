@@ -215,6 +215,7 @@ class NnxAdapter:
         if trial is not None:
             zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in backbone.items()}
             graphdef, state = self._split()
+            state = jax.tree.map(_zeros_for_shape, state)  # its statistics and keys may be shapes
             with trying(trial):
                 trial.outputs.append(self._run(graphdef, state, attachments, surgery.flatten(tree) | zeros))
         return tree
@@ -339,6 +340,15 @@ def _as_array(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return np.broadcast_to(np.zeros((), value.dtype), value.shape)
     return value
+
+
+def _zeros_for_shape(value: Any) -> Any:
+    """Zeros, or keys, in place of a shape; in a function that is traced without computing they take no memory."""
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return value
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), value.shape) if value.shape else jax.random.key(0)
+    return jnp.zeros(value.shape, value.dtype)
 
 
 def _shape(value: Any) -> jax.ShapeDtypeStruct:
