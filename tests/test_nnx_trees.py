@@ -370,3 +370,37 @@ def test_a_module_of_shapes_takes_a_delta_and_its_states_go_into_the_verbs():
     values = jdelta.graft(nnx.state(network()), delta.init(0))
     assert run(nnx.graphdef(model), values).shape == (4, 3)
     assert delta.finetuned(values).values["layers.0.dense.lora.a"].shape == (6, 2)
+
+
+# --- checkpoints
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_an_orbax_checkpoint_bit_for_bit(tmp_path):
+    import orbax.checkpoint as ocp
+
+    def started():
+        model, delta = attached()
+        model.train()
+        return model, nnx.Optimizer(model, delta.optimizer(optax.adam(0.1)), wrt=delta.filter), delta.filter
+
+    def step(model, optimizer, trains):
+        grads = nnx.grad(lambda model: jnp.sum(model(X) ** 2), argnums=nnx.DiffState(0, trains))(model)
+        optimizer.update(model, grads)
+
+    def states(model, optimizer):
+        return {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+
+    model, optimizer, trains = started()
+    step(model, optimizer, trains)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "1", states(model, optimizer))
+        checkpointer.wait_until_finished()
+        step(model, optimizer, trains)
+        again, its_optimizer, _ = started()
+        restored = checkpointer.restore(tmp_path / "1", states(again, its_optimizer))
+    nnx.update(again, restored["model"])
+    nnx.update(its_optimizer, restored["optimizer"])
+    step(again, its_optimizer, trains)
+    assert_same(nnx.state(again), nnx.state(model))
+    assert_same(nnx.state(its_optimizer), nnx.state(optimizer))
