@@ -22,9 +22,9 @@ from jdelta.core.config import require_count, require_positive_int
 from jdelta.core.edits import CallEdit, Edit
 from jdelta.core.method import Method, Site
 from jdelta.core.structure import ModuleInfo, Structure
+from jdelta.hosts import attention
+from jdelta.hosts.attention_parts import Prefix, taking_part
 from jdelta.hosts.call_edits import Host
-from jdelta.hosts.transformers import attention
-from jdelta.hosts.transformers.attention_parts import Prefix
 from jdelta.hosts.transformers.positions import positions
 from jdelta.methods.parameter import kaiming_uniform, param
 from jdelta.names import common_names
@@ -63,10 +63,10 @@ class PrefixConfig(Method):
             require_positive_int(name, getattr(self, name))
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[CallEdit]:
-        if not any(attention.computes_attention(info.type) for info in structure.below(host.path)):
+        if not any(attention.may_compute_attention(info.type) for info in structure.below(host.path)):
             raise TypeError("it computes no attention that a prefix could join.")
         keys = [info for info in _key_projections(structure) if info.path[: len(host.path)] == host.path][:1]
-        key_width = keys[0].y.shape[-1] if keys else None
+        key_width = math.prod(keys[0].y.shape[keys[0].x.ndim - 1 :]) if keys else None
         key_axis = of_output(keys[0], structure)[0] if keys else None
         layer = PrefixLayer(self.prefix_token_num, key_width, key_axis)
         yield CallEdit(host.path, "around", layer)
@@ -107,8 +107,8 @@ class PrefixLayer(nn.Module):
     def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         given = arguments(host.module_type, args, kwargs).arguments
         prefix = Prefix(host.describe(), self.pair, head_mask=given.get("layer_head_mask"))
-        with attention.active(prefix, host.module_type), host.watched(functools.partial(attention.joined, prefix)):
-            output = host(*args, **kwargs)
+        with taking_part(prefix), host.watched(functools.partial(attention.joined, prefix)):
+            output = attention.heard(host.this, host)(*args, **kwargs)
         return prefix.finish(output)
 
     @nn.compact

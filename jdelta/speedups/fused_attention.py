@@ -108,7 +108,7 @@ class _Materialised(nn.Module):
 
 
 class Kernel:
-    """Computes the attention of one module in one operation: a `Kernel` of `hosts.transformers.attention_parts`.
+    """Computes the attention of one module in one operation: a `Kernel` of `hosts.attention_parts`.
 
     Args:
       info: the module.

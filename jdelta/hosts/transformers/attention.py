@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from flax.linen import attention as flax_attention
 
 from jdelta.hosts import patches
-from jdelta.hosts.call_edits import ModuleCall
+from jdelta.hosts.attention_parts import Kernel, active_kernel, innermost_prefix, taking_part
 from jdelta.hosts.transformers.attention_call import AttentionCall, LazyWeights, materialised
-from jdelta.hosts.transformers.attention_parts import Kernel, Prefix, active_kernel, innermost_prefix, taking_part
 from jdelta.hosts.transformers.own_softmax import (
     big_bird_attention,
     big_bird_jax,
@@ -38,22 +37,10 @@ _BLOCK_SPARSE = "bigbird_block_sparse_attention"
 
 
 @contextlib.contextmanager
-def active(part: Prefix | Kernel, module_type: type) -> Iterator[None]:
-    """While this lasts, a prefix or a kernel takes part in all attention that a module of this class computes."""
-    with taking_part(part), _heard_in(module_type):
+def active(kernel: Kernel, module_type: type) -> Iterator[None]:
+    """While this lasts, a kernel computes all attention that a module of this class computes, where it can."""
+    with taking_part(kernel), heard_in(module_type):
         yield
-
-
-def joined(prefix: Prefix, this: ModuleCall, call: Callable) -> Callable:
-    """A call inside the attention module, in which the prefix takes part, and whose input is the attention's result
-    with the prefix's part."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = prefix.add_to_input(this.module_type, args, kwargs)
-        with _heard_in(this.module_type):
-            return call(*args, **kwargs)
-
-    return run
 
 
 def computes_attention(module_type: type) -> bool:
@@ -62,7 +49,7 @@ def computes_attention(module_type: type) -> bool:
 
 
 @contextlib.contextmanager
-def _heard_in(module_type: type) -> Iterator[None]:
+def heard_in(module_type: type) -> Iterator[None]:
     """While this lasts, active prefixes and kernels are heard in the file of a module's class, and in flax's own."""
     files = {id(file): file for file in (*patches.globals_of(module_type), vars(flax_attention))}
     with contextlib.ExitStack() as stack:

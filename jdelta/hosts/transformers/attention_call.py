@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdelta.hosts.transformers.attention_parts import Kernel, innermost_prefix, take
+from jdelta.hosts.attention_parts import Kernel, innermost_prefix, preceded, take, widened
 
 
 class AttentionCall:
@@ -30,9 +30,9 @@ class AttentionCall:
             heads, width = key.shape[-2:]
             keys, self._values = take(heads, width, key.dtype)
             n = len(keys)
-            given["key"] = key = _preceded(key, keys)
-            given["bias"] = _widened(given.get("bias"), n, key.shape[-3], 0)
-            given["mask"] = _widened(given.get("mask"), n, key.shape[-3], True)
+            given["key"] = key = preceded(key, keys)
+            given["bias"] = widened(given.get("bias"), n, key.shape[-3], 0)
+            given["mask"] = widened(given.get("mask"), n, key.shape[-3], True)
 
     @property
     def made(self) -> bool:
@@ -41,7 +41,7 @@ class AttentionCall:
 
     def values(self, value: jax.Array) -> jax.Array:
         """The model's values after those of the prefixes."""
-        return value if self._prefix is None else _preceded(value, self._values)
+        return value if self._prefix is None else preceded(value, self._values)
 
     def weights(self) -> jax.Array:
         """The weights of the model's own keys. Unless the result is computed, what the prefixes add to it waits."""
@@ -131,17 +131,3 @@ for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):  # Python looks 
     setattr(LazyWeights, f"__r{_name}__", _operator(f"__r{_name}__"))
 for _name in ("getitem", "neg", "len", "array", "lt", "gt", "le", "ge"):
     setattr(LazyWeights, f"__{_name}__", _operator(f"__{_name}__"))
-
-
-def _preceded(states: jax.Array, others: jax.Array) -> jax.Array:
-    """Keys or values, `(…, length, heads, width)`, after others, `(tokens, heads, width)`."""
-    before = jnp.broadcast_to(others.astype(states.dtype), (*states.shape[:-3], *others.shape))
-    return jnp.concatenate([before, states], axis=-3)
-
-
-def _widened(scores: Any, n: int, length: int, fill: Any) -> Any:
-    """A bias or mask over keys that are preceded by `n` others, about which it says nothing."""
-    if scores is None:
-        return None
-    rest = jnp.broadcast_to(scores, (*jnp.shape(scores)[:-1], length - n))
-    return jnp.concatenate([jnp.full((*rest.shape[:-1], n), fill, rest.dtype), rest], axis=-1)

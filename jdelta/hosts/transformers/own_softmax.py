@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdelta.hosts.attention_parts import innermost_prefix, take, tell_kernel
 from jdelta.hosts.patches import Namespace, in_namespace
-from jdelta.hosts.transformers.attention_parts import innermost_prefix, take, tell_kernel
 
 # --- DistilBERT: softmax(matmul(query, key) - mask), then matmul(weights, value), all (batch, heads, length, …)
 

@@ -125,6 +125,16 @@ def taking_part(part: Prefix | Kernel) -> Iterator[None]:
         reset(token)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While this lasts, no prefix is active in this thread: those that were have taken part."""
+    token = _prefixes.set(())
+    try:
+        yield
+    finally:
+        _prefixes.reset(token)
+
+
 def innermost_prefix() -> Prefix | None:
     """The active prefix that takes part for all of them; `None` if none is active."""
     return _prefixes.get()[-1] if _prefixes.get() else None
@@ -147,3 +157,17 @@ def tell_kernel(reason: str) -> None:
     kernel = _kernel.get()
     if kernel is not None:
         kernel.refuse(reason)
+
+
+def preceded(states: jax.Array, others: jax.Array) -> jax.Array:
+    """Keys or values, `(…, length, heads, width)`, after others, `(tokens, heads, width)`."""
+    before = jnp.broadcast_to(others.astype(states.dtype), (*states.shape[:-3], *others.shape))
+    return jnp.concatenate([before, states], axis=-3)
+
+
+def widened(scores: Any, n: int, length: int, fill: Any) -> Any:
+    """A bias or mask over keys that are preceded by `n` others, about which it says nothing."""
+    if scores is None:
+        return None
+    rest = jnp.broadcast_to(scores, (*jnp.shape(scores)[:-1], length - n))
+    return jnp.concatenate([jnp.full((*rest.shape[:-1], n), fill, rest.dtype), rest], axis=-1)
