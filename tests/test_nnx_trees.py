@@ -178,6 +178,34 @@ def test_gradients_and_steps_of_the_trainable_state_are_those_of_nnx():
         assert sum(sizes) == 1 + 2 * sum(np.size(leaf) for leaf in jax.tree.leaves(trainable))
 
 
+OPTIMIZERS = {
+    "accumulated": optax.MultiSteps(optax.adamw(0.1), every_k_schedule=2),
+    "masked": optax.adamw(0.1, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+    "adafactor": optax.adafactor(0.1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("chosen", ["filter", "Param"])
+def test_optimizers_with_states_of_other_forms_move_what_trains_in_nnx_jit(name, chosen):
+    model, delta = attached()
+    wrt = delta.filter if chosen == "filter" else nnx.Param
+    optimizer = nnx.Optimizer(model, delta.optimizer(OPTIMIZERS[name]), wrt=wrt)
+    before = bits(nnx.state(nnx.clone(model)))
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda model: jnp.sum(model(X) ** 2), argnums=nnx.DiffState(0, wrt))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(3):
+        step(model, optimizer)
+    after = bits(nnx.state(model))
+    trains = surgery.flatten(delta.trainable_mask(nnx.state(model)))
+    assert {path for path in after if after[path] != before[path]} == {path for path in trains if trains[path]}
+
+
 def test_an_optimizer_of_what_trained_before_is_refused():
     model, delta = attached()
     optimizer = nnx.Optimizer(model, delta.optimizer(optax.sgd(0.1)), wrt=nnx.Param)
