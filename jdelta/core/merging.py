@@ -17,7 +17,7 @@ from jdelta.core.method import Method
 from jdelta.core.state import DeltaState, digests, require_whole, unfrozen_backbone
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.core.warn import warn
-from jdelta.trees import dtypes, fingerprint, surgery
+from jdelta.trees import dtypes, fingerprint, states, surgery
 from jdelta.trees.surgery import Path, Tree
 
 NO_CHANGE = "what {} computes is no change of the module's weights."
@@ -257,7 +257,8 @@ def materialise(state: DeltaState, params: Tree | None = None) -> Tree:
       params: the tree to take the values from; by default `model.params`.
 
     Returns:
-      The new tree. Without `params`, it is also put into `model.params`.
+      The new tree. Without `params`, it is also put into `model.params`. An nnx module whose state is given has its own
+      leaves replaced too, so that the new state fits it.
 
     Raises:
       RuntimeError: the tree was donated.
@@ -269,12 +270,13 @@ def materialise(state: DeltaState, params: Tree | None = None) -> Tree:
     tree = state.values(params)
     untrained = training.is_untrained(state, tree)
     written, attachment = materialised(state, tree, method)
+    in_model = materialised(state, state.host.tree(), method)[0] if states.is_state(params) else written
     state.initial = digests(surgery.parameters(written), attachment.leaves) if untrained else None
     state.host.install([attachment if a.name == own.name else a for a in state.host.attachments])
     state.method = method
     state.shapes = surgery.shapes(surgery.select(written, attachment.leaves))
-    if params is None and state.host.params is not None:
-        state.host.params = written
+    if (params is None or states.is_state(params)) and state.host.params is not None:
+        state.host.params = in_model
     return written
 
 
