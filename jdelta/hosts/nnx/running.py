@@ -18,7 +18,7 @@ from jdelta.core.arguments import main_input
 from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
 from jdelta.core.host import Trial
 from jdelta.core.rules import dropout_of
-from jdelta.hosts import call_edits, weight_forms
+from jdelta.hosts import attention_parts, call_edits, weight_forms
 from jdelta.hosts.call_edits import Host, Watcher
 from jdelta.hosts.nnx import graph
 from jdelta.hosts.nnx.creating import is_creating, noted
@@ -146,7 +146,7 @@ class Edited:
             for edit in mine:
                 if edit.needs is not None and not graph.is_added(frame.module, edit.needs):
                     continue
-                layer = _bound(edit, frame)
+                layer = _bound(run, edit, frame)
                 if edit.where == "around":
                     made = functools.partial(layer, Host(made, frame, run.watchers))
                 else:
@@ -184,7 +184,7 @@ def _without_leaves(module: nnx.Module, call: Callable, /, *args: Any, **kwargs:
         vars(module).update(held)
 
 
-def _bound(edit: CallEdit, frame: Frame) -> Callable:
+def _bound(in_progress: _Run, edit: CallEdit, frame: Frame) -> Callable:
     """The edit's layer with its leaves, told what it asks for of the call."""
     assert edit.layer is not None
     layer, name = edit.layer.clone(parent=None, name=None), edit.leaf[0] if edit.leaf else ""
@@ -195,13 +195,15 @@ def _bound(edit: CallEdit, frame: Frame) -> Callable:
     if edit.needs is not None:
         leaves = {edit.needs: graph.own_leaves(frame.module)[edit.needs]}
 
-    def alone(*args: Any) -> tuple:
-        """The arguments with a copy of the host in its place, since its variables belong to another trace."""
-        return (_copied_host(frame), *args[1:]) if edit.where == "around" else args
+    def initialised(args: tuple, kwargs: Mapping[str, Any], key: jax.Array) -> Any:
+        with _alone(in_progress):
+            if edit.where == "around":
+                args = (_copied_host(frame, in_progress.watchers), *args[1:])
+            return _initialised(layer, key, told, args, kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if is_creating() and not leaves and edit.leaf:
-            given = noted((frame.path, edit.leaf), lambda key: _initialised(layer, key, told, alone(*args), kwargs))
+            given = noted((frame.path, edit.leaf), functools.partial(initialised, args, kwargs))
         else:
             given = leaves
         holder = frame.holder(name)
@@ -212,9 +214,21 @@ def _bound(edit: CallEdit, frame: Frame) -> Callable:
     return run
 
 
-def _copied_host(frame: Frame) -> Host:
+@contextlib.contextmanager
+def _alone(run: _Run) -> Iterator[None]:
+    """While this lasts, what layers around the one in progress wait for is not heard: it belongs to another trace."""
+    watchers, run.watchers = run.watchers, []
+    try:
+        with attention_parts.alone():
+            yield
+    finally:
+        run.watchers = watchers
+
+
+def _copied_host(frame: Frame, watchers: list[Watcher]) -> Host:
+    """A copy of a host in its place, since its variables belong to another trace."""
     copy = nnx.merge(*nnx.split(frame.module), copy=True)
-    return Host(getattr(class_of(copy), frame.name).__get__(copy), dataclasses.replace(frame, module=copy), [])
+    return Host(getattr(class_of(copy), frame.name).__get__(copy), dataclasses.replace(frame, module=copy), watchers)
 
 
 def _initialised(layer: Any, key: jax.Array, told: Mapping[str, Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
