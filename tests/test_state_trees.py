@@ -157,6 +157,15 @@ def test_a_grafted_state_is_that_of_a_module_with_the_leaves():
     assert_same_bits(jdelta.prune(nnx.state(model), "lora"), state())
 
 
+def test_a_delta_of_any_name_is_pruned_where_variables_say_that_it_is_one():
+    own = {"heads": {"0": {"policy": {"up": {"kernel": jnp.ones(1)}}}}}
+    assert_same(jdelta.prune(jdelta.graft(state(), own), "policy"), state())
+    with pytest.raises(ValueError, match=r"'heads\.0\.policy\.up\.kernel'"):
+        jdelta.prune(jdelta.graft(state("values"), own), "policy")
+    with pytest.raises(ValueError, match=r"'layers\.0\.dense\.bias'"):
+        jdelta.prune(state(), "dense")
+
+
 @pytest.mark.parametrize("kind", ["values", "pure dict"])
 def test_a_tree_without_variables_gets_none(kind):
     tree = state(kind)

@@ -68,6 +68,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return found
 
 
+def delta_paths(tree: Mapping[Any, Any]) -> set[tuple[str, ...]]:
+    """The paths of leaves whose variables say that they are deltas'."""
+    return {tuple(map(str, keys)) for keys, leaf in walk(tree) if isinstance(leaf, DeltaParam)}
+
+
 def parameters(state: Any) -> Any:
     """The state without what is in variables other than `nnx.Param`: statistics, caches, random keys."""
     leaves = dict(walk(state))

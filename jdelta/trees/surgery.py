@@ -8,7 +8,7 @@ variables of a state, do not change their input, and run under `jax.jit`, since 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -151,7 +151,8 @@ def prune(params: Tree, *deltas: HasPaths | Tree | Iterable[Path | str] | str) -
       params: a grafted tree.
       *deltas: each a delta, attached or not; a tree of its leaves, as `graft` takes it; paths of leaves, as
         `delta.paths` gives them, or dot-joined; or the name that a method of jdelta gives to its deltas, such as
-        `"lora"` or `"lora_2"`. With any other name, only LoRA's leaves can be distinguished from a backbone's.
+        `"lora"` or `"lora_2"`. With any other name, only LoRA's leaves can be distinguished from a backbone's, or
+        those that a state has in variables of deltas.
 
     Returns:
       A new tree without them.
@@ -166,7 +167,7 @@ def prune(params: Tree, *deltas: HasPaths | Tree | Iterable[Path | str] | str) -
     kept = dict(leaves)
     for delta in deltas:
         if isinstance(delta, str):
-            paths = _paths_of(delta, leaves)
+            paths = _paths_of(delta, leaves, states.delta_paths(params))
         else:
             paths = {(*start, *path) for path in _checked_paths(delta)} & leaves.keys()
         if not paths:
@@ -186,15 +187,15 @@ def _checked_paths(delta: Any) -> list[Path]:
     return [tuple(map(str, path)) for path in paths]
 
 
-def _paths_of(name: str, leaves: Mapping[Path, Any]) -> set[Path]:
-    """The leaves of the delta of this name, if each leaf below the name can be told from a backbone's."""
+def _paths_of(name: str, leaves: Mapping[Path, Any], known: Collection[Path]) -> set[Path]:
+    """The leaves of the delta of this name, if each leaf below the name is known to be, or looks like, a delta's."""
     own = re.compile(_LEAVES.get(re.sub(r"_\d+$", "", name), "(?!)"))
     paths = {path for path in leaves if name in path}
     for path in paths:
         at = path.index(name)
         host, below = path[:at], name_of(path[at + 1 :])
         is_lora = below in ("a", "b") and any((*host, weight) in leaves for weight in ("kernel", "embedding"))
-        if not (own.fullmatch(below) or is_lora):
+        if not (path in known or own.fullmatch(below) or is_lora):
             raise ValueError(
                 f"prune: {name!r} may name a part of the backbone, at {name_of(path)!r}. Pass the delta itself, "
                 "jdelta.prune(params, delta), or the paths of its leaves."
