@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tunix_models
 from flax import linen as nn
 from flax import nnx
 from flax.nnx.nn import attention as flax_attention
@@ -26,7 +27,7 @@ def states(length, heads=HEADS, seed=0):
     return jax.random.normal(jax.random.key(seed), (BATCH, length, heads, WIDTH))
 
 
-def attended(query, key, value, prefix, seen=True, bias=0.0, scale=None):
+def attended(query, key, value, prefix, seen=True, bias=0.0, scale=None, cap=None):
     """Attention in which the first keys and values are the prefix's, whatever is masked; `seen` and `bias` are
     `(batch, heads, queries, keys)` of the module's own, or broadcast to that."""
     query, key, value, *prefix = (np.asarray(a, np.float64) for a in (query, key, value, *prefix))
@@ -36,6 +37,7 @@ def attended(query, key, value, prefix, seen=True, bias=0.0, scale=None):
         for new, own in zip(prefix, (key, value), strict=True)
     )
     scores = np.einsum("bqhd,bkhd->bhqk", query, key) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
     own = scores[..., n:]
     own += np.asarray(bias, np.float64)
     own[~np.broadcast_to(np.asarray(seen, bool), own.shape)] = -np.inf
@@ -418,3 +420,127 @@ def test_values_of_another_width_are_refused():
 
     with pytest.raises(TypeError, match=r"keys and values of one shape.*\(4, 4\).*\(4, 8\)"):
         with_prefix(Wide(), states(LENGTH), states(LENGTH), jnp.zeros((BATCH, LENGTH, HEADS, 2 * WIDTH)))
+
+
+# --- attention that tunix's models write out
+
+
+def rotated(family, attention, states, positions):
+    library = tunix_models.library(family)
+    if family == "qwen2":
+        return library.apply_rotary_embedding(states, *angles(positions))
+    if family == "gemma3":
+        options = {"base_frequency": attention.rope_base_frequency, "scale_factor": attention.rope_scale_factor}
+        return library.apply_rope(states, positions, head_dim=attention.head_dim, **options)
+    return library.apply_rope(states, positions, head_dim=attention.head_dim)
+
+
+def angles(positions, width=8):
+    return tunix_models.library("qwen2")._generate_pos_embeddings(positions, width, rope_theta=1_000_000)
+
+
+def written_out(family, attention, x, positions, mask, prefix):
+    """What an attention module of tunix computes, with a prefix."""
+    cap, seen, scale = None, mask[:, None], None
+    if family.startswith("gemma"):
+        query = attention.q_einsum(x)
+        key, value = attention.kv_einsum(x)
+        if family == "gemma3":
+            query, key = attention._query_norm(query), attention._key_norm(key)
+            scale = attention.query_pre_attn_scalar
+        cap = getattr(attention, "attn_logits_soft_cap", None)
+        if attention.attn_type.name == "LOCAL_SLIDING":
+            seen = seen & (abs(of_distance(mask.shape[1], mask.shape[2])) < attention.sliding_window_size)
+        project = attention.attn_vec_einsum
+    else:
+        query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        if family == "qwen2":
+            biases = (attention.q_bias, attention.k_bias, attention.v_bias)
+            query, key, value = (
+                a + bias[...].reshape(a.shape[2:]) for a, bias in zip((query, key, value), biases, strict=True)
+            )
+        if family == "qwen3":
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        project = attention.o_proj
+    query, key = (rotated(family, attention, a, positions) for a in (query, key))
+    return project(jnp.asarray(attended(query, key, value, prefix, seen, scale=scale, cap=cap), jnp.float32))
+
+
+WRITTEN_OUT = ["llama3", "qwen2", "qwen3", "gemma", "gemma3"]
+LONGER = 8  # than Gemma's windows
+
+
+@pytest.mark.tunix
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("family", WRITTEN_OUT)
+def test_written_out_attention_is_that_with_longer_keys(family, layer):
+    model = tunix_models.build(family)
+    attention = model.layers[layer].attn
+    _, positions, cache, mask = tunix_models.inputs(length=LONGER)
+    mask = mask.at[1, :, :2].set(False)  # padding at the left
+    mask = mask | jnp.eye(LONGER, dtype=bool)
+    x = jax.random.normal(jax.random.key(3), (BATCH, LONGER, 16))
+    given = (cache, mask, *angles(positions)) if family == "qwen2" else (positions, cache, mask)
+    held, delta = with_prefix(attention, x, *given)
+    new, got = held(x, *given)
+    assert new is None
+    wanted = written_out(family, attention, x, positions, mask, prefix_of(attention))
+    close(got, wanted, 4e-6)
+    delta.detach()
+    close(held(x, *given)[1], written_out(family, attention, x, positions, mask, (np.zeros((0, 2, 8)),) * 2), 4e-6)
+
+
+def caches(layers, length, heads=2, width=8):
+    shape = (BATCH, length, heads, width)
+    return {
+        f"layer_{i}": {"k": jnp.zeros(shape), "v": jnp.zeros(shape), "end_index": jnp.zeros(BATCH, jnp.int32)}
+        for i in range(layers)
+    }
+
+
+@pytest.mark.tunix
+@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+@pytest.mark.parametrize("family", WRITTEN_OUT)
+def test_tokens_one_by_one_with_a_cache_give_what_all_give_at_once(family, remat):
+    changes = {"remat_config": tunix_models.library(family).RematConfig.BLOCK} if remat else {}
+    model = tunix_models.build(family, **changes)
+    inputs = tunix_models.inputs(length=LONGER)
+    bare = model(*inputs)[0]
+    jdelta.PrefixModel(model, prefix_token_num=TOKENS, reparameterize=False, dummy_inputs=inputs)
+    tokens, positions, _, mask = inputs
+    at_once = model(*inputs)[0]
+    assert jnp.abs(at_once - bare).max() > 0.1 * jnp.abs(bare).max()
+    size, first = LONGER + 3, 4  # a cache of more places, and a prompt of four tokens
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 3)))
+    logits, cache = model(tokens[:, :first], positions[:, :first], caches(2, size), mask[:, :first])
+    steps = [logits]
+    for i in range(first, LONGER):
+        logits, cache = model(tokens[:, i : i + 1], positions[:, i : i + 1], cache, mask[:, i : i + 1])
+        steps.append(logits)
+    close(jnp.concatenate(steps, axis=1), at_once, 2e-5)
+    assert {name: leaf.shape for name, leaf in cache["layer_1"].items()} == {
+        "k": (BATCH, size, 2, 8),
+        "v": (BATCH, size, 2, 8),
+        "end_index": (BATCH,),
+    }
+    assert (cache["layer_0"]["end_index"] == LONGER).all()
+
+
+@pytest.mark.tunix
+def test_a_prefix_trains_in_bfloat16_under_jit():
+    model = tunix_models.build("gemma3", param_dtype=jnp.bfloat16)
+    inputs = tunix_models.inputs()
+    delta = jdelta.PrefixModel(model, prefix_token_num=TOKENS, dummy_inputs=inputs, embed_dim=4, mid_dim=4)
+    loss = nnx.jit(nnx.grad(lambda m: m(*inputs)[0].astype(jnp.float32).sum(), argnums=nnx.DiffState(0, delta.filter)))
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(loss(model)))
+
+
+@pytest.mark.tunix
+def test_attention_without_a_way_in_is_named():
+    model = tunix_models.build("gemma4")
+    with pytest.raises(TypeError, match=r"layers\.0\.attn \(Attention\).*computes no attention"):
+        jdelta.PrefixModel(model, dummy_inputs=tunix_models.inputs())
+    model = tunix_models.build("qwen3", use_flash_attention=True)
+    jdelta.PrefixModel(model, dummy_inputs=tunix_models.inputs(length=1))  # which computes it otherwise
+    with pytest.raises(NotImplementedError, match=r"layers\.0\.attn.*use_flash_attention=False"):
+        model(*tunix_models.inputs())
