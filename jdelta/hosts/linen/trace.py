@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -38,9 +39,27 @@ def trace(run: Callable[[], Tree], root_type: type[nn.Module]) -> Structure:
       run: initialises the model on its pseudo input and returns the parameters.
       root_type: the class of the model's root module.
     """
+    with recorded(root_type) as structure_of:
+        params = surgery.parameters(jax.eval_shape(run))
+    return structure_of(params)
+
+
+@contextlib.contextmanager
+def recorded(root_type: type[nn.Module]) -> Iterator[Callable[[Tree], Structure]]:
+    """Records the one run of a model that is made while this lasts.
+
+    Args:
+      root_type: the class of the model's root module.
+
+    Yields:
+      What gives the structure afterwards, from the shapes of the parameters.
+    """
     recorder = _Recorder(root_type)
     with nn.intercept_methods(recorder), jit_cache.marked(lambda _: jit_cache.unique()):
-        params = surgery.parameters(jax.eval_shape(run))
+        yield lambda params: _structure(recorder, params)
+
+
+def _structure(recorder: _Recorder, params: Tree) -> Structure:
     modules = {info.name: info for info in recorder.modules(params)}
     uncalled = {name: reason for name, reason in recorder.reasons(modules).items() if name not in modules}
     for path in surgery.flatten(params):

@@ -21,7 +21,7 @@ from jdelta.core.edits import Attachment
 from jdelta.core.generators import without_generated
 from jdelta.core.host import Cache, Trial
 from jdelta.core.structure import Structure
-from jdelta.hosts.nnx import graph
+from jdelta.hosts.nnx import bridge, graph
 from jdelta.hosts.nnx.creating import Initialiser, Place, creating
 from jdelta.hosts.nnx.installing import put_on, share
 from jdelta.hosts.nnx.recording import Layers, layers_at, record
@@ -256,6 +256,8 @@ class NnxAdapter:
         copy = nnx.merge(*nnx.split(self.model))
         for module in graph.modules(copy).values():
             give(module, None)
+            for path in bridge.deltas(module) if isinstance(module, bridge.Bridged) else ():
+                graph.take_out(module, path)
             for name in [name for name, value in vars(module).items() if isinstance(value, graph.Leaves)]:
                 graph.delete(module, name)
         return copy

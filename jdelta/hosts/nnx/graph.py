@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from jdelta.core.edits import WeightEdit
+from jdelta.hosts.nnx import bridge
 from jdelta.trees import left_out
 from jdelta.trees.surgery import Path
 from jdelta.trees.variables import DeltaParam
@@ -122,6 +123,10 @@ def is_left_out(module: nnx.Module, name: str) -> bool:
 
 def put(module: nnx.Module, path: Path, value: Any) -> None:
     """Makes a leaf of a delta: `path` begins with the delta's name."""
+    if isinstance(module, bridge.Bridged):
+        bridge.put(module, path, DeltaParam(value))
+        set_data(module, path[0], vars(module)[path[0]])
+        return
     holder = module
     for key in path[:-1]:
         holder = holder_of(holder, key)
@@ -152,6 +157,11 @@ def share(model: nnx.Module, edit: WeightEdit) -> None:
 
 def take_out(module: nnx.Module, path: Path) -> None:
     """Removes a leaf of a delta, and what then holds no leaf any more."""
+    if isinstance(module, bridge.Bridged):
+        bridge.take_out(module, path)
+        if path[0] not in vars(module):
+            delete(module, path[0])
+        return
     holders = [module]
     for key in path[:-1]:
         holders.append(vars(holders[-1])[key])
@@ -205,7 +215,7 @@ def delete(module: nnx.Module, name: str) -> None:
     """The inverse of `set_data`."""
     nodes = {key: data for key, data in module._pytree__nodes.items() if key != name}
     object.__setattr__(module, "_pytree__nodes", type(module._pytree__nodes)(nodes))
-    vars(module).pop(name)
+    vars(module).pop(name, None)
 
 
 def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:

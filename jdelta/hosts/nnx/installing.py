@@ -11,6 +11,7 @@ from flax import nnx
 from jdelta.core.edits import Attachment, Edit, WeightEdit
 from jdelta.core.structure import Structure
 from jdelta.hosts.nnx import graph
+from jdelta.hosts.nnx.bridge import Bridged
 from jdelta.hosts.nnx.recording import Layers, layers_at
 from jdelta.hosts.nnx.roles import edits_by_module
 from jdelta.hosts.nnx.running import Edited, drops_out
@@ -23,7 +24,12 @@ def put_on(model: nnx.Module, attachments: Sequence[Attachment], structure: Stru
     """Gives each module of a model the role that makes it run exactly these."""
     modules, owners = graph.modules(model), graph.shared_variables(model)
     merged = [path for path, module in modules.items() if any(graph.is_added(module, name) for name in vars(module))]
-    edits = edits_by_module(attachments, modules, owners, merged)
+    bridges = {
+        path: len(layers_at(structure, path).axes)
+        for path, module in modules.items()
+        if structure is not None and isinstance(module, Bridged)
+    }
+    edits = edits_by_module(attachments, modules, owners, merged, bridges)
     names = {a.name for a in attachments if a.active}
     for path, module in modules.items():
         mine = edits.get(path)

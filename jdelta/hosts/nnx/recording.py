@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jdelta.core.arguments import is_array
 from jdelta.core.linear_maps import scanned_axes
 from jdelta.core.standalone import Standalone
 from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.nnx import graph
+from jdelta.hosts.nnx import bridge, graph
 from jdelta.hosts.nnx.standalone import standalone
 from jdelta.hosts.nnx.swapping import class_of, give
 from jdelta.trees import surgery
@@ -94,6 +94,7 @@ class Recorder:
         self._stack: list[tuple[Path, str]] = []  # the functions in progress
         self._read: set[Path] = set()  # modules whose parameters others read
         self._traces: dict[Path, tracers.TraceState] = {}  # in which a module was called
+        self._bridged: dict[Path, tuple[Structure, dict[Path, Any]]] = {}  # what ran in an nnx.bridge.ToNNX
 
     def run(self, path: Path, module: nnx.Module, name: str, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs a function of a module, and notes what it took and returned."""
@@ -104,11 +105,20 @@ class Recorder:
             if name == "__call__" and not inside:
                 self._seen.setdefault(path, None)  # the order is that of entering
                 self._traces.setdefault(path, tracers.TraceState())
-            output = call(*args, **kwargs)
+            if name == "__call__" and not inside and isinstance(module, bridge.Bridged):
+                output, found = bridge.record(module, call, args, kwargs)
+                shapes = {p: _abstract(v.get_raw_value()) for p, v in graph.variables(module).items()}
+                self._bridged[path] = found, shapes
+            else:
+                output = call(*args, **kwargs)
         finally:
             self._stack.pop()
         if name == "__call__" and not inside:
-            self._seen[path] = self._info(path, module, args, kwargs, output, self._seen[path], self._caller(outer))
+            caller = self._caller(outer)
+            self._seen[path] = info = self._info(path, module, args, kwargs, output, self._seen[path], caller)
+            for each in self._bridged[path][0] if path in self._bridged else ():
+                inner = bridge.below(path, each, caller)
+                self._seen[inner.path] = dataclasses.replace(inner, calls=inner.calls * info.calls)
         elif not inside:
             self._methods.setdefault(path, {})[name] = outer
             self._traces.setdefault(path, tracers.TraceState())
@@ -119,6 +129,10 @@ class Recorder:
         """Notes that a parameter of a module was read."""
         if isinstance(variable, nnx.Param) and self._stack and self._stack[-1][0] != path:
             self._read.add(path)
+
+    def _is_bridged(self, path: Path) -> bool:
+        """Whether this is a linen module of an nnx.bridge.ToNNX, or that itself."""
+        return any(path[: len(begin)] == begin for begin in self._bridged)
 
     def _caller(self, outer: Path | None) -> Path | None:
         """The module in whose call the newest function is: a module that is run by another method has no call."""
@@ -157,18 +171,24 @@ class Recorder:
         if "" not in modules:
             raise ValueError(f"{class_of(model).__name__} has no __call__, by which deltas would run.")
         held = graph.modules(model)
+        inner_tied = {_joined(path, name) for path, (inner, _) in self._bridged.items() for name in inner.tied}
         tied = [
             info.name
             for info in modules.values()
             if any((*info.path, key) in shared for key in info.params)
+            or info.name in inner_tied
             or (info.params and (info.path in self._methods or info.path in self._read))
         ]
+        by_method = {(surgery.name_of(path), method): info for (path, method), info in self._by_method.items()}
+        for path, (found, _) in self._bridged.items():
+            for (name, method), info in found.by_method.items():
+                by_method[_joined(path, name), method] = bridge.below(path, info, path)
         structure = Structure(
             modules,
             {name: why for name, why in self._reasons(model, held, modules).items() if name not in modules},
             params,
             frozenset(tied),
-            {(surgery.name_of(path), method): info for (path, method), info in self._by_method.items()},
+            by_method,
             reserved=frozenset(name for module in held.values() for name in dir(module)),
         )
         structure.derived[_LAYERS] = self._layers(structure)
@@ -178,14 +198,13 @@ class Recorder:
         """The axes of layers that the leaves of each module have, or would have."""
         leaves, found = structure.leaves, dict[Path, Layers]()
         infos = [*structure, *(info for info in structure.by_method.values() if info.name not in structure.modules)]
+        for path, (_, seen) in self._bridged.items():
+            found[path] = _layers_of([leaves[(*path, *p)].shape for p in seen], [leaf.shape for leaf in seen.values()])
+        infos = [info for info in infos if not self._is_bridged(info.path)]
         for info in infos:
             if info.params:
                 stored = [leaves[(*info.path, key)].shape for key in info.params]
-                axes = scanned_axes(stored, [leaf.shape for leaf in info.params.values()])
-                shape, sizes = list(stored[0]), list[int]()
-                for axis in reversed(axes):
-                    sizes.insert(0, shape.pop(axis))
-                found[info.path] = Layers(tuple(axes), tuple(sizes))
+                found[info.path] = _layers_of(stored, [leaf.shape for leaf in info.params.values()])
         for info in infos:
             if info.path not in found:  # as whatever has parameters and runs in the same body of a transformation
                 beside = (p for p in found if self._traces[p] == self._traces[info.path])
@@ -197,11 +216,12 @@ class Recorder:
         """What was seen. A scan traces its body and runs it once a layer: calls are counted accordingly."""
         found = [_with_own(info, leaves) for info in self._seen.values() if info is not None]
         factor: dict[Path, float] = {}  # outermost module in a scan -> layers for each time that it was traced
-        for info in found:
-            below = [other for other in found if other.path[: len(info.path)] == info.path and other.params]
-            inside = [
-                leaves[(*other.path, k)].size // max(v.size, 1) for other in below for k, v in other.params.items()
-            ]
+        plain = [info for info in found if not self._is_bridged(info.path)]
+        sized = {(*info.path, key): leaf for info in plain for key, leaf in info.params.items()}
+        sized |= {(*path, *p): v for path, (_, shapes) in self._bridged.items() for p, v in shapes.items()}
+        for info in (info for info in found if info.path in self._traces):
+            below = {path: leaf for path, leaf in sized.items() if path[: len(info.path)] == info.path}
+            inside = [leaves[path].size // max(leaf.size, 1) for path, leaf in below.items()]
             copies = min(inside, default=0)
             if copies > 1 and not any(info.path[: len(path)] == path for path in factor):
                 factor[info.path] = copies / info.calls
@@ -226,6 +246,8 @@ class Recorder:
                 found[surgery.name_of(path)] = self._run_by(path, held, modules)
             else:
                 found[surgery.name_of(path)] = _NOT_CALLED
+        for path, (inner, _) in self._bridged.items():
+            found |= {_joined(path, name): why for name, why in inner.uncalled.items()}
         for other, path in graph.other_names(model).items():
             for part in (p for p in held if p[: len(path)] == path):
                 name = surgery.name_of(part)
@@ -251,6 +273,20 @@ def _with_own(info: ModuleInfo, leaves: Mapping[Path, Any]) -> ModuleInfo:
     """Without parameters that are another module's, with which it shares them."""
     own = {key: leaf for key, leaf in info.params.items() if (*info.path, key) in leaves}
     return dataclasses.replace(info, params=own)
+
+
+def _joined(path: Path, name: str) -> str:
+    return ".".join(filter(None, (surgery.name_of(path), name)))
+
+
+def _layers_of(stored: Sequence[tuple[int, ...]], seen: Sequence[tuple[int, ...]]) -> Layers:
+    """The axes that leaves of these shapes have besides those of the shapes that are seen."""
+    if not stored:
+        return Layers()
+    axes, shape, sizes = scanned_axes(stored, seen), list(stored[0]), list[int]()
+    for axis in reversed(axes):
+        sizes.insert(0, shape.pop(axis))
+    return Layers(tuple(axes), tuple(sizes))
 
 
 def _standalone(module: nnx.Module) -> Standalone | None:

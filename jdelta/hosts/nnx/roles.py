@@ -9,6 +9,7 @@ from jdelta.core import weights
 from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
 from jdelta.core.structural_key import structural_key
 from jdelta.hosts import call_edits
+from jdelta.hosts.nnx.bridge import Inside, inside
 from jdelta.trees.surgery import Path
 
 
@@ -23,6 +24,7 @@ class Edits:
       rewritten: name of a parameter to the edits by which it is read with their changes.
       starts_span: whether the span of an edit starts from its input.
       leaves: paths of the leaves that it needs, below itself.
+      inside: of an `nnx.bridge.ToNNX`, what happens in its linen module.
       attachments: at the root, all that the model carries.
       key: what makes it equal to others. It can hold ids of parts of the edits, which are kept here.
     """
@@ -33,6 +35,7 @@ class Edits:
     rewritten: Mapping[str, tuple[WeightEdit, ...]]
     starts_span: bool = False
     leaves: tuple[Path, ...] = ()
+    inside: Inside | None = None
     attachments: tuple[Attachment, ...] = ()
     key: Hashable = None
 
@@ -56,6 +59,7 @@ def edits_by_module(
     paths: Collection[Path],
     owners: Mapping[Path, Collection[Path]],
     merged: Collection[Path],
+    bridges: Mapping[Path, int],
 ) -> dict[Path, Edits]:
     """Path to what happens there, of the modules whose functions have to be heard.
 
@@ -64,19 +68,23 @@ def edits_by_module(
       paths: of all modules.
       owners: path of a parameter to those at which it is too, since modules share it.
       merged: of modules that were given parameters which they know nothing of.
+      bridges: path of each `nnx.bridge.ToNNX` to how many axes of layers its leaves have that it does not see.
     """
     active = [a for a in attachments if a.active]
     behind = [edit for a in attachments if not a.active for edit in a.after_merge if edit.host in merged]
-    if not active and not behind:
+    found_inside = {path: inside(path, attachments, n) for path, n in bridges.items()}
+    bridged = {path: one for path, one in found_inside.items() if one}
+    if not active and not behind and not bridged:
         return {}
-    edits = [*(edit for a in active for edit in a.edits), *behind]
+    everything = [*(edit for a in active for edit in a.edits), *behind]
+    edits = [edit for edit in everything if not any(edit.host[: len(path)] == path for path in bridges)]
     calls = sorted((e for e in edits if isinstance(e, CallEdit) and e.layer is not None), key=lambda e: e.outermost)
     in_call = [e for e in edits if isinstance(e, WeightEdit) and e.in_call]
     rewriting = [e for e in edits if isinstance(e, WeightEdit) and not e.in_call]
     located = any(e.where == "around" or e.span_input is not None for e in calls)  # what asks where a call is
     everywhere = located or bool(rewriting) or any(map(call_edits.asks_for_context, edits))
     starts = {e.span_input for e in calls if e.span_input is not None}
-    heard = {(), *(e.host for e in calls), *(e.host for e in in_call), *starts}
+    heard = {(), *(e.host for e in calls), *(e.host for e in in_call), *starts, *bridged}
     own = [leaf for a in active for leaf in (*a.leaves, *a.generated)]
     names = {a.name for a in active}
     found = {}
@@ -95,6 +103,7 @@ def edits_by_module(
             rewritten=rewritten,
             starts_span=path in starts,
             leaves=tuple(leaf[n:] for leaf in own if leaf[:n] == path and leaf[n : n + 1] and leaf[n] in names),
+            inside=bridged.get(path),
             attachments=tuple(attachments) if not path else (),
         )
         found[path] = dataclasses.replace(made, key=_key(made, path if located else None))
@@ -108,6 +117,7 @@ def _key(edits: Edits, place: Path | None) -> Hashable:
         tuple(map(edit_key, edits.weights)),
         tuple((name, tuple(map(edit_key, some))) for name, some in edits.rewritten.items()),
         edits.leaves,
+        tuple(map(_attachment_key, edits.inside.attachments)) if edits.inside is not None else (),
         tuple(map(_attachment_key, edits.attachments)),
     )
 

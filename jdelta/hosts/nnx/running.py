@@ -135,12 +135,12 @@ class Edited:
         mine = tuple(edit for edit in mine if not edit.leaf or not run.leaves_out(frame.module, edit.leaf[0]))
         of_weights = tuple(edit for edit in of_weights if not run.leaves_out(frame.module, edit.name))
 
-        hides = isinstance(frame.module, nnx.bridge.ToNNX)  # which takes all its attributes for the linen module's
-
         def edited(*args: Any, **kwargs: Any) -> Any:
             if frame.name == CALL and self.edits.starts_span:
                 run.inputs[frame.path] = main_input(frame.module_type, args, kwargs)[1], frame.trace
-            made: Callable = functools.partial(_without_leaves, frame.module, call) if hides else call
+            made = call
+            if self.edits.inside is not None and frame.name == CALL:
+                made = functools.partial(self.edits.inside.run, frame.module, call, _trial.get())
             if of_weights:
                 made = functools.partial(weight_forms.run, of_weights, made, ModuleCall(frame))
             for edit in mine:
@@ -171,17 +171,6 @@ class Edited:
                     f"{surgery.name_of((*self.edits.path, *path))!r}. Take both from the same model: graphdef, state = "
                     "nnx.split(model)."
                 )
-
-
-def _without_leaves(module: nnx.Module, call: Callable, /, *args: Any, **kwargs: Any) -> Any:
-    """The call while the module has no leaves of deltas."""
-    held = {name: value for name, value in vars(module).items() if isinstance(value, graph.Leaves)}
-    for name in held:
-        vars(module).pop(name)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        vars(module).update(held)
 
 
 def _bound(in_progress: _Run, edit: CallEdit, frame: Frame) -> Callable:
@@ -278,5 +267,5 @@ def _generated(root: nnx.Module, attachment: Attachment) -> Iterator[None]:
         yield
     finally:
         for module, path in put:
-            if path[1:] in graph.leaves_of(module, path[0]):  # not if the run failed where nnx had taken it apart
+            if path in graph.variables(module):  # not if the run failed where nnx had taken it apart
                 graph.take_out(module, path)
