@@ -41,8 +41,7 @@ def resolve(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
     modules = known(structure, names)
     if names and not modules:
         have = [name for name in NAMES if known(structure, [name])]
-        paths = {path for block, entry in blocks for name in names for path in _paths(block, entry, name)}
-        tied = sorted(paths & structure.uncalled.keys())
+        tied = sorted(places(structure, names) & structure.uncalled.keys())
         reasons = [f" {path!r} cannot be a target: {structure.uncalled[path]}" for path in tied]
         raise ValueError(
             f"{structure[''].type.__name__} has none of the common names {', '.join(names)}. "
@@ -53,8 +52,13 @@ def resolve(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
 
 def known(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
     """What of the names is known in a model, in order of execution; nothing is an error."""
-    found = {path for block, entry in _blocks(structure) for name in names for path in _paths(block, entry, name)}
+    found = places(structure, names)
     return [info for info in structure if info.name and info.name in found]
+
+
+def places(structure: Structure, names: Sequence[str]) -> set[str]:
+    """The full names that common names mean in a model, whether there is a module of that name or not."""
+    return {path for block, entry in _blocks(structure) for name in names for path in _paths(block, entry, name)}
 
 
 def register_common_names(
