@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pretrained = dict(named_leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
     delta = build_delta(model, args)
     delta.log()
-    frozen = delta.partition()[1]
+    frozen = nnx.to_pure_dict(delta.partition(nnx.state(model, nnx.Param))[1])
     run, means = train(delta, training, args, console)
     console.print(f"training batches: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}")
     if isinstance(delta, jdelta.PrefixModel) and delta.config.reparameterize:

@@ -50,13 +50,17 @@ def test_a_state_comes_apart_and_together_and_fits_the_module(method):
     assert jax.tree.structure(bare) == jax.tree.structure(nnx.state(model))
 
 
-def test_the_trees_that_the_model_holds_are_those_of_its_state():
+def test_without_a_tree_verbs_give_states_of_the_module():
     model, delta = trained()
-    trainable, frozen = delta.partition()  # plain dicts
-    _, whole = nnx.split(model)
-    assert bits(trainable) == bits(delta.partition(whole)[0])
-    nnx.update(model, jdelta.combine(jax.tree.map(jnp.zeros_like, delta.partition(whole)[0]), frozen))
+    _, state = split(model)
+    for mine, its in zip(delta.partition(), delta.partition(state), strict=True):
+        assert_same(mine, its)
+    assert surgery.flatten(delta.trainable_mask()) == surgery.flatten(delta.trainable_mask(state))
+    trainable, frozen = delta.partition()
+    nnx.update(model, delta.combine(jax.tree.map(jnp.zeros_like, trainable), frozen))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(delta.partition()[0]))
+    assert_same(delta.load_finetuned(delta.finetuned(state)), state)
+    assert_same(delta.merge(), nnx.state(model))
 
 
 # --- verbs

@@ -59,6 +59,10 @@ class HostAdapter(Protocol):
         """The parameters with those of the active deltas; their shapes, where the user holds the values."""
         ...
 
+    def held_tree(self) -> Tree:
+        """The tree as the model's user holds it: `tree`, or the state of an nnx module, with its other variables."""
+        ...
+
     def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, trial: Trial | None = None) -> Tree:
         """Fresh parameters of the backbone with these attachments, laid out as `params`: it is run on its pseudo input.
 

@@ -208,7 +208,7 @@ def merge(state: DeltaState, params: Tree | None = None) -> Tree:
     before = surgery.flatten(state.host.params)
     state.unmerged = {path: (before.get(path), leaf) for path, leaf in new.items()}
     state.host.params = surgery.unflatten({**before, **new}, like=tree)
-    return state.host.params
+    return state.host.held_tree()
 
 
 def unmerge(state: DeltaState) -> None:
@@ -277,7 +277,7 @@ def materialise(state: DeltaState, params: Tree | None = None) -> Tree:
     state.shapes = surgery.shapes(surgery.select(written, attachment.leaves))
     if (params is None or states.is_state(params)) and state.host.params is not None:
         state.host.params = in_model
-    return written
+    return written if params is not None or state.host.params is None else state.host.held_tree()
 
 
 def materialised(state: DeltaState, tree: Tree, method: Method) -> tuple[Tree, Attachment]:

@@ -25,9 +25,9 @@ def trainable_mask(state: DeltaState, params: Tree | None = None) -> Tree:
         decayed = optax.masked(optax.add_decayed_weights(1e-2), mask)
 
     Args:
-      params: the tree to make it for; by default `model.params`.
+      params: the tree to make it for; by default `model.params`, or the `nnx.state` of an nnx module.
     """
-    tree = state.tree(params)
+    tree = state.host.held_tree() if params is None else params
     return freezing.mask_of(tree, trained(state, surgery.parameters_of(tree)))
 
 
@@ -38,12 +38,12 @@ def partition(state: DeltaState, params: Tree | None = None) -> tuple[Tree, Tree
         grads = jax.grad(lambda t: loss(jdelta.combine(t, frozen)))(trainable)
 
     Args:
-      params: the tree to split; by default `model.params`.
+      params: the tree to split; by default `model.params`, or the `nnx.state` of an nnx module.
 
     Raises:
       RuntimeError: the tree was donated.
     """
-    tree = state.tree(params)
+    tree = state.host.held_tree() if params is None else params
     return surgery.partition(tree, trainable_mask(state, tree))
 
 

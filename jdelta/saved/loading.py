@@ -89,6 +89,7 @@ def load_finetuned(
     loaded = surgery.replaced(tree, {(*start, *paths[name]): value for name, value in found.values.items()})
     if params is None and state.host.params is not None:
         state.host.params = loaded
+        return state.host.held_tree()
     return loaded
 
 

@@ -61,6 +61,10 @@ class LinenAdapter:
         run: Callable[[], Tree] = lambda: self.run_init(module, jax.random.key(0))  # noqa: E731
         return self.cache.find("structure", module, lambda: trace(run, type(module)))
 
+    def held_tree(self) -> Tree:
+        """See `HostAdapter`."""
+        return self.tree()
+
     def tree(self) -> Tree:
         """See `HostAdapter`."""
         if self.params is not None:

@@ -145,6 +145,10 @@ class NnxAdapter:
         """See `HostAdapter`."""
         return self.params
 
+    def held_tree(self) -> Tree:
+        """See `HostAdapter`."""
+        return nnx.state(self.model)
+
     def remember_tree(self, tree: Tree) -> None:
         """See `HostAdapter`. The model has its tree itself."""
 
