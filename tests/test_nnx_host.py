@@ -452,3 +452,28 @@ def test_a_module_that_is_no_longer_referenced_is_freed():
     del m, delta
     gc.collect()
     assert gone() is None
+
+
+def test_layers_that_are_alike_share_a_trace_and_each_has_its_own_leaves():
+    class Twice(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            run = nnx.remat(lambda layer, x: layer(x))  # one function for all: jax traces it once
+            for layer in self.layers:
+                x = run(layer, x)
+            return x
+
+    m = Twice(nnx.Rngs(0))
+    lora(m, modified_modules=["0", "1"], dummy_inputs=(X,))
+    jdelta.AdapterModel(m, modified_modules=["0", "1"], bottleneck_dim=2)
+    train_deltas(m)
+    changed = m(X)
+    for layer in m.layers:
+        layer.lora.a[...] *= 0
+        assert jnp.abs(m(X) - changed).max() > 1e-3
+        changed = m(X)
+        layer.adapter.up.kernel[...] *= 0
+        assert jnp.abs(m(X) - changed).max() > 1e-3
+        changed = m(X)

@@ -252,7 +252,7 @@ class NnxAdapter:
             else:
                 at = _place(path, modules)
                 graph.put(modules[path[:at]], path[at:], leaf)
-        put_on(copy, attachments, self.structure())
+        put_on(copy, attachments, self.structure(), apart=True)
         return _call(copy, self._record.dummy_inputs)
 
     def _bare(self) -> nnx.Module:

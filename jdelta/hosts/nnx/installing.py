@@ -20,8 +20,17 @@ from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
 
 
-def put_on(model: nnx.Module, attachments: Sequence[Attachment], structure: Structure | None) -> None:
-    """Gives each module of a model the role that makes it run exactly these."""
+def put_on(
+    model: nnx.Module, attachments: Sequence[Attachment], structure: Structure | None, apart: bool = False
+) -> None:
+    """Gives each module of a model the role that makes it run exactly these.
+
+    Args:
+      model: it is changed.
+      attachments: active or not.
+      structure: the model's; it is not needed if there are no attachments.
+      apart: whether no two modules have equal roles, so that jax traces each, even those that are alike.
+    """
     modules, owners = graph.modules(model), graph.shared_variables(model)
     merged = [path for path, module in modules.items() if any(graph.is_added(module, name) for name in vars(module))]
     bridges = {
@@ -29,7 +38,7 @@ def put_on(model: nnx.Module, attachments: Sequence[Attachment], structure: Stru
         for path, module in modules.items()
         if structure is not None and isinstance(module, Bridged)
     }
-    edits = edits_by_module(attachments, modules, owners, merged, bridges)
+    edits = edits_by_module(attachments, modules, owners, merged, bridges, apart)
     names = {a.name for a in attachments if a.active}
     for path, module in modules.items():
         mine = edits.get(path)

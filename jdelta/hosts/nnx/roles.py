@@ -60,6 +60,7 @@ def edits_by_module(
     owners: Mapping[Path, Collection[Path]],
     merged: Collection[Path],
     bridges: Mapping[Path, int],
+    apart: bool = False,
 ) -> dict[Path, Edits]:
     """Path to what happens there, of the modules whose functions have to be heard.
 
@@ -69,6 +70,7 @@ def edits_by_module(
       owners: path of a parameter to those at which it is too, since modules share it.
       merged: of modules that were given parameters which they know nothing of.
       bridges: path of each `nnx.bridge.ToNNX` to how many axes of layers its leaves have that it does not see.
+      apart: whether no two modules have equal edits.
     """
     active = [a for a in attachments if a.active]
     behind = [edit for a in attachments if not a.active for edit in a.after_merge if edit.host in merged]
@@ -106,7 +108,7 @@ def edits_by_module(
             inside=bridged.get(path),
             attachments=tuple(attachments) if not path else (),
         )
-        found[path] = dataclasses.replace(made, key=_key(made, path if located else None))
+        found[path] = dataclasses.replace(made, key=_key(made, path if located or apart else None))
     return found
 
 
