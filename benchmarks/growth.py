@@ -15,10 +15,11 @@ import jax
 import many_deltas
 import numpy as np
 import optax
-from contenders import FULL, FUSED, HAND, JDELTA, LEAN, Sized, compiled, numbers, size, trainings, with_arrays
-from handwritten import Training, step_of
+from contenders import FUSED, HAND, JDELTA, LEAN, Sized, numbers, trainings, with_arrays
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from steps import Training, step_of
+from turns import FULL, compiled, size
 
 LONGEST, MOST = 2.0, 4e9  # seconds and bytes that a step may take to be run
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contenders import SETTLE, Sized, ratio
+from contenders import Sized
+from turns import SETTLE, ratio
 
 Shape = tuple[int, int, int]
 

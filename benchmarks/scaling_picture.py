@@ -11,9 +11,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from contenders import FULL, FUSED, HAND, JDELTA, LEAN, PEFT, QWIX
+from contenders import FUSED, HAND, JDELTA, LEAN, PEFT, QWIX
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from turns import FULL
 
 COLOURS = {
     JDELTA: "#1f6fb4",

@@ -42,29 +42,14 @@ from typing import Any
 
 import growth
 import jax
-from contenders import (
-    FULL,
-    HAND,
-    JDELTA,
-    MODELS,
-    PEFT,
-    Contender,
-    Sized,
-    in_jax,
-    keep_memory,
-    numbers,
-    ratio,
-    require_same_losses,
-    take_turns,
-    trainings,
-    version,
-)
-from handwritten import tracing_times
+from contenders import HAND, JDELTA, MODELS, PEFT, Sized, in_jax, numbers, trainings
 from peaks import peak_of
 from products import TORCH, XLA, products
 from rich.console import Console
 from rich.table import Table
+from steps import tracing_times
 from transformers.utils import logging
+from turns import FULL, Contender, keep_memory, ratio, require_same_losses, take_turns, version
 
 PARTS = ("contenders", "products", "deltas", "devices", "tokens", "depth")
 TOLERANCE = {"cpu": 1e-4}  # of losses; accelerators round their products to fewer bits

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import peft
 import torch
-from contenders import PEFT, RATE, WEIGHT_DECAY, Contender, Path, batch_of
+from contenders import PEFT, Path, batch_of
 from flax.traverse_util import unflatten_dict
 from handwritten import ALPHA, Sizes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForSequenceClassification
 from transformers.modeling_flax_pytorch_utils import load_flax_weights_in_pytorch_model
+from turns import RATE, WEIGHT_DECAY, Contender
 
 
 def threads() -> int:
