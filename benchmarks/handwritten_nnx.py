@@ -5,8 +5,10 @@
     python benchmarks/handwritten_nnx.py --only time --dtype bfloat16 --turns 40
     python benchmarks/handwritten_nnx.py --json handwritten_nnx.json
 
-The model is a decoder, its layers in an `nnx.List` or made by `nnx.vmap` and run by `nnx.scan`, with `nnx.remat` around
-each or not. By hand, `nnx.LoRALinear` and a Linear with an adapter stand in it for `nnx.Linear`. Only their leaves train.
+The model is a decoder, its layers in an `nnx.List` or made by `nnx.vmap` and run by `nnx.scan`, with `nnx.remat`
+around each or not. By hand, `nnx.LoRALinear` and a Linear with an adapter stand for `nnx.Linear`. Only what they add
+trains.
+
 For the costs the training steps are compiled for shapes alone: nothing is allocated and nothing is run. FLOPs and
 temporary memory are what XLA says of the compiled step on this machine's default device. On a CPU, jdelta adds LoRA's
 update to the weights where tokens are many: that takes fewer FLOPs. The backbone's matrices are in `--dtype`.
@@ -78,9 +80,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        where = (
-            "query and value" if self.at == QUERY_VALUE else "every Linear" if self.at == EVERY else "/".join(self.at)
-        )
+        where = "every Linear" if self.at == EVERY else " and ".join(self.at)
         return ", ".join([f"{self.method} on {where}", *["scan"] * self.scanned, *["remat"] * self.remat])
 
 
@@ -231,9 +231,9 @@ VALUE = jax.tree_util.GetAttrKey("value")  # of a variable, in a path of jax
 def noise(path: tuple[str, ...], leaf: Any) -> jax.Array:
     """Random numbers for a leaf, which depend on its path alone."""
     random = np.random.default_rng(list("/".join(path).encode()))
-    values = random.standard_normal(leaf.shape, np.float32)
-    spread = 0.04 if leaf.size > 1000 * leaf.shape[-1] or path[-2:-1] != ("lora",) else 0.02
-    return jnp.asarray(spread * values + np.float32(path[-1] == "scale"), leaf.dtype)
+    return jnp.asarray(
+        0.04 * random.standard_normal(leaf.shape, np.float32) + np.float32(path[-1] == "scale"), leaf.dtype
+    )
 
 
 def filled(tree: Tree) -> Tree:

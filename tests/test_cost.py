@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import handwritten
 import jax
 import jax.extend
 import pytest
+import steps
 from flax.traverse_util import flatten_dict
 from tiers import breadth
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-handwritten = load(Path(__file__).parent.parent / "benchmarks" / "handwritten.py")
 
 SMALL = handwritten.Sizes(layers=2, hidden=64, vocab=100, batch=3, length=16, dropout=0.1)
 # The width of BERT large: LoRA's own products are a small part of the whole there.
@@ -86,7 +71,7 @@ def kernel_shapes(params: Any) -> list[tuple[int, ...]]:
 
 def products(training: Any, shapes: Counter[tuple[int, ...]]) -> Counter[tuple[int, ...]]:
     """How many matrix products of the loss's gradient have one of these shapes, whichever axis comes first."""
-    jaxpr = handwritten.trace(training, SMALL.inputs(), gradient=True).jaxpr
+    jaxpr = steps.trace(training, SMALL.inputs(), gradient=True).jaxpr
     found = (tuple(sorted(e.outvars[0].aval.shape)) for e in equations(jaxpr) if e.primitive.name == "dot_general")
     return Counter(shape for shape in found if shape in shapes)
 

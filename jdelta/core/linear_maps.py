@@ -88,7 +88,7 @@ class MatrixMap:
         n = len(self.axis)
         if self.axis != (-1,):
             x = jnp.moveaxis(x, self.axis, range(-n, 0))
-        z = products.down(x.reshape(*products.rows(x.shape[:-n]), len(a)), a.astype(x.dtype))
+        z = products.down(x if n == 1 else x.reshape(*x.shape[:-n], len(a)), a.astype(x.dtype))
         y = products.up(z, b.astype(z.dtype))
         return y.reshape(*x.shape[:-n], *self.layout(shape).sizes(shape, "out"))
 
@@ -185,7 +185,7 @@ class ConvMap:
         z = self.product(x, jnp.tile(a.reshape(*shape[:-1], rank), groups).astype(x.dtype))
         b = b.astype(z.dtype)
         if groups == 1:
-            return products.up(z.reshape(*products.rows(z.shape[:-1]), rank), b).reshape(*z.shape[:-1], shape[-1])
+            return products.up(z, b)
         z, b = z.reshape(*z.shape[:-1], groups, -1), b.reshape(rank, groups, -1)
         return jnp.einsum("...gr,rgo->...go", z, b).reshape(*z.shape[:-2], shape[-1])
 
@@ -214,7 +214,7 @@ class LookupMap:
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         """`x · (a b)`: rows of `a`, times `b`."""
-        z = jnp.take(a, x.reshape(products.rows(x.shape)), axis=0).astype(dtype)
+        z = jnp.take(a, x, axis=0).astype(dtype)
         return products.up(z, b.astype(dtype)).reshape(*x.shape, *shape[1:])
 
     def free(self, x: Shape) -> list[int]:

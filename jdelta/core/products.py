@@ -22,23 +22,18 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def rows(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape to give the axes before those of a product.
-
-    On a CPU one axis, since XLA is ten times slower there at the gradient of a product over several. Elsewhere they
-    stay as they are: if a mesh splits the sequence, it cannot be joined with the batch without being gathered.
-    """
-    return (-1,) if on_cpu() else shape
-
-
 def down(x: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """`x @ weights`, for weights `(d, r)` with few columns. It also stands for the `dot_general` of an `nn.Dense`."""
-    return _down(x, weights) if on_cpu() and x.ndim == 2 else x @ weights
+    """`x @ weights`, for `x`, `(…, d)`, and weights `(d, r)` with few columns; also the `dot_general` of an `nn.Dense`.
+
+    On a CPU the axes of rows are joined for the gradient, since XLA is ten times slower there over several. Elsewhere
+    they stay as they are: if a mesh splits the sequence, it cannot be joined with the batch without being gathered.
+    """
+    return _down(x, weights) if on_cpu() else x @ weights
 
 
 def up(z: jax.Array, weights: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """`z @ weights`, for weights `(r, d)` with few rows. It also stands for the `dot_general` of an `nn.Dense`."""
-    return _up(z, weights) if on_cpu() and z.ndim == 2 else z @ weights
+    """`z @ weights`, for weights `(r, d)` with few rows. See `down`."""
+    return _up(z, weights) if on_cpu() else z @ weights
 
 
 # What is long shall be the last axis in every product of a gradient: XLA:CPU takes up to five times as long otherwise,
@@ -47,7 +42,12 @@ _fixed: Any = jax.lax.optimization_barrier
 
 
 def _thin(of_weights: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`x @ weights`, whose change with the weights is `of_weights(x, dweights)`."""
+    """`x @ weights`, whose change with the weights is `of_weights(x, dweights)`, for `x` with one axis of rows."""
+
+    # What is kept for the gradient is `x` itself, which in a scan is kept once for all that read it.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def change(x: jax.Array, dweights: jax.Array) -> jax.Array:
+        return of_weights(x.reshape(-1, x.shape[-1]), dweights).reshape(*x.shape[:-1], dweights.shape[-1])
 
     @jax.custom_jvp
     def product(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def _thin(of_weights: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[
     @functools.partial(product.defjvp, symbolic_zeros=True)
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         (x, weights), (dx, dweights) = primals, tangents
-        parts = (None if _is_zero(dx) else dx @ weights, None if _is_zero(dweights) else of_weights(x, dweights))
+        parts = (None if _is_zero(dx) else dx @ weights, None if _is_zero(dweights) else change(x, dweights))
         return (y := x @ weights), _total(y, *parts)
 
     return product

@@ -67,8 +67,8 @@ class Bottleneck(nn.Module):
         up_init = zeros if self.zero_up else init
         down = dense(self.bottleneck_dim, kernel_init=init, dot_general=products.down, name="down")
         up = dense(self.features or x.shape[-1], kernel_init=up_init, dot_general=products.up, name="up")
-        y = up(NON_LINEARITIES[self.non_linearity](down(x.reshape(*products.rows(x.shape[:-1]), x.shape[-1]))))
-        return (y if self.scale == 1 else self.scale * y).reshape(*x.shape[:-1], y.shape[-1])
+        y = up(NON_LINEARITIES[self.non_linearity](down(x)))
+        return y if self.scale == 1 else self.scale * y
 
     def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """Which axes of the backbone's weights the layer's own follow; those of the middle are whole."""

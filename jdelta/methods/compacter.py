@@ -158,8 +158,8 @@ class Compacter(nn.Module):
         c = self.config
         down = HypercomplexDense(self.bottleneck_dim, c, c.use_bias_down_sampler, name="down")
         up = HypercomplexDense(y.shape[-1], c, c.use_bias_up_sampler, c.zero_up, name="up")
-        z = NON_LINEARITIES[c.non_linearity](down(y.reshape(*products.rows(y.shape[:-1]), y.shape[-1])))
-        return y + up(z).reshape(y.shape)
+        z = NON_LINEARITIES[c.non_linearity](down(y))
+        return y + up(z)
 
     def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """The bias of `up` follows the axis of the host's output. The rules and factors of the weights are whole: they

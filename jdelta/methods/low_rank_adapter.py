@@ -107,8 +107,8 @@ class LowRankAdapter(nn.Module):
         last = nn.initializers.zeros if self.config.zero_up else init
         down = LowRankDense(self.bottleneck_dim, rank, init, init, name="down")
         up = LowRankDense(y.shape[-1], rank, init, last, name="up")
-        z = NON_LINEARITIES[self.config.non_linearity](down(y.reshape(*products.rows(y.shape[:-1]), y.shape[-1])))
-        return y + up(z).reshape(y.shape)
+        z = NON_LINEARITIES[self.config.non_linearity](down(y))
+        return y + up(z)
 
     def sharding_axes(self, host: ModuleInfo, x: Axes, y: Axes) -> dict[str, Axes]:
         """`left` of `down`, and `right` and the bias of `up`, follow the axis of the host's output."""
