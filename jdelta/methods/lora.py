@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jdelta.core.config import require_positive_int, require_probability
 from jdelta.core.edits import Edit, WeightEdit
 from jdelta.core.linear import weight_edits
-from jdelta.core.linear_maps import BoundLinear, LookupMap, StoredMap
+from jdelta.core.linear_maps import BoundLinear, LookupMap
 from jdelta.core.method import Method
+from jdelta.core.placement import resolved
 from jdelta.core.rules import Leaves, Side
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.core.warn import warn
@@ -118,12 +119,13 @@ class LoraConfig(Method):
             yield edit
 
     def parameter_edits(self, parameter: ParameterInfo, structure: Structure) -> Iterable[Edit]:
-        name, shape = parameter.name, parameter.shape
-        if len(shape) < 2:
-            raise ValueError(f"LoRA needs a matrix, and it has shape {shape}.")
+        name = parameter.name
         rule = LoraRule(self.rank_of(name), self.scale_of(name), self.lora_dropout)
-        _warn_of_rank(name, rule.rank, *StoredMap(parameter.path[-1]).layout(shape).matrix_shape(shape))
-        yield WeightEdit(parameter.path, rule, own=parameter.path[-1:])
+        edit = resolved(WeightEdit(parameter.path, rule, own=parameter.path[-1:]), structure)
+        if len(edit.shape) < 2:
+            raise ValueError(f"LoRA needs a matrix, and it has shape {edit.shape}.")
+        _warn_of_rank(name, rule.rank, *edit.linear.layout(edit.shape).matrix_shape(edit.shape))
+        yield edit
 
 
 def _instead(host: ModuleInfo, structure: Structure) -> str:

@@ -11,7 +11,8 @@ from flax.core import meta
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdelta.scale.specs import is_boxed, parts_of, shape_of
+from jdelta.core.backbone_specs import parts_of
+from jdelta.scale.specs import is_boxed, shape_of
 from jdelta.trees import addressing, states, surgery
 from jdelta.trees.surgery import Tree, empty_node
 

@@ -1,9 +1,7 @@
-"""Entries of a `PartitionSpec`, and what they are of."""
+"""What specs are of: leaves in boxes and variables."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,18 +10,6 @@ from jax.sharding import NamedSharding
 
 from jdelta.trees import states, surgery
 from jdelta.trees.surgery import Tree, empty_node
-
-Entry = str | tuple[str, ...] | None  # the mesh axes over which one axis of a leaf is sharded
-
-
-def names_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry."""
-    return (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, tuple) else ()
-
-
-def parts_of(entry: Entry, sizes: Mapping[str, int]) -> int:
-    """The number of devices over which an entry shards an axis."""
-    return math.prod(sizes[name] for name in names_of(entry))
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:

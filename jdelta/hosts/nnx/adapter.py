@@ -21,7 +21,7 @@ from jdelta.core.edits import Attachment
 from jdelta.core.generators import without_generated
 from jdelta.core.host import Cache, Trial
 from jdelta.core.structure import Structure
-from jdelta.hosts.nnx import bridge, graph
+from jdelta.hosts.nnx import bridge, graph, placing
 from jdelta.hosts.nnx.creating import Initialiser, Place, creating
 from jdelta.hosts.nnx.installing import put_on, share
 from jdelta.hosts.nnx.recording import Layers, layers_at, record
@@ -127,19 +127,23 @@ class NnxAdapter:
             if path not in wanted:
                 at = _place(path, modules)
                 graph.take_out(modules[path[:at]], path[at:])
+        new, metadata = set[Path](), placing.metadata_of_new(self.model)
         for path, value in wanted.items():
             if path in have:
-                if have[path].get_raw_value() is not value:
-                    have[path].set_raw_value(value)
+                if (before := have[path].get_raw_value()) is not value:
+                    have[path].set_raw_value(placing.as_before(value, before))
                 continue
             at = _place(path, modules)
             if names.intersection(path[at:-1]):
-                graph.put(modules[path[:at]], path[at:], value)
+                graph.put(modules[path[:at]], path[at:], value, **metadata)
+                new.add(path)
             else:
                 graph.add(modules[path[:at]], path[-1], value)
         if {path for path in have.keys() ^ wanted.keys() if not names.intersection(path)}:
             self.install(self.attachments)  # parameters of modules' own came or went
         share(self.model, self.attachments)
+        if new:
+            placing.place(self.model, self.attachments, self.structure(), new)
 
     def tree(self) -> Tree:
         """See `HostAdapter`."""

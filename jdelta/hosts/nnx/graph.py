@@ -121,7 +121,7 @@ def is_left_out(module: nnx.Module, name: str) -> bool:
     return any(map(left_out.is_marked, leaves_of(module, name).values()))
 
 
-def put(module: nnx.Module, path: Path, value: Any) -> None:
+def put(module: nnx.Module, path: Path, value: Any, **metadata: Any) -> None:
     """Makes a leaf of a delta: `path` begins with the delta's name."""
     if isinstance(module, bridge.Bridged):
         bridge.put(module, path, DeltaParam(value))
@@ -130,7 +130,7 @@ def put(module: nnx.Module, path: Path, value: Any) -> None:
     holder = module
     for key in path[:-1]:
         holder = holder_of(holder, key)
-    set_data(holder, path[-1], DeltaParam(value))
+    set_data(holder, path[-1], DeltaParam(value, **metadata))
 
 
 def holder_of(module: nnx.Module, name: str) -> Leaves:

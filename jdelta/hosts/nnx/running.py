@@ -114,7 +114,7 @@ class Edited:
             trial.ran.update(edits)
             if (probe := trial.probes.get(surgery.name_of(edits[0].leaf))) is not None:
                 value = value + probe.astype(value.dtype)
-        return type(variable)(value, **variable.get_metadata())
+        return variable.replace(value)
 
     def _run_in(self, run: _Run, module: nnx.Module, name: str, call: Callable, args: tuple, kwargs: dict) -> Any:
         outer = run.frames[-1] if run.frames else None
