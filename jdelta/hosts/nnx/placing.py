@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ def place(model: nnx.Module, attachments: Sequence[Attachment], structure: Struc
       new: the paths of the leaves.
     """
     held = graph.variables(model)
-    edits = [edit for a in attachments if a.active for edit in a.edits]
+    edits = [edit for a in attachments for edit in a.edits]  # what is put in comes before its delta is active
     backbone = {path: held[path] for path in structure.leaves if path in held}
     annotated = {path: _annotation(variable) for path, variable in backbone.items()}
     if any(annotated.values()):
@@ -57,8 +56,8 @@ def place(model: nnx.Module, attachments: Sequence[Attachment], structure: Struc
 
 def metadata_of_new(model: nnx.Module) -> dict[str, Any]:
     """Metadata of new variables that say whether nnx places what it makes of them, as those of the backbone's do."""
-    annotated = (variable for variable in graph.variables(model).values() if _annotation(variable))
-    return {"eager_sharding": variable.eager_sharding for variable in itertools.islice(annotated, 1)}
+    first = next(filter(_annotation, graph.variables(model).values()), None)
+    return {} if first is None else {"eager_sharding": first.eager_sharding}
 
 
 def as_before(value: Any, before: Any) -> Any:
@@ -97,7 +96,7 @@ def _meaning(edit: Edit, backbone: Variables) -> dict[str, Any]:
     """Of the first leaf with such metadata that the host of an edit has, or a module in it."""
     n = len(edit.host)
     inside = (v.get_metadata() for path, v in backbone.items() if path[:n] == edit.host and _annotation(v))
-    return {key: value for key, value in next(inside, {}).items() if key in _ANNOTATIONS}
+    return {key: value for key, value in next(inside, {}).items() if key in _ANNOTATIONS and value}
 
 
 def _placed(value: Any) -> NamedSharding | None:
