@@ -92,7 +92,9 @@ class BackboneSpecs:
         host, start = (self.structure[surgery.name_of(path)] for path in (edit.host, edit.span_input or edit.host))
         x = axes.of_output(host, self.structure) if edit.where == "after" else axes.of_input(start, self.structure)
         y = axes.of_input(host, self.structure) if edit.where == "before" else axes.of_output(host, self.structure)
-        return edit.layer.sharding_axes(host, x, y)  # type: ignore[union-attr]
+        layer: Any = edit.layer
+        followed: Mapping[str, Axes] = layer.sharding_axes(host, x, y)
+        return followed
 
     def _with_layers(
         self, followed: Axes, path: Path, leaf: Path | None, inside: tuple[int, ...] | None = None
