@@ -183,6 +183,7 @@ def x_of(rows, width=D_IN):
     return jax.random.normal(jax.random.key(rows), (1, rows, width))
 
 
+HEADED = jax.random.normal(jax.random.key(0), (1, 3, 2, D_IN))
 IDS = jnp.arange(7)[None]
 IMAGE = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 
@@ -212,6 +213,8 @@ LINEAR = {
     "one that keeps its kernel transposed": (Own(lambda x, k: x @ k.T, (D_OUT, D_IN)), None),
     "a square one": (Own(jnp.matmul, (D_IN, D_IN)), None),
     "a square one, transposed": (Own(lambda x, k: x @ k.T, (D_IN, D_IN)), None),
+    "one that makes heads": (Own(lambda x, k: jnp.einsum("...d,dnh->...nh", x, k), (D_IN, 2, 5)), None),
+    "one that joins heads": (Own(lambda x, k: jnp.einsum("...nh,nhd->...d", x, k), (2, D_IN, D_OUT)), HEADED),
     "a subclass that is transposed": (Transposed(D_OUT), None),
     "a square subclass that is transposed": (Transposed(D_IN), None),
     "one with a field that is no initialiser": (Gain(2.0), None),
@@ -259,6 +262,7 @@ OTHER = "changed the output by something else than x·D: .* off, where x·D is u
 NOT_LINEAR = {
     "a ReLU after it": (Own(lambda x, k: nn.relu(x @ k)), None, OTHER),
     "a tanh before it": (Own(lambda x, k: jnp.tanh(x) @ k), None, OTHER),
+    "a ReLU on heads": (Own(lambda x, k: nn.relu(jnp.einsum("...d,dnh->...nh", x, k)), (D_IN, 2, 5)), None, OTHER),
     "a norm of its columns": (WeightNorm(D_OUT), None, OTHER),
     "weights that are cut off": (Own(lambda x, k: x @ jnp.clip(k, -2, 2)), None, OTHER),
     "an output that is cut off": (Own(lambda x, k: jnp.clip(x @ k, -50, 50)), None, OTHER),

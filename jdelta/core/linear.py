@@ -303,12 +303,17 @@ def _candidates(host: ModuleInfo) -> list[LinearMap]:
 
 
 def _by_shape(host: ModuleInfo) -> list[LinearMap]:
-    """A product with a kernel of two axes, which are as wide as input and output."""
+    """A product with a kernel whose axes are as wide as the last ones of input and output."""
     kernel = host.params.get("kernel")
     if kernel is None or not jnp.issubdtype(host.x.dtype, jnp.inexact):
         return []
-    widths = (*host.x.shape[-1:], *host.y.shape[-1:])
-    return [MatrixMap(transposed=t) for t in (False, True) if kernel.shape == (widths[::-1] if t else widths)]
+    x, y, ndim = host.x.shape, host.y.shape, len(kernel.shape)
+    maps = [
+        MatrixMap(axis=tuple(range(-n, 0)))
+        for n in range(1, ndim)
+        if kernel.shape == (*x[-n:], *y[n - ndim :]) and x[:-n] == y[: n - ndim]
+    ]
+    return maps + [MatrixMap(transposed=True)] * (kernel.shape == (*y[-1:], *x[-1:]))
 
 
 def _of(module_type: type) -> _Known | None:

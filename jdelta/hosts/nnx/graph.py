@@ -100,7 +100,7 @@ def other_names(model: nnx.Module) -> dict[Path, Path]:
 
 def _items(node: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(node, nnx.Module):
-        yield from ((key, value) for key, value in vars(node).items() if not key.startswith("_pytree__"))
+        yield from ((key, value) for key, value in vars(node).items() if not str(key).startswith("_pytree__"))
     elif isinstance(node, Mapping):
         yield from node.items()
     elif isinstance(node, (list, tuple)):

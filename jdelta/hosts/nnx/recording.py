@@ -189,7 +189,7 @@ class Recorder:
             params,
             frozenset(tied),
             by_method,
-            reserved=frozenset(name for module in held.values() for name in dir(module)),
+            reserved=frozenset(n for module in held.values() for n in (*dir(type(module)), *map(str, vars(module)))),
         )
         structure.derived[_LAYERS] = self._layers(structure)
         return structure
