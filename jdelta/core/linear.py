@@ -308,12 +308,12 @@ def _by_shape(host: ModuleInfo) -> list[LinearMap]:
     if kernel is None or not jnp.issubdtype(host.x.dtype, jnp.inexact):
         return []
     x, y, ndim = host.x.shape, host.y.shape, len(kernel.shape)
-    maps = [
+    maps: list[LinearMap] = [
         MatrixMap(axis=tuple(range(-n, 0)))
         for n in range(1, ndim)
         if kernel.shape == (*x[-n:], *y[n - ndim :]) and x[:-n] == y[: n - ndim]
     ]
-    return maps + [MatrixMap(transposed=True)] * (kernel.shape == (*y[-1:], *x[-1:]))
+    return [*maps, MatrixMap(transposed=True)] if kernel.shape == (*y[-1:], *x[-1:]) else maps
 
 
 def _of(module_type: type) -> _Known | None:
