@@ -116,6 +116,14 @@ def _randomise(parameters: Any, scale: float) -> None:
             parameter.add_(scale * torch.randn_like(parameter))
 
 
+def _move(delta: jdelta.DeltaModel) -> None:
+    """Gives random numbers to everything that trains."""
+    random = np.random.default_rng(0)
+    trainable, frozen = delta.partition()
+    trained = jax.tree.map(lambda leaf: leaf + random.normal(scale=0.3, size=leaf.shape).astype("f4"), trainable)
+    delta.load_finetuned(delta.finetuned(jdelta.combine(trained, frozen)))
+
+
 def torch_base(checkpoint: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
 
@@ -162,10 +170,7 @@ def test_an_adapter_of_peft_computes_the_same_in_tunix_and_goes_back(case, check
 def test_an_adapter_that_was_made_in_tunix_computes_the_same_in_pytorch(case, checkpoint, tmp_path):
     model = case.tunix_model(checkpoint)
     delta = jdelta.LoraModel(model, lora_r=2, lora_alpha=8, dummy_inputs=tunix_models.inputs())
-    random = np.random.default_rng(0)
-    trainable, frozen = delta.partition()
-    trained = jax.tree.map(lambda leaf: leaf + random.normal(scale=0.3, size=leaf.shape).astype("f4"), trainable)
-    delta.load_finetuned(delta.finetuned(jdelta.combine(trained, frozen)))
+    _move(delta)
     delta.to_peft(tmp_path / "out")
     assert_same(torch_logits(with_adapter(checkpoint, tmp_path / "out")), tunix_logits(model))
 
@@ -178,3 +183,48 @@ def test_every_tensor_of_pytorch_is_a_part_of_a_leaf(case):
     torch_model = case.torch_model()
     tied = {"lm_head.weight"} if torch_model.config.tie_word_embeddings else set()
     assert sorted(parts) == sorted(torch_model.state_dict().keys() - tied)
+
+
+REFUSED = {
+    "LoRA on an embedding": (
+        dataclasses.replace(CASES["llama3"], targets=["embed_tokens"]),
+        r"LoRA at 'model\.embed_tokens': in Flax, this module is not called",
+    ),
+    "a tied embedding that trains apart": (
+        dataclasses.replace(CASES["llama3-tied"], targets=["q_proj"], lora={"modules_to_save": ["embed_tokens"]}),
+        r"trains the embedding 'model\.embed_tokens\.weight' apart from the head",
+    ),
+    "half of an einsum": (
+        dataclasses.replace(_GEMMA_2, targets=["q_proj"], lora={"modules_to_save": ["v_proj"]}),
+        r"holds model\.layers\.\d\.self_attn\.v_proj\.weight and not model\.layers\.\d\.self_attn\.k_proj\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_tunix_does_not_have_is_refused_and_the_model_is_as_it_was(what, tmp_path):
+    case, message = REFUSED[what]
+    torch.manual_seed(0)
+    case.torch_model().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=list(case.targets), **case.lora)
+    peft.get_peft_model(torch_base(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    model = case.tunix_model(tmp_path / "base")
+    before = nnx.graphdef(model)
+    with pytest.raises(ValueError, match=message):
+        jdelta.from_peft(tmp_path / "adapter", backbone_model=model, dummy_inputs=tunix_models.inputs())
+    assert nnx.graphdef(model) == before
+
+
+def test_a_module_that_trains_whole_goes_to_pytorch_in_its_parts(tmp_path):
+    case = _GEMMA_2
+    torch.manual_seed(0)
+    case.torch_model().save_pretrained(tmp_path / "base")
+    model = case.tunix_model(tmp_path / "base")
+    delta = jdelta.LoraModel(model, modified_modules=["q_einsum"], lora_r=2, dummy_inputs=tunix_models.inputs())
+    delta.freeze_module(["deltas", "kv_einsum"])
+    _move(delta)
+    delta.to_peft(tmp_path / "out")
+    assert_same(torch_logits(with_adapter(tmp_path / "base", tmp_path / "out")), tunix_logits(model))
+    again = case.tunix_model(tmp_path / "base")
+    jdelta.from_peft(tmp_path / "out", backbone_model=again, dummy_inputs=tunix_models.inputs())
+    assert_same(tunix_logits(again), tunix_logits(model))
