@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jdelta.core.backbone_specs import BackboneSpecs, Entry, names_of, parts_of
-from jdelta.core.edits import Attachment
 from jdelta.core.state import DeltaState
-from jdelta.core.structure import Structure
 from jdelta.scale.specs import in_boxes, is_box, shape_of
 from jdelta.trees import states, surgery
 from jdelta.trees.surgery import Path, Tree, empty_node
@@ -48,7 +46,7 @@ def partition_specs(state: DeltaState, specs: Tree, mesh: Mesh | None = None) ->
       ValueError: a leaf of the backbone has no spec, or one that does not fit its shape or the mesh, or there are
         several meshes. The message names the leaf.
     """
-    return _derived_specs(specs, state.tree(None), state.host.attachments, state.structure, mesh)[0]
+    return _derived_specs(specs, state, mesh)[0]
 
 
 def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
@@ -68,7 +66,7 @@ def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
     Raises:
       TypeError, ValueError: as `partition_specs`; also if there is no mesh.
     """
-    tree, given, mesh = _derived_specs(specs, state.tree(None), state.host.attachments, state.structure, mesh)
+    tree, given, mesh = _derived_specs(specs, state, mesh)
     if mesh is None:
         raise ValueError("shardings: PartitionSpecs are on no mesh. Pass one: mesh=….")
 
@@ -81,10 +79,9 @@ def shardings(state: DeltaState, specs: Tree, mesh: Mesh | None = None) -> Tree:
     return surgery.unflatten(placed, like=tree)
 
 
-def _derived_specs(
-    specs: Tree, params: Tree, attachments: Sequence[Attachment], structure: Structure, mesh: Any
-) -> tuple[Tree, dict[Path, Any], Any]:
+def _derived_specs(specs: Tree, state: DeltaState, mesh: Any) -> tuple[Tree, dict[Path, Any], Any]:
     """The specs of a grafted tree, what was given for each of the backbone's leaves, and the mesh, if there is one."""
+    params, attachments, structure = state.tree(None), state.host.attachments, state.structure
     leaves = surgery.flatten(params)
     start, deltas = surgery.root(params), {path for a in attachments for path in a.leaves}
     backbone = {path for path in leaves if path[: len(start)] != start or path[len(start) :] not in deltas}
@@ -100,7 +97,10 @@ def _derived_specs(
         derived |= backbone_specs.specs_of(edit)
     whole = leaves | own | {(*start, *path): spec for path, spec in derived.items()}  # what is left is empty nodes
     whole |= {path: _spec(held, path) for path, held in others.items()}
-    return surgery.unflatten(whole, like=specs if states.is_state(specs) else params), given | others, mesh
+    like = [specs] if states.is_state(specs) else [params]
+    if any(states.is_variable(leaf) for _, leaf in states.walk(specs)):
+        like = [state.host.held_tree(), *like]  # the deltas' leaves in the variables in which the module has them
+    return states.unflatten(whole, like), given | others, mesh
 
 
 # --- what the user gave
