@@ -221,19 +221,16 @@ def full(sizes: Sizes, case: Case) -> Training:
 
 def path_of(key_path: Sequence[Any]) -> tuple[str, ...]:
     """Where jdelta keeps the leaf that the code by hand keeps there."""
-    path = tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in key_path if key != VALUE)
-    return tuple(key.removeprefix("lora_") for key in path)
-
-
-VALUE = jax.tree_util.GetAttrKey("value")  # of a variable, in a path of jax
+    path = tuple(str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey))
+    _, found, factor = path[-1].rpartition("lora_")  # nnx.LoRA says lora/lora_a, qwix kernel_lora_a
+    return (*(key for key in path[:-1] if key != "lora"), "lora", factor) if found else path
 
 
 def noise(path: tuple[str, ...], leaf: Any) -> jax.Array:
     """Random numbers for a leaf, which depend on its path alone."""
     random = np.random.default_rng(list("/".join(path).encode()))
-    return jnp.asarray(
-        0.04 * random.standard_normal(leaf.shape, np.float32) + np.float32(path[-1] == "scale"), leaf.dtype
-    )
+    one = path[-1] in ("scale", "w") and "norm" in path[-2]
+    return jnp.asarray(0.04 * random.standard_normal(leaf.shape, np.float32) + np.float32(one), leaf.dtype)
 
 
 def filled(tree: Tree) -> Tree:

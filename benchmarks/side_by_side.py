@@ -2,6 +2,7 @@
 
     python benchmarks/side_by_side.py --json side_by_side.json --picture side_by_side.png
     python benchmarks/side_by_side.py --model base --only contenders     # BERT base, 8 x 128 tokens
+    python benchmarks/side_by_side.py --only llama                       # LoRA on tunix's Llama 3, in flax.nnx
     python benchmarks/side_by_side.py --quick                            # a tiny model: to see that it runs
 
 The default model has the sizes of MiniLM, on 32 x 64 tokens: query and value get LoRA of rank 4, the classifier trains
@@ -42,6 +43,7 @@ from typing import Any
 
 import growth
 import jax
+import llama_contenders
 from contenders import HAND, JDELTA, MODELS, PEFT, Sized, in_jax, numbers, trainings
 from peaks import peak_of
 from products import TORCH, XLA, products
@@ -51,10 +53,10 @@ from steps import tracing_times
 from transformers.utils import logging
 from turns import FULL, Contender, keep_memory, ratio, require_same_losses, take_turns, version
 
-PARTS = ("contenders", "products", "deltas", "devices", "tokens", "depth")
+PARTS = ("contenders", "llama", "products", "deltas", "devices", "tokens", "depth")
 TOLERANCE = {"cpu": 1e-4}  # of losses; accelerators round their products to fewer bits
 ON_ACCELERATORS = 1e-2
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "qwix", "torch", "peft")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "google-tunix", "qwix", "torch", "peft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +296,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "contenders" in args.only:
         found["contenders"] = contenders(sizes, plan)
         show_contenders(found["contenders"], console)
+    if "llama" in args.only:
+        if absent := llama_contenders.missing():
+            console.print(f"[yellow]tunix's Llama 3 is left out: {' and '.join(absent)}: not installed.")
+        else:
+            at = llama_contenders.TINY if args.quick else llama_contenders.Sizes()
+            found["llama"] = llama_contenders.measure(at, plan.rounds)
+            llama_contenders.show(found["llama"], console)
     if "products" in args.only:
         found["products"] = products(sizes, plan.rounds, torch_device()[0])
         show_products(found["products"], console)

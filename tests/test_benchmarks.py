@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import llama_contenders
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -62,3 +63,13 @@ def test_every_figure_is_there(found: dict[str, Any]) -> None:
         if row["contender"] != "PyTorch PEFT":
             for key in ("temporary_bytes", "peak_bytes", "trace_seconds", "compile_seconds", "tracing"):
                 assert row[key], key
+
+
+@pytest.mark.tunix
+def test_jdelta_costs_no_more_than_qwix_on_llama() -> None:
+    rows = {row["contender"]: row for row in llama_contenders.measure(llama_contenders.TINY, rounds=1)["rows"]}
+    assert rows["jdelta"]["flops"] <= 1.001 * rows["qwix"]["flops"]
+    assert rows["jdelta"]["flops"] <= 1.001 * rows["by hand"]["flops"]
+    assert rows["jdelta"]["temporary_bytes"] <= 1.01 * rows["by hand"]["temporary_bytes"]
+    assert rows["jdelta"]["trained_parameters"] == rows["qwix"]["trained_parameters"]
+    assert rows["jdelta"]["losses"] == pytest.approx(rows["qwix"]["losses"], abs=1e-4)

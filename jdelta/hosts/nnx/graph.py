@@ -113,7 +113,15 @@ def _items(node: Any) -> Iterator[tuple[Any, Any]]:
 def leaves_of(module: nnx.Module, name: str) -> dict[Path, nnx.Param]:
     """The variables that a delta has at a module, by their path below the delta's name; none, if there are none."""
     holder = vars(module).get(name)
-    return variables(holder) if isinstance(holder, Leaves) else {}
+    return dict(_leaves_in(holder, ())) if isinstance(holder, Leaves) else {}
+
+
+def _leaves_in(holder: Leaves, path: Path) -> Iterator[tuple[Path, nnx.Param]]:
+    for key, value in vars(holder).items():
+        if isinstance(value, Leaves):
+            yield from _leaves_in(value, (*path, key))
+        elif isinstance(value, nnx.Param):
+            yield (*path, key), value
 
 
 def is_left_out(module: nnx.Module, name: str) -> bool:
