@@ -1,0 +1,127 @@
+"""Every method on every kind of nnx module, on layers in a scan, and on tunix's models.
+
+The rows are printed at the end of the run: how many modules a method changed, or why it makes no sense there.
+"""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tunix_models
+from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
+from matrix import METHODS
+from nnx_kinds import KINDS
+from tiers import breadth
+
+import jdelta
+
+METHODS = {**METHODS, "compacter": (jdelta.CompacterModel, {**METHODS["compacter"][1], "hypercomplex_division": 2})}
+CHANGES_AT_ONCE = ("prefix", "soft_prompt")
+NO_KERNEL, NO_BIAS = "no kernel of its own", "gets a change from it|none of the common names"
+NO_ATTENTION, NO_TOKENS, TAKES_TOKENS = "computes no attention", "take no token ids", "an array of int32"
+NOT_CALLED = "none of the common names embeddings"  # the table is read by methods and by the head
+# kind -> method -> what the error says; for all others, of every kind, what it says of prefix and soft_prompt
+REASONS = {
+    **{kind: {"lora": NO_KERNEL} for kind in ("LayerNorm", "RMSNorm", "GroupNorm")},
+    "ConvTranspose": {"lora": "transposed convolution"},
+    "Embed": {"parallel_adapter": TAKES_TOKENS, "bitfit": NO_BIAS, "soft_prompt": None},
+    "MultiHeadAttention": {"lora": NO_KERNEL, "prefix": None},
+    "einsum of the user's": {"bitfit": NO_BIAS},
+    "experts": {"bitfit": NO_BIAS},
+}
+
+
+def reason(kind, method):
+    return REASONS.get(kind, {}).get(method, {"prefix": NO_ATTENTION, "soft_prompt": NO_TOKENS}.get(method))
+
+
+def bits(model):
+    arrays = [leaf for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    return [np.asarray(leaf).tobytes() for leaf in arrays]
+
+
+def unreached(model, delta, inputs):
+    """The names of leaves that train and on which no output depends. Nothing is computed."""
+    graphdef, own, rest = nnx.split(model, delta.filter, ...)
+    closed = jax.make_jaxpr(lambda own: nnx.merge(graphdef, own, rest, copy=True)(*inputs))(own)
+    floats = [jnp.issubdtype(leaf.aval.dtype, jnp.floating) for leaf in closed.jaxpr.outvars]
+    _, used = dce_jaxpr(closed.jaxpr, floats)
+    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(own)]
+    return [path for path, is_used in zip(paths, used, strict=True) if not is_used]
+
+
+def check(model, inputs, method, **where):
+    """Attaches a delta and looks at all that has to hold; returns the names of the modules that it is on."""
+    cls, arguments = METHODS[method]
+    before, base = nnx.graphdef(model), bits(model)
+    bare = model(*inputs)
+    delta = cls(model, dummy_inputs=inputs, **arguments, **where)
+    if method not in CHANGES_AT_ONCE:
+        chex.assert_trees_all_close(model(*inputs), bare, atol=1e-6)
+    trainable = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, delta.filter))}
+    assert trainable >= set(delta.paths)
+    assert trainable - set(delta.paths) == set(delta._state.attachment.unfrozen_backbone)
+    assert unreached(model, delta, inputs) == []
+    targets = delta.targets
+    delta.remove()
+    assert nnx.graphdef(model) == before
+    assert bits(model) == base
+    chex.assert_trees_all_equal(model(*inputs), bare)
+    return targets
+
+
+@pytest.mark.parametrize("kind", breadth(KINDS, "einsum of the user's", "scan stack"))
+def test_every_method_on_every_kind_of_module(kind, record_property):
+    case, row = KINDS[kind], {}
+    for method, (cls, arguments) in METHODS.items():
+        model = case.build()
+        where = {"modified_modules": [n for n in case.names for _ in range(1 + (method == "parallel_adapter"))]}
+        if case.parameter is not None and method == "lora":
+            where = {"modified_parameters": [case.parameter]}
+        if (why := reason(kind, method)) is None:
+            found = check(model, (case.x,), method, **where)
+            inside = ("host.query", "host.key", "host.value", "host.out")
+            wanted = inside if (kind, method) == ("MultiHeadAttention", "bitfit") else case.names
+            assert found == ([f"host.{case.parameter}"] if "modified_parameters" in where else list(wanted))
+            row[method] = len(found)
+        else:
+            before = nnx.graphdef(model)
+            with pytest.raises((TypeError, ValueError), match=why):
+                cls(model, dummy_inputs=(case.x,), **arguments, **where)
+            assert nnx.graphdef(model) == before
+            row[method] = why
+    record_property("matrix", (f"nnx {kind}", row))
+
+
+POSITIONS = {
+    "lora": r"attn\.(q_proj|v_proj|q_einsum|kv_einsum)",
+    "adapter": r"attn\.(o_proj|attn_vec_einsum)|mlp\.down_proj",
+    "low_rank_adapter": r"attn\.(o_proj|attn_vec_einsum)|mlp\.down_proj",
+    "compacter": r"attn\.(o_proj|attn_vec_einsum)|mlp\.down_proj",
+    "parallel_adapter": r"attn|mlp(\.down_proj)?",
+    "bitfit": r".*",
+    "prefix": r"attn",
+}
+
+
+@pytest.mark.tunix
+@pytest.mark.parametrize("family", tunix_models.FAMILIES)
+def test_every_method_at_its_default_positions_in_tunix(family, record_property):
+    inputs, row = tunix_models.inputs(), {}
+    model = tunix_models.build(family)
+    for method, (cls, arguments) in METHODS.items():
+        if method == "soft_prompt":
+            with pytest.raises((TypeError, ValueError), match=NOT_CALLED):
+                cls(model, dummy_inputs=inputs, **arguments)
+            row[method] = NOT_CALLED
+            continue
+        found = check(model, inputs, method)
+        layers = [re.fullmatch(r"layers\.(\d)\.(.*)", name) for name in found]
+        assert {match[1] for match in layers if match} == {"0", "1"}
+        assert all(re.fullmatch(POSITIONS[method], match[2]) for match in layers if match)
+        row[method] = len(found)
+    record_property("matrix", (f"tunix {family}", row))
