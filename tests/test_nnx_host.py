@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from nnx_models import IDS, Block, Mixed, Model, Tied, train_deltas
 
@@ -343,8 +344,6 @@ def test_a_state_without_the_delta_is_an_error_that_names_the_leaf():
 
 
 def test_edits_by_hand_before_after_beside_and_in_place_of_modules():
-    from flax import linen as nn
-
     m = model()
     bare = m(IDS)
     delta = jdelta.DeltaModel(m)
@@ -477,3 +476,44 @@ def test_layers_that_are_alike_share_a_trace_and_each_has_its_own_leaves():
         layer.adapter.up.kernel[...] *= 0
         assert jnp.abs(m(X) - changed).max() > 1e-3
         changed = m(X)
+
+
+class Encoding(nnx.Module):
+    """A table that is read by another method than `__call__`."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 4, rngs=rngs)
+
+    def encode(self, ids):
+        return self.embed(ids)
+
+
+class OfEncoding(nnx.Module):
+    def __init__(self, rngs):
+        self.table = Encoding(rngs)
+
+    def __call__(self, ids):
+        return self.table.encode(ids)
+
+
+def test_a_layer_at_another_method_of_a_module():
+    m = OfEncoding(nnx.Rngs(0))
+    ids = jnp.array([[1, 2, 3]])
+    bare = m(ids)
+    delta = jdelta.DeltaModel(m)
+    delta.insert_sequential_module("table", BottleneckLike(), method="encode")
+    assert delta.paths == (("table", "delta", "w"),)
+    chex.assert_trees_all_close(m(ids), 2 * bare)
+    delta.detach()
+    chex.assert_trees_all_equal(m(ids), bare)
+
+
+class BottleneckLike(nn.Module):
+    """Twice its input, with a leaf that says where it is sharded."""
+
+    @nn.compact
+    def __call__(self, y):
+        return y + y * self.param("w", nn.initializers.ones, y.shape[-1:])
+
+    def sharding_axes(self, host, x, y):
+        return {"w": y[-1:]}

@@ -89,7 +89,9 @@ class BackboneSpecs:
     def _followed(self, edit: CallEdit) -> Mapping[str, Axes]:
         if not hasattr(edit.layer, "sharding_axes"):
             return {}
-        host, start = (self.structure[surgery.name_of(path)] for path in (edit.host, edit.span_input or edit.host))
+        host = start = self.structure.run_by(surgery.name_of(edit.host), edit.method)
+        if edit.span_input is not None:
+            start = self.structure[surgery.name_of(edit.span_input)]
         x = axes.of_output(host, self.structure) if edit.where == "after" else axes.of_input(start, self.structure)
         y = axes.of_input(host, self.structure) if edit.where == "before" else axes.of_output(host, self.structure)
         layer: Any = edit.layer
