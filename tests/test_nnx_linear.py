@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import noisy
 from flax import nnx
 from tiers import breadth
 
 import jdelta
 from jdelta.core import axes, linear, probing
 from jdelta.core.linear_maps import ConvMap, EinsumMap, LookupMap, MatrixMap
-from jdelta.core.structure import ModuleInfo, Structure
-from jdelta.hosts.nnx.standalone import standalone
+from jdelta.core.structure import Structure
+from jdelta.hosts.adapting import adapt
 
 D_IN, D_OUT = 6, 10
 RNGS = nnx.Rngs(0)
@@ -23,20 +24,20 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def shaped(tree):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+class Holder(nnx.Module):
+    """A model of one module, which it may give an equation too."""
+
+    def __init__(self, host, *equation):
+        self.host, self.equation = host, equation
+
+    def __call__(self, x):
+        return self.host(*self.equation, x)
 
 
-def seen(module, *args, **kwargs):
+def seen(module, *args):
     """What a trace of a model sees of a module."""
-    static = {k: v for k, v in vars(module).items() if k[0] != "_" and not module._pytree__nodes.get(k)}
-    own = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Param)}
-    arrays = [a for a in args if isinstance(a, jax.Array)]
-    rest = [a for a in args if not isinstance(a, jax.Array)]
-    output = nnx.eval_shape(lambda m, *given: m(*rest, *given, **kwargs), module, *arrays)
-    params = {k: shaped(v.get_raw_value()) for k, v in own.items()}
-    args = (*rest, *shaped(arrays))
-    return ModuleInfo(("host",), type(module), static, args, kwargs, output, params, standalone=standalone(module))
+    *equation, x = args
+    return adapt(Holder(module, *equation), (x,)).structure()["host"]
 
 
 class Own(nnx.Module):
@@ -219,6 +220,31 @@ def test_modules_of_ones_own_are_tried(what):
         adds_the_product(module, args, found)
 
 
+ALL = {what: (make, (x,)) for what, (make, x, _) in KNOWN.items()} | TRIED
+
+
+@pytest.mark.parametrize(
+    "what", breadth(ALL, "Linear", "LinearGeneral in", "tunix's einsum with a new first axis", "Embed")
+)
+def test_running_with_lora_is_merging_for_any_number_of_rows(what):
+    make, (*equation, x) = ALL[what]
+    model = Holder(make(), *equation)
+    bare = nnx.clone(model)
+    delta = jdelta.LoraModel(model, ["host"], lora_r=2, dummy_inputs=(x,))
+    nnx.update(model, noisy(nnx.state(model, delta.filter)))
+    merged = nnx.clone(bare)
+    nnx.update(merged, delta.merge(nnx.state(model)))
+    run, want, base = (nnx.jit(lambda m, x: m(x)) for _ in range(3))
+    for times in (1, 100):
+        xs = jnp.concatenate([x] * times)
+        found, of_merged, of_bare = run(model, xs), want(merged, xs), base(bare, xs)
+        tolerance = 2e-2 if "bfloat16" in what else 1e-4
+        np.testing.assert_allclose(found, of_merged, rtol=0, atol=tolerance * float(jnp.abs(of_merged).max()))
+        assert jnp.abs(found - of_bare).max() > 1e-3
+    delta.detach()
+    np.testing.assert_array_equal(model(x), bare(x))
+
+
 OTHER = "changed the output by something else than x·D: .* off, where x·D is up to .* for an input of shape"
 NOT_LINEAR = {
     "a ReLU after it": (lambda: Own(lambda x, k: nnx.relu(x @ k)), (X,), OTHER),
@@ -246,13 +272,16 @@ NOT_LINEAR = {
 
 @pytest.mark.parametrize("what", breadth(NOT_LINEAR, "a ReLU after it", "a norm of its columns", "dropout inside"))
 def test_what_is_not_linear_is_refused_with_the_reason(what):
-    make, args, reason = NOT_LINEAR[what]
-    module = make()
-    before = jax.tree.map(jnp.array, nnx.state(module, nnx.Param)), nnx.graphdef(module)
-    with pytest.raises(TypeError, match=rf"not known to be linear in '\w+'.*{reason}.*register_linear\(\w+\)"):
-        linear.linear_map(seen(module, *args))
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(module, nnx.Param), before[0])
-    assert nnx.graphdef(module) == before[1]
+    make, (*equation, x), reason = NOT_LINEAR[what]
+    model = Holder(make(), *equation)
+    before, graph = nnx.state(nnx.clone(model), nnx.Param), nnx.graphdef(model)
+    remedy = r"Name a linear module .* an adapter.* jdelta\.register_linear\(\w+\)"
+    with pytest.raises(
+        TypeError, match=rf"LoraModel at host \(\w+\): .*not known to be linear in '\w+'.*{reason}.*{remedy}"
+    ):
+        jdelta.LoraModel(model, ["host"], lora_r=2, dummy_inputs=(x,))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.Param), before)
+    assert nnx.graphdef(model) == graph
 
 
 @pytest.mark.parametrize(
@@ -374,3 +403,19 @@ def test_features_have_the_axes_of_the_weights_that_they_meet_and_come_from(what
     structure = Structure({"host": host}, {}, {})
     assert list(axes.of_input(host, structure)) == [axes.Axis(("host", leaf), i) for i in d_in]
     assert list(axes.of_output(host, structure)) == [axes.Axis(("host", leaf), i) for i in d_out]
+
+
+def test_a_module_that_shares_another_parameter_is_tried_with_it():
+    class Biased(nnx.Module):
+        def __init__(self, bias):
+            self.kernel, self.bias = nnx.Param(normal(1, D_IN, D_IN)), bias
+
+        def __call__(self, x):
+            return x @ self.kernel[...] + self.bias[...]
+
+    bias = nnx.Param(normal(2, D_IN))
+    model = nnx.Sequential(Biased(bias), Biased(bias))
+    for name in ("layers.0", "layers.1"):
+        host = adapt(model, (X,)).structure()[name]
+        assert linear.linear_map(host) == MatrixMap()
+        assert linear.runs_alone(host) == ("bias" in host.params)

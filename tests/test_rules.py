@@ -5,6 +5,7 @@ gradients of size 1 to 10 in float32 agree to 1e-4.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from own_methods import defined
 from tiers import breadth
 
@@ -48,6 +50,34 @@ class Wrapped(nn.Module):
         return lifted(self.make, name="layers")(x, None)[1].sum(0)
 
 
+class NnxWrapped(nnx.Module):
+    """A module inside another, once or in `nnx.scan` and `nnx.remat`."""
+
+    def __init__(self, make, scan=False, rngs=None):
+        self.scan, rngs = scan, rngs or nnx.Rngs(0)
+        if scan:
+            self.layers = nnx.vmap(lambda rngs: NnxWrapped(make, rngs=rngs))(rngs.split(2))
+        else:
+            self.host = make(rngs=rngs)
+
+    def __call__(self, x):
+        if not self.scan:
+            return self.host(x)
+        run = nnx.scan(nnx.remat(lambda layer, x: layer(x)), in_axes=(0, None), out_axes=0)
+        return run(self.layers, x).sum(0)
+
+
+class Heads(nnx.Module):
+    """As in tunix: an einsum whose weights are called w."""
+
+    def __init__(self, einsum_str, shape, *, rngs):
+        self.einsum_str = einsum_str
+        self.w = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.einsum_str, x, self.w[...])
+
+
 def of(cls, *args, **kwargs):
     return lambda name: cls(*args, name=name, **kwargs)
 
@@ -61,7 +91,14 @@ HOSTS = {
     "Conv": (of(nn.Conv, 6, (3,), strides=2), normal(0, 2, 9, 4)),
     "grouped Conv": (of(nn.Conv, 6, (3, 3), feature_group_count=2), normal(0, 2, 5, 5, 4)),
     "Embed": (of(nn.Embed, 7, 6), jnp.array([[0, 3, 3], [6, 1, 2]])),
+    "nnx Linear": (functools.partial(nnx.Linear, 5, 6), normal(0, 40, 5)),
+    "nnx LinearGeneral": (functools.partial(nnx.LinearGeneral, (2, 5), 6, axis=(-2, -1)), normal(0, 4, 2, 5)),
+    "nnx Einsum": (functools.partial(nnx.Einsum, "BTD,DNH->BTNH", (5, 2, 3), (2, 3)), normal(0, 2, 3, 5)),
+    "nnx Einsum w": (functools.partial(Heads, "BTD,DNH->BTNH", (5, 2, 3)), normal(0, 2, 3, 5)),
+    "nnx Conv": (functools.partial(nnx.Conv, 4, 6, (3,), strides=2), normal(0, 2, 9, 4)),
+    "nnx Embed": (functools.partial(nnx.Embed, 7, 6), jnp.array([[0, 3, 3], [6, 1, 2]])),
 }
+SCANNED = {host for host in HOSTS if not host.startswith("nnx")} | {"nnx Linear", "nnx Einsum w"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +135,7 @@ OneRule = dataclasses.dataclass(frozen=True)(OneRule)
 
 
 def fits(rule, host):
-    return not (rule.startswith("scale in") and ("Conv" in host or host == "Embed" or "Einsum" in host)) and not (
+    return not (rule.startswith("scale in") and any(kind in host for kind in ("Conv", "Embed", "Einsum"))) and not (
         rule.startswith("scale") and host == "Einsum experts"
     )
 
@@ -108,7 +145,7 @@ ALL = [
     for host in HOSTS
     for rule in RULES
     for form in FORMS
-    for scan in (False, True)
+    for scan in (False, True)[: 1 + (host in SCANNED)]
     if fits(rule, host) and not (form == "rewritten" and rule.startswith("scale"))
 ]
 QUICK = [
@@ -121,28 +158,70 @@ QUICK = [
     ("Einsum experts", "lora", "in the call", False),
     ("grouped Conv", "lora", "accelerator", False),
     ("Embed", "lora", "rewritten", False),
+    ("nnx Linear", "lora", "fused", True),
+    ("nnx Linear", "dora", "rewritten", False),
+    ("nnx Einsum w", "hira", "in the call", False),
 ]
 
 
+class Model:
+    """A wrapped host, of linen or of nnx, and the delta's view of it."""
+
+    def __init__(self, host, scan=False):
+        self.make, self.x = HOSTS[host]
+        self.scan = scan
+        if host.startswith("nnx"):
+            self.backbone = NnxWrapped(self.make, scan)
+            nnx.update(self.backbone, jax.tree.map(lambda leaf: leaf + 0.1, nnx.state(self.backbone)))  # biases too
+            self.given = {"dummy_inputs": (self.x,)}
+        else:
+            module = Wrapped(self.make, scan)
+            params = jax.jit(module.init)(jax.random.key(1), self.x)["params"]
+            params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+            self.backbone, self.given = jdelta.Backbone(module, params, dummy_inputs=(self.x,)), {}
+
+    @property
+    def params(self):
+        if isinstance(self.backbone, nnx.Module):
+            return nnx.to_pure_dict(nnx.state(self.backbone, nnx.Param))
+        return self.backbone.params
+
+    def run(self, params):
+        """With what is attached."""
+        if isinstance(self.backbone, nnx.Module):
+            return _merged(self.backbone, params)(self.x)
+        return self.backbone(self.x, params=params)
+
+    def run_bare(self, params):
+        if isinstance(self.backbone, nnx.Module):
+            return _merged(NnxWrapped(self.make, self.scan), params)(self.x)
+        return Wrapped(self.make, self.scan).apply({"params": params}, self.x)
+
+
+def _merged(model, params):
+    graphdef, state = nnx.split(model)
+    leaves = surgery.flatten(params)
+    assert leaves.keys() == {path for path, _ in nnx.to_flat_state(state)}
+    new = nnx.from_flat_state([(path, leaf.replace(leaves[path])) for path, leaf in nnx.to_flat_state(state)])
+    return nnx.merge(graphdef, new, copy=True)
+
+
 def attach(host, rules, form, scan=False):
-    make, x = HOSTS[host]
-    module = Wrapped(make, scan)
-    params = jax.jit(module.init)(jax.random.key(1), x)["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases too
-    backbone = jdelta.Backbone(module, params, dummy_inputs=(x,))
-    weight = "embedding" if host == "Embed" else "kernel"
+    model = Model(host, scan)
+    weight = "embedding" if "Embed" in host else "w" if host.endswith(" w") else "kernel"
     where = {"modified_parameters": [f"host.{weight}"]} if form == "rewritten" else {"modified_modules": ["host"]}
     deltas = [
-        jdelta.DeltaModel(backbone, method=OneRule(kind=rule), name=f"d{i}", **where) for i, rule in enumerate(rules)
+        jdelta.DeltaModel(model.backbone, method=OneRule(kind=rule), name=f"d{i}", **where, **model.given)
+        for i, rule in enumerate(rules)
     ]
     moved = {}
-    for i, (path, leaf) in enumerate(surgery.flatten(backbone.params).items()):
+    for i, (path, leaf) in enumerate(surgery.flatten(model.params).items()):
         own = any(path in delta.paths for delta in deltas)
         moved[path] = leaf + 0.3 * normal(i + 5, *leaf.shape) if own else leaf
-    return backbone, deltas, surgery.unflatten(moved), x
+    return model, deltas, surgery.unflatten(moved)
 
 
-def wanted(backbone, deltas, params, x):
+def wanted(model, deltas, params):
     """The bare model's output with the sum of all updates, each at the stored weight, in its weights."""
     leaves = surgery.flatten(params)
     new = {path: leaf for path, leaf in leaves.items() if not any(path in delta.paths for delta in deltas)}
@@ -150,8 +229,7 @@ def wanted(backbone, deltas, params, x):
         for edit in delta._state.attachment.weight_edits:
             own = weights.own_leaves(edit, leaves)
             new[edit.leaf] = new[edit.leaf] + weights.update(edit, leaves[edit.leaf], own)
-    bare = Wrapped(backbone.module.make, backbone.module.scan)
-    return bare.apply({"params": surgery.unflatten(new)}, x)
+    return model.run_bare(surgery.unflatten(new))
 
 
 def choose(form, monkeypatch):
@@ -170,7 +248,7 @@ def same(found, want):
 def test_each_form_is_what_update_means_forward_and_backward(case, monkeypatch):
     host, rule, form, scan = case
     choose(form, monkeypatch)
-    backbone, deltas, params, x = attach(host, [rule], form, scan)
+    model, deltas, params = attach(host, [rule], form, scan)
     edit = next(edit for edit in deltas[0]._state.attachment.weight_edits if not edit.is_bias)
     trains, frozen = deltas[0].partition(params)
     assert edit.in_call or form == "rewritten"
@@ -178,15 +256,10 @@ def test_each_form_is_what_update_means_forward_and_backward(case, monkeypatch):
     def loss(run):
         return lambda own: jnp.sum(jnp.sin(run(jdelta.combine(own, frozen))))
 
-    by_form, by_update = (
-        lambda params: backbone(x, params=params),
-        lambda params: wanted(backbone, deltas, params, x),
-    )
+    by_form, by_update = model.run, lambda params: wanted(model, deltas, params)
     same(jax.jit(by_form)(params), jax.jit(by_update)(params))
     jax.tree.map(same, jax.jit(jax.grad(loss(by_form)))(trains), jax.jit(jax.grad(loss(by_update)))(trains))
-    merged = deltas[0].merge(params)
-    bare = Wrapped(backbone.module.make, backbone.module.scan)
-    same(bare.apply({"params": merged}, x), by_update(params))
+    same(model.run_bare(deltas[0].merge(params)), by_update(params))
 
 
 PAIRS = [("lora", "lora"), ("lora", "dora"), ("dora", "scale out"), ("scale out", "scale out"), ("hira", "scale in")]
@@ -196,14 +269,15 @@ PAIRS = [("lora", "lora"), ("lora", "dora"), ("dora", "scale out"), ("scale out"
 @pytest.mark.parametrize("form", breadth(["in the call", "fused"], "fused"))
 def test_two_changes_of_one_weight_are_summed_and_come_off_in_either_order(pair, form, monkeypatch):
     choose(form, monkeypatch)
-    backbone, deltas, params, x = attach("Dense", pair, form)
+    model, deltas, params = attach("Dense", pair, form)
+    backbone, x = model.backbone, model.x
     backbone.params = params
     both = backbone(x)
-    same(both, wanted(backbone, deltas, params, x))
+    same(both, wanted(model, deltas, params))
     for first in (0, 1):
         deltas[first].detach()
         alone = backbone(x)
-        same(alone, wanted(backbone, [deltas[1 - first]], jdelta.prune(params, deltas[first]), x))
+        same(alone, wanted(model, [deltas[1 - first]], jdelta.prune(params, deltas[first])))
         deltas[1 - first].detach()
         deltas[1 - first].attach()
         deltas[first].attach()
@@ -211,13 +285,12 @@ def test_two_changes_of_one_weight_are_summed_and_come_off_in_either_order(pair,
 
 
 def test_lora_is_its_formula_in_float64():
-    backbone, _, params, x = attach("Dense", ["lora"], "in the call")
+    model, _, params = attach("Dense", ["lora"], "in the call")
     host = {key: np.asarray(leaf, np.float64) for key, leaf in params["host"].items() if key in ("kernel", "bias")}
     a, b = (np.asarray(params["host"]["d0"][key], np.float64) for key in "ab")
-    x64 = np.asarray(x, np.float64)
-    np.testing.assert_allclose(
-        backbone(x, params=params), x64 @ host["kernel"] + host["bias"] + 1.5 * x64 @ a @ b, rtol=1e-5, atol=1e-5
-    )
+    x64 = np.asarray(model.x, np.float64)
+    want = x64 @ host["kernel"] + host["bias"] + 1.5 * x64 @ a @ b
+    np.testing.assert_allclose(model.run(params), want, rtol=1e-5, atol=1e-5)
 
 
 # --- what can be wrong with a rule

@@ -64,8 +64,10 @@ def problem(host: ModuleInfo, linear: Map) -> str | None:
         return f"it is too large to try that: {linear.weights} has shape {weights.shape}"
     try:
         assert host.standalone is not None
-        others = {key: leaf for key, leaf in host.params.items() if key != linear.weights}
-        shapes = others, host.standalone.shapes(host.args, host.kwargs).rest
+        needs = host.standalone.shapes(host.args, host.kwargs)
+        others = {**needs.own, **host.params}  # those that it shares with another module are not among the latter
+        del others[linear.weights]
+        shapes = others, needs.rest
         with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
             return _problem(host, host.standalone, linear, shapes)
     except Exception as error:  # whatever the module's own code raises
