@@ -126,12 +126,22 @@ def test_a_rank_is_compared_with_the_matrix_of_one_layer():
         jdelta.LoraModel(model, modified_parameters=["up.kernel"], lora_r=17, dummy_inputs=(x_of(),))
 
 
+def run_on_eight_devices(name):
+    program = Path(__file__).with_name(name)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_on_a_mesh_of_eight_devices():
     """Losses are those of one device, the backbone's arrays the same and where they were, collectives those of LoRA
     that is written into the modules by hand and sharded alike."""
-    program = Path(__file__).with_name("nnx_on_meshes.py")
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.endswith("done\n")
+    run_on_eight_devices("nnx_on_meshes.py")
+
+
+@pytest.mark.tunix
+def test_llama_of_tunix_on_a_mesh_of_eight_devices():
+    """Losses are those of one device, the backbone's arrays the same and where they were, collectives those of full
+    fine-tuning and of LoRA's own leaves."""
+    run_on_eight_devices("tunix_on_meshes.py")
