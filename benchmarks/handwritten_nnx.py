@@ -320,7 +320,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     parser.add_argument("--runs", type=int, default=8, help="how often each variant is traced (default 8)")
     parser.add_argument("--turns", type=int, default=8, help="how many steps each variant takes (default 8)")
-    parser.add_argument("--only", nargs="+", choices=["cost", "tracing", "time"], default=["cost", "tracing"])
+    parts = ["agreement", "cost", "tracing", "time"]
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, default=parts[:-1], help="what is measured (default: not time)"
+    )
     parser.add_argument("--cases", nargs="+", type=int, choices=range(len(CASES)), help="leave the others out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(arguments)
@@ -329,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = CASES if options.cases is None else [CASES[i] for i in options.cases]
 
     figures = []
-    for case in cases:
+    for case in cases if "agreement" in options.only else ():
         for what, difference in agreement(small, case).items():
             goal = 1e-5 if jax.default_backend() == "cpu" else ON_ACCELERATORS
             figures.append(Figure(f"{case.name}: {what}, relative difference to by hand", difference, goal=goal))
