@@ -517,3 +517,26 @@ class BottleneckLike(nn.Module):
 
     def sharding_axes(self, host, x, y):
         return {"w": y[-1:]}
+
+
+class Scanned(nnx.Module):
+    """A stack that a function of the file runs, whose traces jax keeps."""
+
+    def __init__(self, rngs):
+        make = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: Block(4, rngs), in_axes=0, out_axes=0))
+        self.blocks = make(rngs)
+
+    def __call__(self, x):
+        return run_blocks(self.blocks, x)
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+def run_blocks(block, x):
+    return block(x)
+
+
+def test_what_was_traced_for_an_earlier_delta_does_not_serve_the_check_of_the_next():
+    for _ in range(2):
+        m = Scanned(nnx.Rngs(0))
+        delta = jdelta.LoraModel(m, modified_parameters=["up.kernel"], lora_r=2, dummy_inputs=(X,))
+        assert delta.targets == ["blocks.up.kernel"]

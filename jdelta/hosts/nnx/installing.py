@@ -29,7 +29,7 @@ def put_on(
       model: it is changed.
       attachments: active or not.
       structure: the model's; it is not needed if there are no attachments.
-      apart: whether no two modules have equal roles, so that jax traces each, even those that are alike.
+      apart: whether these roles are equal to no others, so that jax traces each module, even those that are alike.
     """
     modules, owners = graph.modules(model), graph.shared_variables(model)
     merged = [path for path, module in modules.items() if any(graph.is_added(module, name) for name in vars(module))]

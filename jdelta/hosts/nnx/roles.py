@@ -70,8 +70,9 @@ def edits_by_module(
       owners: path of a parameter to those at which it is too, since modules share it.
       merged: of modules that were given parameters which they know nothing of.
       bridges: path of each `nnx.bridge.ToNNX` to how many axes of layers its leaves have that it does not see.
-      apart: whether no two modules have equal edits.
+      apart: whether these edits are equal to no others, so that nothing that was traced before serves them.
     """
+    run = object() if apart else None
     active = [a for a in attachments if a.active]
     behind = [edit for a in attachments if not a.active for edit in a.after_merge if edit.host in merged]
     found_inside = {path: inside(path, attachments, n) for path, n in bridges.items()}
@@ -108,7 +109,7 @@ def edits_by_module(
             inside=bridged.get(path),
             attachments=tuple(attachments) if not path else (),
         )
-        found[path] = dataclasses.replace(made, key=_key(made, path if located or apart else None))
+        found[path] = dataclasses.replace(made, key=(_key(made, path if located or apart else None), run))
     return found
 
 
