@@ -59,7 +59,9 @@ class Embeddings(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, config: dict[str, Any], dropout: float, *, rngs: nnx.Rngs):
         heads, width = config["num_attention_heads"], config["hidden_size"]
-        self.heads = nnx.MultiHeadAttention(heads, width, dropout_rate=dropout, decode=False, rngs=rngs)
+        self.heads = nnx.MultiHeadAttention(
+            heads, width, dropout_rate=dropout, deterministic=False, decode=False, rngs=rngs
+        )
         self.norm = nnx.LayerNorm(width, epsilon=config["layer_norm_eps"], rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
@@ -97,10 +99,10 @@ class Encoder(nnx.Module):
         self.layers = nnx.List([EncoderLayer(config, dropout, rngs=rngs) for _ in layers])
         self.pooler = nnx.Linear(config["hidden_size"], config["hidden_size"], rngs=rngs)
 
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = self.embeddings(ids)
         for layer in self.layers:
-            x = layer(x, mask[:, None, None, :] > 0)  # over batch, heads and queries
+            x = layer(x, attention_mask[:, None, None, :] > 0)  # over batch, heads and queries
         return x, jnp.tanh(self.pooler(x[:, 0]))
 
 
@@ -110,8 +112,8 @@ class Classifier(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.classifier = nnx.Linear(config["hidden_size"], 2, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return self.classifier(self.dropout(self.encoder(ids, mask)[1]))
+    def __call__(self, ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        return self.classifier(self.dropout(self.encoder(ids, attention_mask)[1]))
 
 
 # What default positions mean in this model.
