@@ -527,6 +527,35 @@ def test_tokens_one_by_one_with_a_cache_give_what_all_give_at_once(family, remat
 
 
 @pytest.mark.tunix
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3"])
+def test_shifted_positions_are_those_after_the_prefix(family):
+    model = tunix_models.build(family)
+    tokens, positions, cache, mask = tunix_models.inputs()
+    delta = jdelta.PrefixModel(
+        model, prefix_token_num=TOKENS, reparameterize=False, dummy_inputs=(tokens, positions, cache, mask)
+    )
+    wanted = model(tokens, positions + TOKENS, cache, mask)[0]
+    leaves = nnx.state(model, delta.filter)
+    delta.remove()
+    jdelta.PrefixModel(
+        model,
+        prefix_token_num=TOKENS,
+        reparameterize=False,
+        shift_positions=True,
+        dummy_inputs=(tokens, positions, cache, mask),
+    )
+    nnx.update(model, leaves)
+    close(model(tokens, positions, cache, mask)[0], wanted)
+
+
+@pytest.mark.tunix
+def test_positions_that_a_window_may_count_are_not_shifted():
+    model = tunix_models.build("gemma")
+    with pytest.raises(TypeError, match=r"layers\.0\.attn has a sliding window.*shift_positions"):
+        jdelta.PrefixModel(model, shift_positions=True, dummy_inputs=tunix_models.inputs())
+
+
+@pytest.mark.tunix
 def test_a_prefix_trains_in_bfloat16_under_jit():
     model = tunix_models.build("gemma3", param_dtype=jnp.bfloat16)
     inputs = tunix_models.inputs()

@@ -97,6 +97,11 @@ def test_what_a_prompt_has_no_place_in_is_named():
     prompted(model, IDS, modified_modules=["embed"])
     with pytest.raises(TypeError, match=r"given extra of shape \(2, 4\).*Leave extra out"):
         model(IDS, extra=IDS)
+    model.attention.init_cache((2, 8, 8))
+    model(IDS)
+    model.set_attributes(decode=True)
+    with pytest.raises(ValueError, match="with a cache"):
+        model(IDS[:, :1])
     with pytest.raises(TypeError, match=r"attention \(MultiHeadAttention\).*word embedding|take no token ids"):
         prompted(Decoder(nnx.Rngs(0)), IDS, modified_modules=["attention"])
 

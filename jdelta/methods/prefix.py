@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
-from jdelta.core.arguments import arguments, main_input
+from jdelta.core.arguments import arguments, is_array, main_input
 from jdelta.core.axes import Axes, Axis, of_output
 from jdelta.core.config import require_count, require_positive_int
 from jdelta.core.edits import CallEdit, Edit
@@ -24,7 +25,7 @@ from jdelta.core.method import Method, Site
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts import attention
 from jdelta.hosts.attention_parts import Prefix, taking_part
-from jdelta.hosts.call_edits import Host
+from jdelta.hosts.call_edits import POSITIONS, Host
 from jdelta.hosts.transformers.positions import positions
 from jdelta.methods.parameter import kaiming_uniform, param
 from jdelta.names import common_names
@@ -44,7 +45,7 @@ class PrefixConfig(Method):
       embed_dim: width of that network's input.
       mid_dim: width of its middle.
       shift_positions: whether the prefix has the first positions, and the tokens those after it, as in PyTorch PEFT.
-        It needs a model that takes `position_ids`.
+        It needs a model that takes `position_ids`, or `positions`.
     """
 
     delta_type = "prefix"
@@ -142,16 +143,17 @@ class ShiftedPositions(nn.Module):
         bound = arguments(host.module_type, args, kwargs)
         given: dict[str, Any] = bound.arguments
         ids, mask = main_input(host.module_type, args, kwargs)[1], given.get("attention_mask")  # this covers the cache
-        length = ids.shape[1] if mask is None else mask.shape[1]
+        length = ids.shape[1] if mask is None else mask.shape[-1]
         if self.positions is not None and self.tokens + length > len(self.positions):
             raise ValueError(
                 f"prefix at {host.describe()}: with shift_positions, {self.tokens} tokens of it and {length} of the "
                 f"sequence make {self.tokens + length} positions, and the model has {len(self.positions)}. Shorten the "
                 "sequence."
             )
-        places = given.get("position_ids")
+        name = next(name for name in POSITIONS if name in bound.signature.parameters)
+        places = given.get(name)
         places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape[:2]) if places is None else places
-        given["position_ids"] = places + self.tokens
+        given[name] = places + self.tokens
         return host(*bound.args[1:], **bound.kwargs)
 
 
@@ -194,12 +196,25 @@ def _key_projections(structure: Structure) -> list[ModuleInfo]:
 
 def _taking_positions(structure: Structure, host: Path) -> ModuleInfo:
     """The outermost module around an attention that takes its position ids."""
-    name = name_of(host)
+    name, fields = name_of(host), structure[name_of(host)].fields
+    if fields.get("sliding_window_size") is not None and issubclass(structure[name].type, nnx.Module):
+        raise TypeError(
+            f"PrefixModel: {name} has a sliding window, which may count positions; with shift_positions it would see "
+            "other tokens. Leave it out."
+        )
     for info in reversed(structure.callers(structure[name])):
-        names = arguments(info.type, info.args, info.kwargs).signature.parameters
+        bound = arguments(info.type, info.args, info.kwargs)
+        names, places = bound.signature.parameters, bound.arguments.get("positions")
         if "position_ids" in names and "decoder_position_ids" not in names:  # with both, the former are an encoder's
             return info
+        if (
+            places is not None
+            and is_array(places)
+            and len(places.shape) == 2
+            and jnp.issubdtype(places.dtype, jnp.integer)
+        ):
+            return info
     raise TypeError(
-        f"PrefixModel: shift_positions needs a model that takes position_ids, and none of the modules around {name} "
-        "does. Leave it out."
+        f"PrefixModel: shift_positions needs a model that takes position_ids or positions, and none of the modules "
+        f"around {name} does. Leave it out."
     )

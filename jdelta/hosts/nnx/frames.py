@@ -43,9 +43,14 @@ class Frame:
         return f"{surgery.name_of(self.path) or 'the root module'} ({self.module_type.__name__})"
 
     def has_cache(self) -> bool:
-        """Whether the call reads and writes a cache of keys and values."""
+        """Whether the call reads and writes a cache of keys and values: one that it is given, or variables of modules
+        that decode."""
         given = arguments(self.module_type, tuple(self.args), self.kwargs).arguments
-        return any(jax.tree.leaves(given.get(name)) for name in ("cache", "kv_cache"))
+        if any(jax.tree.leaves(given.get(name)) for name in ("cache", "kv_cache")):
+            return True
+        held = [vars(module) for _, module in nnx.iter_modules(self.module)]
+        caching = [each for each in held if any(isinstance(value, nnx.Cache) for value in each.values())]
+        return bool(caching) and any(each.get("decode") or given.get("decode") for each in caching)
 
     def holder(self, name: str) -> graph.Leaves | None:
         """What a delta has at the module."""
