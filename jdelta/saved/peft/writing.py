@@ -149,6 +149,10 @@ def _write_prefix(found: Finetuned, structure: Structure) -> Written:
 def _write_soft_prompt(found: Finetuned, structure: Structure) -> Written:
     (host,) = found.targets
     assert isinstance(found.config, SoftPromptConfig)
+    if host not in structure.modules:
+        raise ValueError(
+            f"PEFT's prompts are those of a word embedding that is called, and {host!r} is run by a method."
+        )
     if has_pooler(structure, structure[host]) and not found.config.pool_prompt:
         _warn_of_other_numbers(found, "pools the prompt's first position", "pool_prompt")
     rows = found.values[f"{host}.{found.name}.embedding"]
