@@ -66,8 +66,10 @@ def cost(training: Training, inputs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flops(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> float:
-    """Those of the program. Off the CPU, products go to libraries, and XLA does not count what it hands to these. There,
-    the program counts as it is before it is compiled, if jax says something of that."""
+    """Those of the program. Off the CPU, XLA does not count products that it hands to libraries.
+
+    There, the program counts as it is before it is compiled, if jax says something of that.
+    """
     before = None if jax.default_backend() == "cpu" else lowered.cost_analysis()
     counted: Any = before or compiled.cost_analysis()
     found: float = counted["flops"]
