@@ -540,3 +540,32 @@ def test_what_was_traced_for_an_earlier_delta_does_not_serve_the_check_of_the_ne
         m = Scanned(nnx.Rngs(0))
         delta = jdelta.LoraModel(m, modified_parameters=["up.kernel"], lora_r=2, dummy_inputs=(X,))
         assert delta.targets == ["blocks.up.kernel"]
+
+
+def test_dropout_in_another_trace_than_the_model_s_says_what_to_do():
+    m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    delta = lora(m, modified_modules=["layers.0"], lora_dropout=0.1, dummy_inputs=(X,))
+    graphdef, own, rest = nnx.split(m, delta.filter, ...)
+    with pytest.raises(RuntimeError, match=r"(?s)'lora' at layers\.0.*model\.eval\(\).*copy=True"):
+        jax.grad(lambda own: nnx.merge(graphdef, own, rest)(X).sum())(own)
+    m.eval()
+    graphdef, own, rest = nnx.split(m, delta.filter, ...)
+    jax.grad(lambda own: nnx.merge(graphdef, own, rest)(X).sum())(own)
+
+
+def test_modules_without_the_tree_of_nnx_carry_deltas_too():
+    class Plain(nnx.Module, pytree=False):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    m = Plain(nnx.Rngs(0))
+    before, bare = nnx.graphdef(m), m(X)
+    delta = lora(m, modified_modules=["linear"], dummy_inputs=(X,))
+    train_deltas(m)
+    assert jnp.abs(m(X) - bare).max() > 1e-3
+    delta.remove()
+    assert nnx.graphdef(m) == before
+    chex.assert_trees_all_equal(m(X), bare)

@@ -15,6 +15,7 @@ MAKE = {
     "lora": lambda m: jdelta.LoraModel(
         m, ["q_proj", "v_proj", "gate_proj"], lora_r=2, dummy_inputs=tunix_models.inputs()
     ),
+    "bitfit": lambda m: jdelta.BitFitModel(m, ["mlp.gate_proj"], dummy_inputs=tunix_models.inputs()),
     "adapter": lambda m: jdelta.AdapterModel(m, bottleneck_dim=4, dummy_inputs=tunix_models.inputs()),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import errors, nnx
 from flax.nnx import tracers
 
 from jdelta.core.arguments import arguments, is_array
@@ -63,9 +63,21 @@ class Frame:
         return holder is None or holder.is_deterministic
 
     def dropout_key(self, name: str) -> jax.Array:
-        """A key for the dropout of a delta."""
+        """A key for the dropout of a delta.
+
+        Raises:
+          RuntimeError: its stream is of another trace than the call.
+          ValueError: it has no stream.
+        """
         holder = self.holder(name)
-        key = None if holder is None else holder.dropout_key()
+        try:
+            key = None if holder is None else holder.dropout_key()
+        except errors.TraceContextError as error:
+            raise RuntimeError(
+                f"delta {name!r} at {self.describe()} draws random numbers for its dropout in another trace than that "
+                "in which the model was made. To generate or judge, call model.eval() before; to train in jax.grad, "
+                "merge a copy inside: nnx.merge(graphdef, own, rest, copy=True)."
+            ) from error
         if key is None:
             raise ValueError(f"delta {name!r} at {self.describe()} has no random numbers for its dropout.")
         return key
