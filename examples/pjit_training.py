@@ -37,9 +37,10 @@ import optax
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from report import size
 from rich.console import Console
 from rich.table import Table
-from sentiment import Batch, Sentence, Tree, collate, cross_entropy, load_model, load_sentences, positive, size
+from sentiment import Batch, Sentence, Tree, collate, cross_entropies, load_model, load_sentences, mean, positive
 
 import jdelta
 from jdelta.display.visualization import size_of
@@ -137,7 +138,8 @@ def train(args: argparse.Namespace, mesh: Mesh, console: Console) -> dict[str, A
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         def loss_of(params: Tree) -> jax.Array:
             tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            return cross_entropy(state.apply_fn(**tokens, params=params, train=False).logits, batch)
+            losses = cross_entropies(state.apply_fn(**tokens, params=params, train=False).logits, batch)
+            return mean(losses, batch)
 
         loss, grads = jax.value_and_grad(loss_of)(state.params)
         return state.apply_gradients(grads=grads), loss

@@ -32,9 +32,10 @@ import pjit_training
 import transformers
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from report import size
 from rich.console import Console
 from rich.table import Table
-from sentiment import Batch, Sentence, Tree, collate, cross_entropy, load_model, load_sentences, positive, size
+from sentiment import Batch, Sentence, Tree, collate, cross_entropies, load_model, load_sentences, mean, positive
 
 import jdelta
 from jdelta.display.visualization import size_of
@@ -121,7 +122,8 @@ def make_step(
         def loss_of(trainable: Tree) -> jax.Array:
             params = jdelta.combine(trainable, frozen)
             tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            return cross_entropy(model(**tokens, params=params, dropout_rng=now, train=True).logits, batch)
+            losses = cross_entropies(model(**tokens, params=params, dropout_rng=now, train=True).logits, batch)
+            return mean(losses, batch)
 
         loss, grads = jax.value_and_grad(loss_of)(state.trainable)
         updates, optimizer = tx.update(grads, state.optimizer, state.trainable)
