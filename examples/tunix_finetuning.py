@@ -1,6 +1,6 @@
 """Fine-tunes a tiny Llama 3 of tunix on movie reviews with tunix's own trainer, which knows nothing of jdelta.
 
-    pip install google-tunix qwix                         # Python 3.11 or later
+    pip install -e '.[tunix]'                             # in jdelta's folder
     python examples/tunix_finetuning.py                   # LoRA; a few minutes on two CPU cores
     python examples/tunix_finetuning.py --method adapter
     python examples/tunix_finetuning.py --steps 10 --out /tmp/delta                  # a quick look
@@ -74,7 +74,7 @@ def require_tunix() -> None:
     if missing:
         raise SystemExit(
             f"This example needs {' and '.join(missing)}. Install tunix, on Python 3.11 or later, with:\n\n"
-            "    pip install google-tunix qwix\n"
+            "    pip install -e '.[tunix]'\n"
         )
 
 
