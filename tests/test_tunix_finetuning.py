@@ -42,5 +42,5 @@ def test_the_loss_falls_the_text_changes_and_the_delta_is_saved(example, method,
 
 def test_without_tunix_it_says_what_to_install(example, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"needs tunix and qwix\.[^\n]*\n\n    pip install google-tunix qwix"):
+    with pytest.raises(SystemExit, match=r"needs tunix and qwix\.[^\n]*\n\n    pip install -e '\.\[tunix\]'"):
         example.main([])
