@@ -172,6 +172,35 @@ def test_dropout_draws_anew_in_training_and_in_each_layer_of_a_scan():
     chex.assert_trees_all_equal(m(IDS), still)
 
 
+@pytest.mark.parametrize("off", ["disabled", "detached", "merged"])
+def test_dropout_goes_on_in_its_mode_with_its_stream_after_a_delta_was_off(off):
+    m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))  # nothing else in it has a mode
+    delta = jdelta.LoraModel(m, modified_modules=["layers.0"], lora_r=2, lora_dropout=0.5, dummy_inputs=(X,))
+    nnx.reseed(m, dropout=7)
+    m(X)
+    m.eval()
+    state, graphdef = bits(nnx.state(m)), nnx.graphdef(m)
+    key = jax.random.key_data(m.layers[0].lora.rngs.key[...])
+    if off == "disabled":
+        with delta.disabled():
+            pass
+    else:
+        getattr(delta, {"detached": "detach", "merged": "merge"}[off])()
+        getattr(delta, {"detached": "attach", "merged": "unmerge"}[off])()
+    assert bits(nnx.state(m)) == state
+    assert nnx.graphdef(m) == graphdef
+    chex.assert_trees_all_equal(jax.random.key_data(m.layers[0].lora.rngs.key[...]), key)
+
+
+def test_dropout_is_in_the_mode_of_what_has_one():
+    m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    m.eval()
+    for name in ("one", "other"):
+        where = {"modified_modules": ["layers.0"], "dummy_inputs": (X,), "name": name}
+        jdelta.LoraModel(m, lora_r=2, lora_dropout=0.5, **where)
+        assert getattr(m.layers[0], name).deterministic
+
+
 def test_state_that_is_split_runs_in_jit_with_donation_and_under_jax_grad():
     m = model()
     delta = lora(m)

@@ -41,6 +41,7 @@ class _Record:
         self.cache = Cache()
         self.detached: tuple[Attachment, ...] = ()  # what it carries, while none of that is active
         self.dummy_inputs: DummyInputs | None = None
+        self.dropouts: dict[Path, graph.Leaves] = {}  # see `put_on`
 
 
 _records: dict[int, _Record] = {}  # by the identity of the model, which need not be hashable
@@ -121,6 +122,7 @@ class NnxAdapter:
         wanted = {path: leaf for path, leaf in surgery.flatten(tree).items() if leaf is not surgery.empty_node}
         known = surgery.flatten(self.structure().params) if "structure" in self.cache else {}
         names = {a.name for a in self.attachments}
+        self._record.dropouts |= {at: held for at, held in graph.dropouts(modules).items() if at[-1] in names}
         for path in have:
             if path not in wanted and path in known:
                 raise ValueError(f"the tree lacks {surgery.name_of(path)!r}, which {self.class_name} needs.")
@@ -161,7 +163,10 @@ class NnxAdapter:
     def install(self, attachments: Sequence[Attachment]) -> None:
         """See `HostAdapter`."""
         self._require_level()
-        put_on(self.model, attachments, self.structure() if attachments else None)
+        names = {a.name for a in attachments}
+        dropouts = {path: held for path, held in self._record.dropouts.items() if path[-1] in names}
+        put_on(self.model, attachments, self.structure() if attachments else None, dropouts)
+        self._record.dropouts = dropouts
         self._record.detached = tuple(attachments)
 
     def uninstall(self) -> None:

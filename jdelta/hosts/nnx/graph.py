@@ -124,6 +124,12 @@ def _leaves_in(holder: Leaves, path: Path) -> Iterator[tuple[Path, nnx.Param]]:
             yield (*path, key), value
 
 
+def dropouts(found: Mapping[Path, nnx.Module]) -> dict[Path, Leaves]:
+    """What holds leaves and has dropout, by its path, of modules by theirs."""
+    held = {(*path, name): value for path, module in found.items() for name, value in vars(module).items()}
+    return {path: value for path, value in held.items() if isinstance(value, Leaves) and "rngs" in vars(value)}
+
+
 def is_left_out(module: nnx.Module, name: str) -> bool:
     """Whether the state that a module was made of says that a delta is left out: see `jdelta.without`."""
     return any(map(left_out.is_marked, leaves_of(module, name).values()))
