@@ -103,8 +103,11 @@ def test_links_between_pages_and_to_programs_lead_somewhere():
     for page, text in PAGES.items():
         folder = PATHS[page].parent
         for link in re.findall(r"""\]\(([^)]+)\)|src="([^"]+)""", text):
-            target = "".join(link).partition("#")[0]
+            target, _, heading = "".join(link).partition("#")
             assert target.startswith("http") or (folder / target).exists(), f"{page}: {target}"
+            if heading and not target.startswith("http"):
+                words = re.findall(r"^#+ (.*)$", (folder / target).read_text(), flags=re.M)
+                assert heading in {re.sub(r"[^\w\- ]", "", line).lower().replace(" ", "-") for line in words}, page
         for program in re.findall(r"(?:examples|benchmarks|docs)/\w+\.py", text):
             assert (ROOT / program).exists(), f"{page}: {program}"
 
