@@ -192,6 +192,17 @@ def test_dropout_goes_on_in_its_mode_with_its_stream_after_a_delta_was_off(off):
     chex.assert_trees_all_equal(jax.random.key_data(m.layers[0].lora.rngs.key[...]), key)
 
 
+@pytest.mark.parametrize("make", [nnx.view, nnx.with_attributes])
+def test_a_view_in_another_mode_is_so_in_the_deltas(make):
+    m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    jdelta.LoraModel(m, modified_modules=["layers.0"], lora_r=2, lora_dropout=0.5, dummy_inputs=(X,))
+    train_deltas(m)
+    view = make(m, deterministic=True)
+    chex.assert_trees_all_equal(view(X), view(X))
+    assert not m.layers[0].lora.deterministic
+    assert make(view, deterministic=False).layers[0].lora.deterministic is False
+
+
 def test_dropout_is_in_the_mode_of_what_has_one():
     m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     m.eval()

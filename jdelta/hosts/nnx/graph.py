@@ -23,8 +23,17 @@ class Leaves(nnx.Module):
     """What a delta has at one module: its leaves, and what its dropout needs.
 
     It is an attribute of the module, named like the delta. Where the delta has dropout, it has `deterministic`, which
-    `model.train()` and `model.eval()` set, and a stream of keys, `rngs`.
+    `model.train()`, `model.eval()` and `nnx.view` set, and a stream of keys, `rngs`.
     """
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: whether the dropout of the delta is off.
+        """
+        if deterministic is not None and "deterministic" in vars(self):
+            self.deterministic = deterministic
 
     @property
     def is_deterministic(self) -> bool:
