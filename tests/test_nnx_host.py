@@ -609,3 +609,13 @@ def test_modules_without_the_tree_of_nnx_carry_deltas_too():
     delta.remove()
     assert nnx.graphdef(m) == before
     chex.assert_trees_all_equal(m(X), bare)
+
+
+def test_messages_do_not_send_users_of_a_module_to_parameters_that_it_has_not(tmp_path):
+    m = model()
+    delta = lora(m, modified_modules=["layers.0.up"])
+    with pytest.raises(ValueError, match=r"the model itself holds the values from before training"):
+        delta.save_finetuned(tmp_path / "out")
+    del m.layers[0].up.lora
+    with pytest.raises(ValueError, match=r"the model lacks 'layers\.0\.up\.lora\.a'"):
+        delta.detach()
