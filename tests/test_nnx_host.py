@@ -493,6 +493,42 @@ def test_a_module_that_is_no_longer_referenced_is_freed():
     assert gone() is None
 
 
+def test_a_module_whose_attributes_refer_to_itself_is_freed_too():
+    class Refers(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.activation = nnx.Linear(4, 4, rngs=rngs), self.relu
+
+        def relu(self, x):
+            return nnx.relu(x)
+
+        def __call__(self, x):
+            return self.activation(self.linear(x))
+
+    m = Refers(nnx.Rngs(0))
+    delta = lora(m, modified_modules=["linear"], dummy_inputs=(X,))
+    gone = weakref.ref(m)
+    del m, delta
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda delta: pickle.loads(pickle.dumps(delta))])
+def test_copies_of_a_delta_share_their_model_with_deltas_that_come_later(copied):
+    m = Block(4, nnx.Rngs(0))
+    m.eval()
+    delta = lora(m, modified_modules=["up"], dummy_inputs=(X,))
+    train_deltas(m)
+    want = m(X)
+    delta.detach()
+    other = copied(delta)
+    second = lora(other.backbone_model, modified_modules=["down"])  # it knows the inputs
+    other.attach()
+    chex.assert_trees_all_close(other.backbone_model(X), want)
+    second.remove()
+    other.detach()
+    assert other.backbone_model is not m
+
+
 def test_layers_that_are_alike_share_a_trace_and_each_has_its_own_leaves():
     class Twice(nnx.Module):
         def __init__(self, rngs):

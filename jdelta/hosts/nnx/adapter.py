@@ -38,18 +38,20 @@ class _Record:
     """What is known of a model besides what is on it: as long as the model lives."""
 
     def __init__(self) -> None:
-        self.cache = Cache()
         self.detached: tuple[Attachment, ...] = ()  # what it carries, while none of that is active
         self.dummy_inputs: DummyInputs | None = None
         self.dropouts: dict[Path, graph.Leaves] = {}  # see `put_on`
 
 
 _records: dict[int, _Record] = {}  # by the identity of the model, which need not be hashable
+# Held by adapters, as they hold the model: static attributes that a trace saw, such as bound methods, may refer to it.
+_caches: weakref.WeakValueDictionary[int, Cache] = weakref.WeakValueDictionary()
 
 
-def _record_of(model: nnx.Module) -> _Record:
+def _record_of(model: nnx.Module, known: _Record | None = None) -> _Record:
+    """The record of a model; if it has none, this one, or a new one."""
     if id(model) not in _records:
-        _records[id(model)] = _Record()
+        _records[id(model)] = known or _Record()
         weakref.finalize(model, _records.pop, id(model), None)
     return _records[id(model)]
 
@@ -65,6 +67,9 @@ class NnxAdapter:
       dummy_inputs: arguments of one call, a tuple or a dict of keywords. Only shapes and dtypes count. Those that were
         given for the model before are remembered.
 
+    Attributes:
+      cache: what the newest traces found.
+
     Raises:
       TypeError: they are neither.
       ValueError: there are none, and none can be guessed; or the model carries LoRA of another library, or deltas of
@@ -75,7 +80,7 @@ class NnxAdapter:
 
     def __init__(self, model: nnx.Module, dummy_inputs: DummyInputs | None = None):
         self.model = model
-        self._record = _record_of(model)
+        self._record, self.cache = _record_of(model), _caches.setdefault(id(model), Cache())
         if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list, Mapping)):
             raise TypeError(
                 f"dummy_inputs are the arguments of one call, a tuple or a dict, got {type(dummy_inputs).__name__}: "
@@ -92,17 +97,18 @@ class NnxAdapter:
                 self._record.dummy_inputs = before
                 raise
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, whose model is one too: others that are attached to that find the same record."""
+        vars(self).update(state)
+        self._record = _record_of(self.model, self._record)
+        self.cache = _caches.setdefault(id(self.model), self.cache)
+
     # --- what it is
 
     @property
     def class_name(self) -> str:
         """The name of the model's class."""
         return class_of(self.model).__name__
-
-    @property
-    def cache(self) -> Cache:
-        """What the newest traces found."""
-        return self._record.cache
 
     @property
     def attachments(self) -> tuple[Attachment, ...]:
