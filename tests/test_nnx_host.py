@@ -629,6 +629,31 @@ def test_dropout_in_another_trace_than_the_model_s_says_what_to_do():
     jax.grad(lambda own: nnx.merge(graphdef, own, rest)(X).sum())(own)
 
 
+def test_a_list_that_is_called_is_a_module_like_any_other():
+    class Stack(nnx.List):
+        def __call__(self, x):
+            for layer in self:
+                x = layer(x)
+            return x
+
+    class Around(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = Stack([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            return self.layers(x)
+
+    m = Around(nnx.Rngs(0))
+    bare = m(X)
+    delta = jdelta.AdapterModel(m, modified_modules=["layers"], bottleneck_dim=2, dummy_inputs=(X,))
+    train_deltas(m)
+    assert {path[:2] for path in delta.paths} == {("layers", "adapter")}
+    assert jnp.abs(m(X) - bare).max() > 1e-3
+    delta.remove()
+    chex.assert_trees_all_equal(m(X), bare)
+    assert lora(m.layers, modified_modules=["0"], dummy_inputs=(X,)).targets == ["0"]
+
+
 def test_modules_without_the_tree_of_nnx_carry_deltas_too():
     class Plain(nnx.Module, pytree=False):
         def __init__(self, rngs):
