@@ -17,6 +17,7 @@ from flax import nnx
 from nnx_models import IDS, Block, Mixed, Model, Tied, train_deltas
 
 import jdelta
+from jdelta.hosts.nnx.adapter import NnxAdapter
 from jdelta.methods.lora import LoraRule
 from jdelta.trees import surgery
 
@@ -325,6 +326,19 @@ def test_bad_input_names_what_is_wrong_and_changes_nothing(case):
         jdelta.LoraModel(m, lora_r=2, **options)
     assert nnx.graphdef(m) == before
     assert bits(nnx.state(m)) == base
+
+
+def test_a_tree_that_lacks_a_parameter_changes_nothing():
+    m = Block(4, nnx.Rngs(0))
+    lora(m, modified_modules=["down"], dummy_inputs=(X,))
+    adapter, before = NnxAdapter(m), bits(nnx.state(m))
+    lacking = {key: part for key, part in adapter.params.items() if key not in ("down", "up")}
+    with pytest.raises(ValueError, match=r"lacks 'down\.bias'"):
+        adapter.params = lacking
+    assert bits(nnx.state(m)) == before
+    with pytest.raises(ValueError, match=r"lacks 'norm\.bias'"):
+        adapter.params = jdelta.prune({**adapter.params, "norm": {}}, "lora")
+    assert bits(nnx.state(m)) == before
 
 
 def test_dummy_inputs_belong_to_nnx_modules(bert):

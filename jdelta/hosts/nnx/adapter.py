@@ -126,15 +126,14 @@ class NnxAdapter:
         self._require_level()
         have, modules = graph.variables(self.model), graph.modules(self.model)
         wanted = {path: leaf for path, leaf in surgery.flatten(tree).items() if leaf is not surgery.empty_node}
-        known = surgery.flatten(self.structure().params) if "structure" in self.cache else {}
         names = {a.name for a in self.attachments}
         self._record.dropouts |= {at: held for at, held in graph.dropouts(modules).items() if at[-1] in names}
-        for path in have:
-            if path not in wanted and path in known:
-                raise ValueError(f"the tree lacks {surgery.name_of(path)!r}, which {self.class_name} needs.")
-            if path not in wanted:
-                at = _place(path, modules)
-                graph.take_out(modules[path[:at]], path[at:])
+        gone = [path for path in have if path not in wanted]
+        if lacking := next((path for path in gone if graph.is_of_model(have[path])), None):
+            raise ValueError(f"the tree lacks {surgery.name_of(lacking)!r}, which {self.class_name} needs.")
+        for path in gone:
+            at = _place(path, modules)
+            graph.take_out(modules[path[:at]], path[at:])
         new, metadata = set[Path](), placing.metadata_of_new(self.model)
         for path, value in wanted.items():
             if path in have:

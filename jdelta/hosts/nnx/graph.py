@@ -219,6 +219,11 @@ def remove(module: nnx.Module, name: str) -> None:
             vars(module)[f"use_{name}"] = False
 
 
+def is_of_model(variable: nnx.Param) -> bool:
+    """Whether a parameter is the model's own: of no delta, and not from `add`."""
+    return not (isinstance(variable, DeltaParam) or {_ADDED, _OPTIONAL} & variable.get_metadata().keys())
+
+
 def is_added(module: nnx.Module, name: str) -> bool:
     """Whether a module has a parameter that it knows nothing of."""
     variable = vars(module).get(name)
