@@ -1,9 +1,11 @@
 """Deltas on nnx modules: the module is changed in place, and is what it was when they are off."""
 
+import concurrent.futures
 import copy
 import dataclasses
 import gc
 import pickle
+import sys
 import weakref
 
 import chex
@@ -478,6 +480,44 @@ def test_what_a_delta_generates_for_many_modules_is_made_in_each_run():
     assert len(jax.tree.leaves(grads)) == len(delta.paths)
     delta.remove()
     chex.assert_trees_all_equal(m(IDS), bare)
+
+
+class _InLinen(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.bridge.ToNNX(nn.Dense(4), rngs=rngs).lazy_init(X)
+
+    def __call__(self, x):
+        return self.up(x)
+
+
+@pytest.mark.parametrize(
+    ("made", "put"),
+    [
+        (lambda: _InLinen(nnx.Rngs(0)), jdelta.LoraModel),
+        (
+            lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))),
+            lambda m, **options: jdelta.CompacterModel(
+                m, reduction_factor=2, hypercomplex_division=2, shared_phm_rule=True, **options
+            ),
+        ),
+    ],
+    ids=["in linen", "generated"],
+)
+def test_threads_can_share_a_model_whose_runs_change_attributes(made, put):
+    m = made()
+    put(m, modified_modules=["up" if isinstance(m, _InLinen) else "layers.0"], dummy_inputs=(X,))
+    train_deltas(m)
+    want, before = m(X), [dict(vars(module)) for _, module in nnx.iter_modules(m)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            outputs = list(threads.map(m, [X] * 40))
+    finally:
+        sys.setswitchinterval(interval)
+    for output in outputs:
+        chex.assert_trees_all_close(output, want)
+    assert [dict(vars(module)) for _, module in nnx.iter_modules(m)] == before
 
 
 def test_inputs_of_modules_are_seen_in_a_batch():

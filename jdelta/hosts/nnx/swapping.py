@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 from flax import nnx
+
+# Held by a run for as long as attributes are on the model that belong to that run alone: threads share the model.
+one_at_a_time = threading.RLock()
 
 ROLE = "_pytree__jdelta"  # nnx shows no attribute that begins so, and takes none for a part of a linen module
 _OF_ALL = {*nnx.Module.__mro__, *nnx.List.__mro__, *nnx.Dict.__mro__}  # classes whose functions are not the model's
@@ -147,4 +151,4 @@ def _unpickled(cls: type, values: dict[str, Any]) -> Any:
     return module
 
 
-__all__ = ["ROLE", "Role", "class_of", "give", "role_of"]
+__all__ = ["ROLE", "Role", "class_of", "give", "one_at_a_time", "role_of"]
