@@ -22,6 +22,7 @@ from jdelta.leaving_out import without
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
+from jdelta.methods.hira import HiraConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
@@ -31,6 +32,7 @@ from jdelta.models import (
     AdapterModel,
     BitFitModel,
     CompacterModel,
+    HiraModel,
     LoraModel,
     LowRankAdapterModel,
     ParallelAdapterModel,
@@ -62,6 +64,8 @@ __all__ = [
     "Context",
     "DeltaModel",
     "Finetuned",
+    "HiraConfig",
+    "HiraModel",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",

@@ -39,12 +39,13 @@ def from_peft(
 
         delta = jdelta.from_peft("out/", backbone_model=model)
 
-    LoRA (of any rank pattern, on dense layers, convolutions and embeddings), prefix tuning and prompt tuning become a
-    `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does in the same call: a prefix shifts
-    positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and trained biases
-    become values of the backbone's leaves, and train further with the delta. Keys may contain the adapter's name, and
-    the prefixes of torch.compile and of data parallelism. Two things differ: PEFT returns a prompt's positions among
-    the outputs, and in its `generate`, padding before the input counts as positions after a prompt.
+    LoRA (of any rank pattern, on dense layers, convolutions and embeddings), the other methods of PEFT's that
+    `docs/peft.md` lists, prefix tuning and prompt tuning become deltas that compute what PEFT does in the same call: a
+    prefix shifts positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and
+    trained biases become values of the backbone's leaves, and train further with the delta. Keys may contain the
+    adapter's name, and the prefixes of torch.compile and of data parallelism. Two things differ: PEFT returns a
+    prompt's positions among the outputs, and in its `generate`, padding before the input counts as positions after a
+    prompt.
 
     Args:
       source: a folder, or `"user/name"` on the Hub.

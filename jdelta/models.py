@@ -6,6 +6,7 @@ from jdelta.delta import DeltaModel
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
+from jdelta.methods.hira import HiraConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
@@ -26,6 +27,19 @@ class LoraModel(DeltaModel):
     """
 
     method_class = LoraConfig
+
+
+class HiraModel(DeltaModel):
+    """HiRA on linear modules: a change of high rank, of the weight's own pattern.
+
+        delta = jdelta.HiraModel(model, modified_modules=["query", "value"], r=32)
+
+    By default it is where LoRA is. The leaves are `hira/a`, `(*d_in, r)`, and `hira/b`, `(r, *d_out)`. The output is
+    unchanged at initialisation. The changed weight is formed in each step: there is no thin form. Its own arguments are
+    those of `HiraConfig`, the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = HiraConfig
 
 
 class AdapterModel(DeltaModel):

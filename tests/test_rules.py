@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import nnx
 from own_methods import defined
 from tiers import breadth
+from weight_methods import METHODS
 
 import jdelta
 from jdelta.core import weights
@@ -101,22 +102,8 @@ HOSTS = {
 SCANNED = {host for host in HOSTS if not host.startswith("nnx")} | {"nnx Linear", "nnx Einsum w"}
 
 
-@dataclasses.dataclass(frozen=True)
-class HiraRule:
-    """`W ⊙ (a b)`: no product, and a change that depends on the weight."""
-
-    axes: ClassVar = {"a": ("in", None), "b": (None, "out")}
-
-    def init(self, key, weight):
-        return {"a": jnp.zeros((weight.shape[0], 2)), "b": jnp.zeros((2, weight.shape[1]))}
-
-    def update(self, weight, own):
-        return weight * (own["a"] @ own["b"])
-
-
 RULES = {
-    "lora": lambda: LoraRule(rank=2, scale=1.5),
-    "hira": lambda: HiraRule(),
+    **{name: row.rule for name, row in METHODS.items() if row.rule},
     "dora": lambda: defined()["DoraRule"](rank=2, scale=1.5),
     "scale out": lambda: defined()["ScaleRule"]("out"),
     "scale in": lambda: defined()["ScaleRule"]("in"),
@@ -135,6 +122,8 @@ OneRule = dataclasses.dataclass(frozen=True)(OneRule)
 
 
 def fits(rule, host):
+    if rule in METHODS and METHODS[rule].only is not None:
+        return host in METHODS[rule].only
     return not (rule.startswith("scale in") and any(kind in host for kind in ("Conv", "Embed", "Einsum"))) and not (
         rule.startswith("scale") and host == "Einsum experts"
     )

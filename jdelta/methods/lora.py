@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -95,11 +95,11 @@ class LoraConfig(Method):
 
     def rank_of(self, host: str) -> int:
         """The rank at the module of this name."""
-        return _first_match(self.rank_pattern or {}, host, self.lora_r)
+        return addressing.first_match(self.rank_pattern, host, self.lora_r)
 
     def alpha_of(self, host: str) -> float:
         """The `lora_alpha` at the module of this name."""
-        return _first_match(self.alpha_pattern or {}, host, self.lora_alpha)
+        return addressing.first_match(self.alpha_pattern, host, self.lora_alpha)
 
     def scale_of(self, host: str) -> float:
         """The factor of the update of the module of this name."""
@@ -155,8 +155,3 @@ def _warn_of_rank(name: str, rank: int, d_in: int, d_out: int) -> None:
             f"LoraModel at {name}: lora_r={rank} is above the width of this module, {d_in} -> {d_out}, whose "
             f"changes have rank {min(d_in, d_out)} at most. With that in rank_pattern, less is trained and stored.",
         )
-
-
-def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """What the first pattern that means this name stands for."""
-    return next((value for pattern, value in patterns.items() if addressing.matches(name, pattern)), otherwise)

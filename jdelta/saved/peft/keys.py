@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterable
 
 from jdelta.saved.finetuned import listing
 from jdelta.saved.peft.names import PROMPT, Names, Tensors
+from jdelta.saved.peft.tuners import TUNERS
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LEAD = re.compile(rf"(?:{'|'.join(_WRAPPERS)}|base_model(?:\.model)?)\.")
-_INSIDE = re.compile(r"\.(?:lora_(?:embedding_)?[AB]|base_layer|modules_to_save|original_module)(?:\.|$)")
-_LORA = re.compile(r"(.+\.lora_(?:embedding_)?[AB])\.(?!weight$|bias$)([^.]+)((?:\.weight)?)")
+_ENDS = {end.removesuffix(".weight") for tuner in TUNERS.values() for end in tuner.tensors.values()}
+_TENSOR = rf"\.(?:lora_(?:embedding_)?[AB]|{'|'.join(sorted(map(re.escape, _ENDS)))})"
+_INSIDE = re.compile(rf"(?:{_TENSOR}|\.base_layer|\.modules_to_save|\.original_module)(?:\.|$)")
+_NAMED = re.compile(rf"(.+{_TENSOR})\.(?!weight$|bias$)([^.]+)((?:\.weight)?)")
+_OWN = re.compile(rf".+{_TENSOR}(?:\.|$)")
 _TO_SAVE = re.compile(r"(.+\.modules_to_save)\.([^.]+)\.(.+)")
 _PROMPT = re.compile(rf"(?:.+\.)?(?:{PROMPT}|prompt_encoder\.([^.]+)\.embedding\.weight)")
 
@@ -42,10 +46,10 @@ def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
     adapters = {name for name in prompts.values() if name}
     unnamed = False
     for key, name in list(plain.items()):
-        if match := _LORA.fullmatch(name):
+        if match := _NAMED.fullmatch(name):
             plain[key] = match[1] + match[3]
             adapters.add(match[2])
-        elif ".lora_" in name:
+        elif _OWN.match(name):
             unnamed = True
     for key, name in list(plain.items()):
         if match := _TO_SAVE.fullmatch(name):
@@ -54,7 +58,7 @@ def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
             if match[2] in adapters or next((n for leaf, n in named.items() if _is_leaf(names, leaf)), False):
                 plain[key] = f"{match[1]}.{match[3]}"
                 adapters.add(match[2])
-    if len(adapters) > 1 or (adapters and unnamed and any(_LORA.search(key) for key in tensors)):
+    if len(adapters) > 1 or (adapters and unnamed and any(_NAMED.search(key) for key in tensors)):
         found = [*map(repr, sorted(adapters)), *(["one without a name"] if unnamed else [])]
         raise ValueError(
             f"the file holds {len(found)} adapters: {', '.join(found)}. Save one alone, for example with "

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from jdelta.saved import folder
 from jdelta.saved.finetuned import listing
 from jdelta.saved.peft.joining import Lora, joined
 from jdelta.saved.peft.keys import normalized
-from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
+from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
 from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, owner, to_flax
+from jdelta.saved.peft.tuners import TUNERS
+from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
 from jdelta.trees import addressing, fingerprint, regexes
 
 Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's, ("…query", "a"); "" is the only host
@@ -159,6 +161,42 @@ def _whole(host: str, parts: Mapping[int, Lora], names: Names, use_rslora: bool)
         raise ValueError(f"LoRA at {host!r}, which is {' and '.join(torch)} in PyTorch: {error}") from error
 
 
+def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
+    """Reads a method that changes weights of modules."""
+    end_of = re.compile(rf"(.+)\.({'|'.join(map(re.escape, tuner.tensors.values()))})")
+    leaf_of = {end: leaf for leaf, end in tuner.tensors.items()}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    rest = {}
+    for key, tensor in normalized(tensors, "base_model.model.", names).items():
+        if match := end_of.fullmatch(key):
+            found.setdefault(match[1], {})[leaf_of[match[2]]] = tensor
+        else:
+            rest[key] = tensor
+    if not found:
+        raise ValueError(
+            f"{TENSORS} holds nothing of {tuner.kind}: no key ends with {' or '.join(leaf_of)}. It holds "
+            f"{listing(sorted(tensors)) or 'nothing'}."
+        )
+    hosts = {name: names.module(name) for name in found}
+    for name, host in hosts.items():
+        require_same(tuner, names.structure.modules.get(host), name, names.torch(host))
+    patterns = {host: _exact(host, names.structure.modules) for host in hosts.values()}
+    try:
+        arguments = {field: fields[field] for field in tuner.fields if field in fields}
+        for pattern in tuner.patterns:
+            usual = fields.get(field := REPLACED_BY[pattern], tuner.method().to_dict()[field])
+            own = {host: _by_pattern(fields.get(pattern), name, usual) for name, host in hosts.items()}
+            arguments[pattern] = {patterns[host]: value for host, value in own.items() if value != usual} or None
+        arguments |= tuner.arguments(fields, {name: patterns[host] for name, host in hosts.items()})
+        config = tuner.method(modified_modules=tuple(patterns.values()), **arguments)
+        leaves = {
+            (host, leaf): value for name, host in hosts.items() for leaf, value in tuner.leaves(found[name]).items()
+        }
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{tuner.kind}: {error}") from error
+    return _with_saved(config, leaves, rest, fields, names)
+
+
 def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     require_no_cross_attention(names.structure)
     layers = [info.name for info in common_names.resolve(names.structure, ["attn"])]
@@ -196,7 +234,12 @@ def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> P
     return _with_saved(config, {("", "embedding"): rows}, rest, fields, names)
 
 
-READERS = {"LORA": _lora, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _soft_prompt}
+READERS: dict[str, Callable[[Mapping[str, Any], Tensors, Names], PeftAdapter]] = {
+    "LORA": _lora,
+    "PREFIX_TUNING": _prefix,
+    "PROMPT_TUNING": _soft_prompt,
+    **{kind: functools.partial(_tuner, tuner) for kind, tuner in TUNERS.items()},
+}
 
 
 def _with_saved(config: Method, leaves: Leaves, rest: Tensors, fields: Mapping[str, Any], names: Names) -> PeftAdapter:

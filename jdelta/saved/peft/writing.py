@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
+from jdelta.core import weights
+from jdelta.core.edits import WeightEdit
 from jdelta.core.linear import linear_map
 from jdelta.core.linear_maps import ConvMap, EinsumMap, LookupMap, MatrixMap
 from jdelta.core.structure import ModuleInfo, Structure
@@ -21,9 +25,12 @@ from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.names import common_names
 from jdelta.saved import folder
 from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing
-from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
+from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
 from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, modules_of, owner, shapes_of, to_torch
 from jdelta.saved.peft.torch_leaves import Parts
+from jdelta.saved.peft.tuners import TUNERS
+from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
+from jdelta.trees import addressing
 
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -63,23 +70,17 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
 
 def _write_lora(found: Finetuned, structure: Structure) -> Written:
     config: LoraConfig = found.config  # type: ignore[assignment]
-    names, shapes = Names.of(structure), shapes_of(structure.params)
+    names = Names.of(structure)
     tensors: dict[str, np.ndarray] = {}
     for host in found.targets:
         info = structure[host]
         parts = names.torch(host)
         require_same_lora(info, parts[0])
         a, b = (found.values[f"{host}.{found.name}.{leaf}"] for leaf in "ab")
-        if any(shapes[f"{host}.{key}"] != leaf.shape for key, leaf in info.params.items()):
-            raise ValueError(f"LoRA at {host} has leaves for several layers (nn.scan), and PEFT has a module for each.")
+        _require_one_layer(found, structure, host)
         tensors |= _factors(info, parts, a, b)
-    modules, biases = _trained(found, names)
-    saved = _in_torch((*modules, *biases), found, names)
-    hosts = {part: host for host in found.targets for part in names.torch(host)}
-    of_hosts = {f"{part}.bias" for part in hosts} & saved.keys()
-    for bias in of_hosts:  # PEFT puts LoRA in the place of its host, which then is inside
-        saved[f"{owner(bias)}.base_layer.bias"] = saved.pop(bias)
     r, alpha = config.lora_r, config.lora_alpha
+    hosts = _hosts(found, names)
     own = {f"^{re.escape(part)}": host for part, host in hosts.items()}
     fields = {
         "peft_type": "LORA",
@@ -91,12 +92,78 @@ def _write_lora(found: Finetuned, structure: Structure) -> Written:
         "alpha_pattern": {
             key: _whole(config.alpha_of(host)) for key, host in own.items() if config.alpha_of(host) != alpha
         },
-        "target_modules": [*hosts],
         "fan_in_fan_out": any(_is_transposed(structure[host]) for host in found.targets),
-        "modules_to_save": _owners(modules, names) or None,
-        "bias": "none" if not biases else "lora_only" if len(biases) == len(of_hosts) else "all",
     }
-    return fields, {f"base_model.model.{key}": value for key, value in (tensors | saved).items()}
+    return _write_modules(found, names, fields, tensors, "lora_only")
+
+
+def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Written:
+    """What PEFT has of a method that changes weights of modules."""
+    names, config = Names.of(structure), found.config
+    tensors: dict[str, np.ndarray] = {}
+    for host in found.targets:
+        info, parts = structure[host], names.torch(host)
+        require_same(tuner, info, parts[0], parts)
+        _require_one_layer(found, structure, host)
+        edit = next(each for each in config.edits(info, structure) if isinstance(each, WeightEdit))
+        own = {leaf: jnp.asarray(found.values[f"{host}.{found.name}.{leaf}"]) for leaf in tuner.tensors}
+        seen = {leaf: np.asarray(value) for leaf, value in weights.seen_own(edit, own).items()}
+        tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in tuner.written(seen).items()}
+    hosts = _hosts(found, names)
+    fields = {"peft_type": tuner.kind, **{field: getattr(config, field) for field in tuner.fields}}
+    for pattern in config.pattern_fields:
+        if pattern not in tuner.patterns:
+            if getattr(config, pattern):
+                raise ValueError(f"PEFT has no {pattern} of {tuner.kind}, and this delta has one.")
+            continue
+        usual = getattr(config, REPLACED_BY[pattern])
+        own_value = {
+            part: addressing.first_match(getattr(config, pattern), host, usual) for part, host in hosts.items()
+        }
+        fields[pattern] = {f"^{re.escape(part)}": value for part, value in own_value.items() if value != usual}
+    if tuner.conv1d:
+        fields["fan_in_fan_out"] = any(_is_transposed(structure[host]) for host in found.targets)
+    return _write_modules(found, names, fields | tuner.written_fields(config, hosts), tensors, tuner.biases)
+
+
+def _require_one_layer(found: Finetuned, structure: Structure, host: str) -> None:
+    """Raises `ValueError` for a module inside `nn.scan`, whose leaves have an axis of layers."""
+    shapes = shapes_of(structure.params)
+    if any(shapes[f"{host}.{key}"] != leaf.shape for key, leaf in structure[host].params.items()):
+        raise ValueError(
+            f"{found.name!r} at {host} has leaves for several layers (nn.scan), and PEFT has a module for each."
+        )
+
+
+def _hosts(found: Finetuned, names: Names) -> dict[str, str]:
+    """PyTorch's name of each module with a delta to the one here."""
+    return {part: host for host in found.targets for part in names.torch(host)}
+
+
+def _write_modules(
+    found: Finetuned, names: Names, fields: dict[str, Any], tensors: Mapping[str, np.ndarray], only: str
+) -> Written:
+    """What a method at modules has in common with others: what trained besides, and where it is.
+
+    Args:
+      found: the delta.
+      names: of the model.
+      fields: those that the method has.
+      tensors: those of its modules.
+      only: what it calls the biases of its modules in `bias`; empty if it trains none.
+    """
+    modules, biases = _trained(found, names)
+    saved = _in_torch((*modules, *biases), found, names)
+    hosts = _hosts(found, names)
+    of_hosts = {f"{part}.bias" for part in hosts} & saved.keys()
+    for bias in of_hosts:  # PEFT puts its module in the place of its host, which then is inside
+        saved[f"{owner(bias)}.base_layer.bias"] = saved.pop(bias)
+    if biases and not only:
+        raise ValueError(f"PEFT trains no biases with {fields['peft_type']}; here {listing(sorted(biases))} trained.")
+    shared: dict[str, Any] = {"target_modules": [*hosts], "modules_to_save": _owners(modules, names) or None}
+    if only:
+        shared["bias"] = "none" if not biases else only if len(biases) == len(of_hosts) else "all"
+    return fields | shared, {f"base_model.model.{key}": value for key, value in {**tensors, **saved}.items()}
 
 
 def _is_transposed(host: ModuleInfo) -> bool:
@@ -213,6 +280,7 @@ _WRITERS: dict[str, Callable[[Finetuned, Structure], Written]] = {
     "lora": _write_lora,
     "prefix": _write_prefix,
     "soft_prompt": _write_soft_prompt,
+    **{tuner.method.delta_type: functools.partial(_write_tuner, tuner) for tuner in TUNERS.values()},
 }
 
 

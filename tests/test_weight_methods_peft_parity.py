@@ -1,0 +1,209 @@
+"""Methods that change weights have PyTorch PEFT's numbers, from its files and back.
+
+PEFT's model gets random values and is saved as users save it; `from_peft` reads it. Logits, and the gradients of all
+that the method trains, agree to 1e-5 of their largest entry: jdelta's gradients are written by `to_peft` too, so that
+they have PEFT's names and shapes. Torch computes in float64. A fresh torch model with what `to_peft` wrote of the
+values has the same logits. Merging gives them too.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers  # so that it finds torch, or is not loaded
+from parity import TOLERANCE, assert_close, loss_of, peft, torch
+from safetensors.numpy import load_file
+
+import jdelta
+from jdelta.trees import surgery
+
+pytestmark = pytest.mark.parity
+
+CONFIGS = {
+    "bert": (
+        "BertForSequenceClassification",
+        transformers.BertConfig(
+            vocab_size=99,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        transformers.GPT2Config(
+            vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        ),
+    ),
+    "llama": (
+        "LlamaForCausalLM",
+        transformers.LlamaConfig(
+            vocab_size=99,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=64,
+        ),
+    ),
+}
+MODULES = {"bert": ["query", "value", "output.dense"], "gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method of PEFT's on a model.
+
+    Attributes:
+      family: of the model.
+      config: makes PEFT's configuration from `target_modules`.
+      prefix: what the names of its parameters begin with, in PEFT.
+      spread: of the random values that they get.
+      merges: whether merging is exact.
+    """
+
+    family: str
+    config: Callable[..., Any]
+    prefix: str
+    spread: float = 0.3
+    modules: tuple[str, ...] = ()
+    merges: bool = True
+
+    def peft_config(self) -> Any:
+        return self.config(target_modules=[*(self.modules or MODULES[self.family])])
+
+
+CASES = {
+    "hira-bert": Case("bert", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
+    "hira-gpt2": Case("gpt2", lambda **kw: peft.HiraConfig(r=3, fan_in_fan_out=True, **kw), "hira_"),
+    "hira-llama": Case("llama", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
+}
+IDS = np.random.default_rng(0).integers(1, 99, (2, 10))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any]]:
+    """The torch model and the Flax model of a family, with the same weights; copies of them."""
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def of(family: str) -> tuple[Any, Any]:
+        if family not in made:
+            name, config = CONFIGS[family]
+            torch.manual_seed(0)
+            base = getattr(transformers, name)(config).eval()
+            with torch.no_grad():
+                for parameter in base.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            folder = tmp_path_factory.mktemp(family)
+            base.save_pretrained(folder)
+            made[family] = base, getattr(transformers, f"Flax{name}").from_pretrained(folder, from_pt=True)
+        return copy.deepcopy(made[family][0]), copy.copy(made[family][1])
+
+    return of
+
+
+@pytest.fixture(scope="module", params=CASES)
+def both(request: pytest.FixtureRequest, models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A case, PEFT's model in float64, its folder, and jdelta's delta from that."""
+    case = CASES[request.param]
+    base, model = models(case.family)
+    wrapped = peft.get_peft_model(base, case.peft_config()).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if case.prefix in name and parameter.requires_grad:
+                parameter.add_(case.spread * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param)
+    wrapped.save_pretrained(folder)
+    delta = jdelta.from_peft(folder, model)
+    return case, wrapped.double(), folder, delta
+
+
+def logits_of(wrapped: Any) -> Any:
+    return wrapped(input_ids=torch.tensor(IDS)).logits
+
+
+def test_logits_and_gradients_are_those_of_peft(both: Any, models: Any, tmp_path: Path) -> None:
+    case, wrapped, _, delta = both
+    model = delta.backbone_model
+    expected = logits_of(wrapped)
+    bare = logits_of(models(case.family)[0].double()).detach().numpy()
+    assert np.abs(expected.detach().numpy() - bare).max() > 1000 * TOLERANCE * np.abs(bare).max()
+    wrapped.zero_grad()
+    loss_of(expected).backward()
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = model(IDS, params=params).logits
+        return loss_of(logits), logits
+
+    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+    assert_close(found, expected.detach().numpy(), "logits")
+
+    delta.to_peft(tmp_path, grads)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    theirs = {
+        name.replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in wrapped.named_parameters()
+        if parameter.grad is not None and case.prefix in name
+    }
+    assert theirs
+    assert theirs.keys() <= written.keys()
+    trained = {name for name in written if case.prefix in name and name in theirs}
+    assert len(trained) == len([*surgery.flatten(delta.partition()[0])])
+    for name, gradient in theirs.items():
+        assert_close(written[name], gradient, name)
+
+
+def test_peft_computes_the_same_with_what_is_written(both: Any, models: Any, tmp_path: Path) -> None:
+    case, wrapped, folder, delta = both
+    delta.to_peft(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = peft.PeftModel.from_pretrained(models(case.family)[0], tmp_path).eval()
+    said = [str(warning.message) for warning in caught]
+    assert not [text for text in said if "missing" in text or "nexpected" in text]
+    assert_close(logits_of(again.double()).detach().numpy(), logits_of(wrapped).detach().numpy(), "logits")
+    ours, theirs = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path, folder))
+    assert ours.keys() <= theirs.keys()
+
+
+def test_merged_and_saved_it_computes_the_same(both: Any, models: Any, tmp_path: Path) -> None:
+    case, wrapped, _, delta = both
+    expected = logits_of(wrapped).detach().numpy()
+    delta.save_finetuned(tmp_path / "saved")
+    model = models(case.family)[1]
+    restored = jdelta.AutoDeltaModel.from_finetuned(tmp_path / "saved", model)
+    assert restored.config == delta.config
+    assert_close(jax.jit(lambda params: model(IDS, params=params).logits)(model.params), expected, "restored")
+    if case.merges:
+        restored.merge()
+        assert_close(jax.jit(lambda params: model(IDS, params=params).logits)(model.params), expected, "merged")
+    else:
+        with pytest.raises(ValueError, match="merge"):
+            restored.merge()
+
+
+def test_an_option_that_is_not_known_is_refused(both: Any, models: Any, tmp_path: Path) -> None:
+    case, _, folder, _ = both
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "of_the_future": 3}))
+    (tmp_path / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    model = models(case.family)[1]
+    with pytest.raises(ValueError, match="of_the_future=3 is an unsupported option"):
+        jdelta.from_peft(tmp_path, model)
+    assert jnp.array_equal(jax.tree.leaves(model.params)[0], jax.tree.leaves(models(case.family)[1].params)[0])

@@ -1,0 +1,37 @@
+"""The methods that change weights, a row each, for the tests that go through all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jdelta
+from jdelta.methods.hira import HiraRule
+from jdelta.methods.lora import LoraRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method.
+
+    Attributes:
+      model: its constructor.
+      arguments: small ones; its default positions are those of LoRA, or in `modules`.
+      rule: makes its rule for the tests of rules, of a module whose widths are multiples of nothing in particular;
+        `None` if it needs more than its own leaves.
+      starts_at_identity: whether the output is unchanged at initialisation.
+      only: host kinds of `test_rules` that it takes; `None`: all.
+    """
+
+    model: Any
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rule: Callable[[], Any] | None = None
+    starts_at_identity: bool = True
+    only: tuple[str, ...] | None = None
+
+
+METHODS = {
+    "lora": Row(jdelta.LoraModel, {"lora_r": 2}, lambda: LoraRule(rank=2, scale=1.5)),
+    "hira": Row(jdelta.HiraModel, {"r": 2}, lambda: HiraRule(rank=2)),
+}
