@@ -25,6 +25,7 @@ from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
+from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
@@ -35,6 +36,7 @@ from jdelta.models import (
     HiraModel,
     LoraModel,
     LowRankAdapterModel,
+    MissModel,
     ParallelAdapterModel,
     PrefixModel,
     SoftPromptModel,
@@ -71,6 +73,8 @@ __all__ = [
     "LowRankAdapterConfig",
     "LowRankAdapterModel",
     "Method",
+    "MissConfig",
+    "MissModel",
     "ModuleInfo",
     "Movement",
     "ParallelAdapterConfig",

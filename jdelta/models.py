@@ -9,6 +9,7 @@ from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
+from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
@@ -40,6 +41,19 @@ class HiraModel(DeltaModel):
     """
 
     method_class = HiraConfig
+
+
+class MissModel(DeltaModel):
+    """MiSS on linear modules: one small matrix for all blocks of the input's features.
+
+        delta = jdelta.MissModel(model, modified_modules=["query", "value"], r=64)
+
+    By default it is where LoRA is, and costs less than that. The leaf is `miss/d`, `(r, *d_out)`, `(r, mini_r)` or, of
+    `init_weights="bat"`, `(d_out / r, r, r)`. The output is unchanged at initialisation. Its own arguments are those of
+    `MissConfig`, the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = MissConfig
 
 
 class AdapterModel(DeltaModel):

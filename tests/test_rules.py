@@ -140,6 +140,7 @@ ALL = [
 QUICK = [
     ("Dense", "lora", "fused", True),
     ("Dense", "hira", "in the call", False),
+    ("Dense", "miss", "in the call", False),
     ("Dense", "dora", "accelerator", False),
     ("Dense", "scale out", "in the call", True),
     ("Dense", "scale in", "in the call", False),
@@ -233,7 +234,7 @@ def same(found, want):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", breadth(ALL, *QUICK))
+@pytest.mark.parametrize("case", breadth(ALL, *QUICK), ids=lambda case: "-".join(map(str, case)))
 def test_each_form_is_what_update_means_forward_and_backward(case, monkeypatch):
     host, rule, form, scan = case
     choose(form, monkeypatch)

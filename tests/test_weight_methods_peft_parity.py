@@ -92,6 +92,11 @@ CASES = {
     "hira-bert": Case("bert", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
     "hira-gpt2": Case("gpt2", lambda **kw: peft.HiraConfig(r=3, fan_in_fan_out=True, **kw), "hira_"),
     "hira-llama": Case("llama", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
+    "miss-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, **kw), "miss_"),
+    "miss-llama": Case("llama", lambda **kw: peft.MissConfig(r=8, bias="MiSS_only", **kw), "miss_"),
+    "miss-mini-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, mini_r=4, init_weights="mini", **kw), "miss_"),
+    "miss-bat-bert": Case("bert", lambda **kw: peft.MissConfig(r=4, init_weights="bat", **kw), "miss_"),
+    "miss-random-llama": Case("llama", lambda **kw: peft.MissConfig(r=3, init_weights=False, **kw), "miss_"),
 }
 IDS = np.random.default_rng(0).integers(1, 99, (2, 10))
 

@@ -9,6 +9,7 @@ from typing import Any
 import jdelta
 from jdelta.methods.hira import HiraRule
 from jdelta.methods.lora import LoraRule
+from jdelta.methods.miss import BatRule, MissRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,4 +35,12 @@ class Row:
 METHODS = {
     "lora": Row(jdelta.LoraModel, {"lora_r": 2}, lambda: LoraRule(rank=2, scale=1.5)),
     "hira": Row(jdelta.HiraModel, {"r": 2}, lambda: HiraRule(rank=2)),
+    "miss": Row(jdelta.MissModel, {"r": 4}, lambda: MissRule(rank=3)),
+    "miss-mini": Row(jdelta.MissModel, {"r": 4, "init_weights": "mini"}, lambda: MissRule(rank=3, columns=2)),
+    "miss-bat": Row(
+        jdelta.MissModel,
+        {"r": 1, "init_weights": "bat"},
+        lambda: BatRule(rank=2),
+        only=("DenseGeneral in", "Conv", "grouped Conv", "nnx LinearGeneral", "nnx Conv"),  # of even widths
+    ),
 }

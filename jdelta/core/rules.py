@@ -38,6 +38,9 @@ class WeightRule(Protocol):
         Args:
           key: of the random numbers.
           weight: `(d_in, d_out)`: its shape; its value, where the rule `starts_from_weight`.
+
+        Raises:
+          ValueError: a weight of this shape cannot have the change; the leaf's name is put in front of the message.
         """
         ...
 

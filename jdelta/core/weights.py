@@ -131,7 +131,10 @@ def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int
     layout = layout_of(edit)
 
     def one_matrix(key: jax.Array, weight: Any) -> dict[str, jax.Array]:
-        own = edit.rule.init(key, weight)
+        try:
+            own = edit.rule.init(key, weight)
+        except ValueError as error:
+            raise ValueError(f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)}: {error}") from error
         for name, value in own.items():
             if value.dtype != jnp.float32:
                 raise TypeError(
