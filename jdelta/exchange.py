@@ -100,6 +100,9 @@ def _attached(
     for (module, leaf), value in adapter.leaves.items():
         key = f"{module or delta.targets[0]}.{delta.name}.{leaf}"
         values[key] = fitted(value, shapes.get(key, value.shape))
+    for path, leaf in surgery.flatten(surgery.parameters(host.params)).items():
+        if path in delta.paths and adapter.config.frozen(path):  # PEFT makes these anew from the weights
+            values.setdefault(surgery.name_of(path), processes.to_host(meta.unbox(leaf)))
     wide = {key: value.astype(np.float32) for key, value in values.items()}
     saved = _news(adapter, names, host.params)
     delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)

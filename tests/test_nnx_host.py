@@ -17,7 +17,7 @@ from flax import nnx
 from nnx_models import IDS, Block, Mixed, Model, Tied, train_deltas
 
 import jdelta
-from jdelta.methods.lora import LoraRule
+from jdelta.methods.lora_rules import LoraRule
 from jdelta.trees import surgery
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)

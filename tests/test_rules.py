@@ -20,7 +20,7 @@ from weight_methods import METHODS
 
 import jdelta
 from jdelta.core import weights
-from jdelta.methods.lora import LoraRule
+from jdelta.methods.lora_rules import LoraRule
 from jdelta.trees import surgery
 
 
@@ -104,7 +104,7 @@ SCANNED = {host for host in HOSTS if not host.startswith("nnx")} | {"nnx Linear"
 
 RULES = {
     **{name: row.rule for name, row in METHODS.items() if row.rule},
-    "dora": lambda: defined()["DoraRule"](rank=2, scale=1.5),
+    "dora of the docs": lambda: defined()["DoraRule"](rank=2, scale=1.5),
     "scale out": lambda: defined()["ScaleRule"]("out"),
     "scale in": lambda: defined()["ScaleRule"]("in"),
 }

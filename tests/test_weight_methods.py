@@ -123,7 +123,7 @@ def stack(row, dtype=jnp.float32):
 def test_layers_of_a_scan_have_leaves_of_their_own(row):
     x, backbone, delta = stack(row)
     out = backbone(x)
-    alone = jdelta.Backbone(Layer(), dummy_inputs=(x,))
+    alone = jdelta.Backbone(Layer(), Layer().init(jax.random.key(0), x)["params"], dummy_inputs=(x,))
     row.model(alone, **of_dense(row))
     found = x
     for i in range(3):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jdelta
 from jdelta.methods.hira import HiraRule
-from jdelta.methods.lora import LoraRule
+from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
 
 
@@ -34,6 +34,10 @@ class Row:
 
 METHODS = {
     "lora": Row(jdelta.LoraModel, {"lora_r": 2}, lambda: LoraRule(rank=2, scale=1.5)),
+    "dora": Row(jdelta.LoraModel, {"lora_r": 2, "use_dora": True}, lambda: DoraRule(rank=2, scale=1.5)),
+    "pissa": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "pissa"}, lambda: LoraRule(2, 2, start="pissa")),
+    "olora": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "olora"}),
+    "orthogonal": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "orthogonal"}),
     "hira": Row(jdelta.HiraModel, {"r": 2}, lambda: HiraRule(rank=2)),
     "miss": Row(jdelta.MissModel, {"r": 4}, lambda: MissRule(rank=3)),
     "miss-mini": Row(jdelta.MissModel, {"r": 4, "init_weights": "mini"}, lambda: MissRule(rank=3, columns=2)),

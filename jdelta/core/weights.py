@@ -289,6 +289,20 @@ def reads_weight(kind: Kind) -> bool:
     return not unread(lambda tree: _update(edit, tree["weight"], own), {"weight": weight})
 
 
+@_once_a_kind
+def reads_output(kind: Kind) -> bool:
+    """Whether the product of a rule, at a `MatrixMap`, takes the module's own output: then that has to be computed."""
+    edit, linear = kind.edit, kind.linear
+    sizes = [1] * (1 + max(axis + 1 if axis >= 0 else -axis for axis in linear.axis))
+    for axis, size in zip(linear.axis, layout_of(edit).sizes(kind.shape, "in"), strict=True):
+        sizes[axis] = size
+    outside = [sizes[axis] for axis in linear.free(tuple(sizes))]
+    y = jax.ShapeDtypeStruct((*outside, *layout_of(edit).sizes(kind.shape, "out")), jnp.float32)
+    x, leaf = jnp.zeros(sizes), jnp.zeros(kind.shape)
+    own = {name: jnp.zeros(size) for name, size in own_shapes(edit).items()}
+    return not unread(lambda tree: product(edit, x, tree["y"], seen_own(edit, own), leaf, {}), {"y": y})
+
+
 def product(
     edit: WeightEdit, x: jax.Array, y: jax.Array, own: Leaves, leaf: jax.Array, told: Mapping[str, Any]
 ) -> jax.Array | None:

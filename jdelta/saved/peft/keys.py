@@ -19,7 +19,7 @@ from jdelta.saved.peft.tuners import TUNERS
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LEAD = re.compile(rf"(?:{'|'.join(_WRAPPERS)}|base_model(?:\.model)?)\.")
 _ENDS = {end.removesuffix(".weight") for tuner in TUNERS.values() for end in tuner.tensors.values()}
-_TENSOR = rf"\.(?:lora_(?:embedding_)?[AB]|{'|'.join(sorted(map(re.escape, _ENDS)))})"
+_TENSOR = rf"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|{'|'.join(sorted(map(re.escape, _ENDS)))})"
 _INSIDE = re.compile(rf"(?:{_TENSOR}|\.base_layer|\.modules_to_save|\.original_module)(?:\.|$)")
 _NAMED = re.compile(rf"(.+{_TENSOR})\.(?!weight$|bias$)([^.]+)((?:\.weight)?)")
 _OWN = re.compile(rf".+{_TENSOR}(?:\.|$)")

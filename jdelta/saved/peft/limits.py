@@ -26,7 +26,7 @@ _VIRTUAL = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "nu
 _KNOWN = {
     "LORA": {
         *_TARGETING,
-        *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
+        *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
         *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         *("runtime_config", "megatron_core", "qalora_group_size"),
     },
@@ -51,6 +51,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("r", "num_virtual_tokens", "token_dim", "num_attention_heads"), int),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
     "use_rslora": bool,
+    "use_dora": bool,
     "rank_pattern": dict[str, int] | None,
     "alpha_pattern": dict[str, float] | None,
     "modules_to_save": tuple[str, ...] | None,
@@ -58,6 +59,7 @@ _TYPES: dict[str, Any] = {
     "init_lora_weights": bool | str | None,
 }
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the backbone's weights alone
+_REPEATED = ("pissa", "olora")  # those whose change of the weights follows from these
 
 
 def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{field}={shown(value)} is an unsupported option of {kind}. If PEFT can merge the adapter into the "
                 "weights, merge it there and load the model."
             )
-    if (init := fields.get("init_lora_weights")) not in _INITS:
+    if (init := fields.get("init_lora_weights")) not in (*_INITS, *_REPEATED):
         raise ValueError(
             f"init_lora_weights={shown(init)} changed the weights of the backbone before training, and jdelta does not "
             "repeat that. Save it as a plain LoRA: save_pretrained(…, "

@@ -20,6 +20,7 @@ from jdelta.core import parsing
 from jdelta.core.linear import linear_map
 from jdelta.core.method import Method
 from jdelta.methods.lora import LoraConfig
+from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.names import common_names
@@ -101,14 +102,18 @@ def patterns_of(saved: Collection[str], entries: Sequence[str], leaves: Collecti
 # --- each method
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 
 
 def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     factors: dict[str, dict[str, np.ndarray]] = {}
+    magnitudes: dict[str, np.ndarray] = {}
     rest = {}
     for key, tensor in normalized(tensors, "base_model.model.", names).items():
         if match := _FACTOR.fullmatch(key):
             factors.setdefault(match[1], {})[match[2].lower()] = to_flax(tensor)
+        elif match := _MAGNITUDE.fullmatch(key):
+            magnitudes[match[1]] = tensor.reshape(-1)
         else:
             rest[key] = tensor
     hosts = {name: names.module(name) for name in factors}
@@ -121,6 +126,13 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdap
             f"{TENSORS} holds no LoRA: no key has lora_A or lora_B in it. It holds "
             f"{listing(sorted(tensors)) or 'nothing'}."
         )
+    use_dora = fields.get("use_dora", False)
+    if odd := sorted(hosts.keys() ^ magnitudes.keys() if use_dora else magnitudes):
+        raise ValueError(
+            f"use_dora={use_dora} in {CONFIG}, and {TENSORS} has {'no ' if use_dora else ''}lora_magnitude_vector at "
+            f"{listing(odd)}."
+        )
+    start = fields.get("init_lora_weights", True)
     r, alpha, use_rslora = fields["r"], fields["lora_alpha"], fields.get("use_rslora", False)
     ranks = {name: _by_pattern(fields.get("rank_pattern"), name, r) for name in hosts}
     found: dict[str, dict[int, Lora]] = {}
@@ -142,8 +154,14 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdap
         rank_pattern={patterns[host]: lora.rank for host, lora in whole.items() if lora.rank != r} or None,
         alpha_pattern={patterns[host]: lora.alpha for host, lora in whole.items() if lora.alpha != alpha} or None,
         use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights=start if takes_from_weight(start) else True,
     )
     leaves = {(host, letter): leaf for host, lora in whole.items() for letter, leaf in (("a", lora.a), ("b", lora.b))}
+    for name, magnitude in magnitudes.items():
+        if len(parts := names.torch(hosts[name])) > 1:
+            raise ValueError(f"DoRA at {name!r}: {' and '.join(parts)} are one module in Flax, and cannot be joined.")
+        leaves[hosts[name], "m"] = magnitude
     return _with_saved(config, leaves, rest, fields, names)
 
 

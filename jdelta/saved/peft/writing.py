@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from jdelta.core.linear_maps import ConvMap, EinsumMap, LookupMap, MatrixMap
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.core.warn import warn
 from jdelta.methods.lora import LoraConfig
+from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.names import common_names
@@ -70,16 +72,27 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
 
 def _write_lora(found: Finetuned, structure: Structure) -> Written:
     config: LoraConfig = found.config  # type: ignore[assignment]
-    names = Names.of(structure)
+    names, doubled = Names.of(structure), takes_from_weight(config.init_lora_weights)
     tensors: dict[str, np.ndarray] = {}
     for host in found.targets:
         info = structure[host]
         parts = names.torch(host)
         require_same_lora(info, parts[0])
         a, b = (found.values[f"{host}.{found.name}.{leaf}"] for leaf in "ab")
+        if doubled:  # as PEFT writes it: the difference to the start
+            a0, b0 = (found.values[f"{host}.{found.name}.{leaf}0"] for leaf in "ab")
+            a, b = np.concatenate([a, a0], axis=-1), np.concatenate([b, -b0])
         _require_one_layer(found, structure, host)
         tensors |= _factors(info, parts, a, b)
-    r, alpha = config.lora_r, config.lora_alpha
+        if config.use_dora:
+            if len(parts) > 1:
+                raise ValueError(f"DoRA at {host}, which is {' and '.join(parts)} in PyTorch, is not written.")
+            norms = found.values[f"{host}.{found.name}.m"].reshape(-1)
+            shape = (1, -1, *(1,) * (a.ndim - 2)) if isinstance(linear_map(info), ConvMap) else (-1,)
+            tensors[f"{parts[0]}.lora_magnitude_vector"] = norms.reshape(shape)
+    ranks = 2 if doubled else 1
+    alphas = math.sqrt(ranks) if config.use_rslora else float(ranks)
+    r, alpha = ranks * config.lora_r, alphas * config.lora_alpha
     hosts = _hosts(found, names)
     own = {f"^{re.escape(part)}": host for part, host in hosts.items()}
     fields = {
@@ -88,9 +101,12 @@ def _write_lora(found: Finetuned, structure: Structure) -> Written:
         "lora_alpha": _whole(alpha),
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "rank_pattern": {key: config.rank_of(host) for key, host in own.items() if config.rank_of(host) != r},
+        "use_dora": config.use_dora,
+        "rank_pattern": {key: ranks * n for key, host in own.items() if (n := config.rank_of(host)) != config.lora_r},
         "alpha_pattern": {
-            key: _whole(config.alpha_of(host)) for key, host in own.items() if config.alpha_of(host) != alpha
+            key: _whole(alphas * own_alpha)
+            for key, host in own.items()
+            if (own_alpha := config.alpha_of(host)) != config.lora_alpha
         },
         "fan_in_fan_out": any(_is_transposed(structure[host]) for host in found.targets),
     }
