@@ -22,6 +22,7 @@ from jdelta.leaving_out import without
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
+from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
@@ -33,6 +34,7 @@ from jdelta.models import (
     AdapterModel,
     BitFitModel,
     CompacterModel,
+    DeloraModel,
     HiraModel,
     LoraModel,
     LowRankAdapterModel,
@@ -64,6 +66,8 @@ __all__ = [
     "CompacterConfig",
     "CompacterModel",
     "Context",
+    "DeloraConfig",
+    "DeloraModel",
     "DeltaModel",
     "Finetuned",
     "HiraConfig",

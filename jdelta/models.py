@@ -6,6 +6,7 @@ from jdelta.delta import DeltaModel
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
+from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
@@ -54,6 +55,20 @@ class MissModel(DeltaModel):
     """
 
     method_class = MissConfig
+
+
+class DeloraModel(DeltaModel):
+    """DeLoRA on linear modules: a low-rank change of normalised directions, whose strength trains.
+
+        delta = jdelta.DeloraModel(model, modified_modules=["query", "value"], r=8, delora_lambda=15)
+
+    By default it is where LoRA is. The leaves are `delora/a`, `(*d_in, r)`, `delora/b`, `(r, *d_out)`, `delora/lambda`,
+    `(1,)`, and `delora/w_norm`, `(*d_in,)`: the norms of the weight's rows when the delta is attached, which are saved
+    and never train. The output is unchanged at initialisation. Its own arguments are those of `DeloraConfig`, the
+    common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = DeloraConfig
 
 
 class AdapterModel(DeltaModel):

@@ -104,6 +104,15 @@ CASES = {
     "hira-bert": Case("bert", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
     "hira-gpt2": Case("gpt2", lambda **kw: peft.HiraConfig(r=3, fan_in_fan_out=True, **kw), "hira_"),
     "hira-llama": Case("llama", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
+    "delora-bert": Case("bert", lambda **kw: peft.DeloraConfig(r=3, **kw), "delora_"),
+    "delora-patterns-bert": Case(
+        "bert",
+        lambda **kw: peft.DeloraConfig(
+            r=4, rank_pattern={"query": 2}, lambda_pattern={"layer.1.*value": 4.5}, init_weights=False, **kw
+        ),
+        "delora_",
+    ),
+    "delora-llama": Case("llama", lambda **kw: peft.DeloraConfig(r=2, delora_lambda=5, **kw), "delora_"),
     "miss-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, **kw), "miss_"),
     "miss-llama": Case("llama", lambda **kw: peft.MissConfig(r=8, bias="MiSS_only", **kw), "miss_"),
     "miss-mini-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, mini_r=4, init_weights="mini", **kw), "miss_"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jdelta
+from jdelta.methods.delora import DeloraRule
 from jdelta.methods.hira import HiraRule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
@@ -39,6 +40,7 @@ METHODS = {
     "olora": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "olora"}),
     "orthogonal": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "orthogonal"}),
     "hira": Row(jdelta.HiraModel, {"r": 2}, lambda: HiraRule(rank=2)),
+    "delora": Row(jdelta.DeloraModel, {"r": 2}, lambda: DeloraRule(rank=2, strength=1.5)),
     "miss": Row(jdelta.MissModel, {"r": 4}, lambda: MissRule(rank=3)),
     "miss-mini": Row(jdelta.MissModel, {"r": 4, "init_weights": "mini"}, lambda: MissRule(rank=3, columns=2)),
     "miss-bat": Row(

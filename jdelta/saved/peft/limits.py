@@ -54,6 +54,7 @@ _TYPES: dict[str, Any] = {
     "use_dora": bool,
     "rank_pattern": dict[str, int] | None,
     "alpha_pattern": dict[str, float] | None,
+    "lambda_pattern": dict[str, float] | None,
     "modules_to_save": tuple[str, ...] | None,
     "bias": Literal["none", "all", *_ONLY],
     "init_lora_weights": bool | str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.saved.peft.tuners.tuner import Tuner
@@ -17,6 +18,15 @@ TUNERS = {
             fields=("r", "hira_dropout"),
             other_fields=("init_weights", "rank_pattern"),  # PEFT 0.21 takes rank_pattern, and gives all the rank r
             conv1d=True,
+        ),
+        Tuner(
+            "DELORA",
+            DeloraConfig,
+            {"a": "delora_A", "b": "delora_B", "lambda": "delora_lambda", "w_norm": "delora_w_norm"},
+            fields=("r", "delora_lambda", "module_dropout"),
+            patterns=("rank_pattern", "lambda_pattern"),
+            other_fields=("init_weights",),
+            biases="delora_only",
         ),
         Untransposed(
             "MISS",

@@ -12,7 +12,7 @@ from jdelta.core.linear_maps import EinsumMap, LinearMap, MatrixMap
 from jdelta.core.method import Method
 
 # Of the patterns that both have, the field whose value they replace.
-REPLACED_BY = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+REPLACED_BY = {"rank_pattern": "r", "alpha_pattern": "alpha", "lambda_pattern": "delora_lambda"}
 
 
 @dataclasses.dataclass(frozen=True)
