@@ -29,6 +29,7 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
 from jdelta.models import (
     AdapterModel,
@@ -41,6 +42,7 @@ from jdelta.models import (
     MissModel,
     ParallelAdapterModel,
     PrefixModel,
+    ShiraModel,
     SoftPromptModel,
 )
 from jdelta.names.common_names import register_common_names
@@ -86,6 +88,8 @@ __all__ = [
     "ParameterInfo",
     "PrefixConfig",
     "PrefixModel",
+    "ShiraConfig",
+    "ShiraModel",
     "SoftPromptConfig",
     "SoftPromptModel",
     "Status",

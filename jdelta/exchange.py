@@ -93,7 +93,7 @@ def _attached(
     adapter: PeftAdapter, names: Names, host: HostAdapter, backbone_model: Any, name: str | None, keep_dtype: bool
 ) -> DeltaModel:
     for (module, leaf), value in adapter.leaves.items():
-        if not jnp.issubdtype(value.dtype, jnp.floating):
+        if not jnp.issubdtype(value.dtype, jnp.floating) and not adapter.config.frozen((leaf,)):
             raise ValueError(f"{leaf!r} of the adapter at {module or 'the model'!r} is {value.dtype}, and no float.")
     delta = AutoDeltaModel.from_config(adapter.config, backbone_model, name=name)
     shapes, values = shapes_of(delta.shapes()), {}
@@ -103,7 +103,10 @@ def _attached(
     for path, leaf in surgery.flatten(surgery.parameters(host.params)).items():
         if path in delta.paths and adapter.config.frozen(path):  # PEFT makes these anew from the weights
             values.setdefault(surgery.name_of(path), processes.to_host(meta.unbox(leaf)))
-    wide = {key: value.astype(np.float32) for key, value in values.items()}
+    wide = {
+        key: value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
+        for key, value in values.items()
+    }
     saved = _news(adapter, names, host.params)
     delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)
     if keep_dtype:

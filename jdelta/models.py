@@ -13,6 +13,7 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
 
 
@@ -69,6 +70,21 @@ class DeloraModel(DeltaModel):
     """
 
     method_class = DeloraConfig
+
+
+class ShiraModel(DeltaModel):
+    """SHiRA on linear modules: some entries of the weight train, at random places.
+
+        delta = jdelta.ShiraModel(model, modified_modules=["query", "value"], r=32)
+
+    By default it is where LoRA is, with as many parameters as that of rank `r`. The leaves are `shira/values`,
+    `(count,)`, and `shira/indices`, `(2, count)`: the rows and columns of their places in the weight, whole numbers
+    that are saved and never train. The output is unchanged at initialisation. The changed weight is formed in each
+    step: there is no thin form. Its own arguments are those of `ShiraConfig`, the common ones and errors those of
+    `DeltaModel`.
+    """
+
+    method_class = ShiraConfig
 
 
 class AdapterModel(DeltaModel):

@@ -207,7 +207,8 @@ def attach(host, rules, form, scan=False):
     moved = {}
     for i, (path, leaf) in enumerate(surgery.flatten(model.params).items()):
         own = any(path in delta.paths for delta in deltas)
-        moved[path] = leaf + 0.3 * normal(i + 5, *leaf.shape) if own else leaf
+        moves = own and leaf.dtype != jnp.int32
+        moved[path] = leaf + 0.3 * normal(i + 5, *leaf.shape) if moves else leaf
     return model, deltas, surgery.unflatten(moved)
 
 

@@ -113,6 +113,8 @@ CASES = {
         "delora_",
     ),
     "delora-llama": Case("llama", lambda **kw: peft.DeloraConfig(r=2, delora_lambda=5, **kw), "delora_"),
+    "shira-bert": Case("bert", lambda **kw: peft.ShiraConfig(r=3, random_seed=4, **kw), "shira_"),
+    "shira-llama": Case("llama", lambda **kw: peft.ShiraConfig(r=2, **kw), "shira_"),
     "miss-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, **kw), "miss_"),
     "miss-llama": Case("llama", lambda **kw: peft.MissConfig(r=8, bias="MiSS_only", **kw), "miss_"),
     "miss-mini-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, mini_r=4, init_weights="mini", **kw), "miss_"),
@@ -173,14 +175,16 @@ def test_logits_and_gradients_are_those_of_peft(both: Any, models: Any, tmp_path
     wrapped.zero_grad()
     loss_of(expected).backward()
 
-    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = model(IDS, params=params).logits
+    trains, frozen = delta.partition()
+
+    def loss(trains: Any) -> tuple[jax.Array, jax.Array]:
+        logits = model(IDS, params=jdelta.combine(trains, frozen)).logits
         return loss_of(logits), logits
 
-    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trains)
     assert_close(found, expected.detach().numpy(), "logits")
 
-    delta.to_peft(tmp_path, grads)
+    delta.to_peft(tmp_path, jdelta.combine(grads, frozen))
     written = load_file(tmp_path / "adapter_model.safetensors")
     theirs = {
         name.replace(".default", ""): parameter.grad.numpy()

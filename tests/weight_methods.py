@@ -11,6 +11,7 @@ from jdelta.methods.delora import DeloraRule
 from jdelta.methods.hira import HiraRule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
+from jdelta.methods.shira import ShiraRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,4 +50,5 @@ METHODS = {
         lambda: BatRule(rank=2),
         only=("DenseGeneral in", "Conv", "grouped Conv", "nnx LinearGeneral", "nnx Conv"),  # of even widths
     ),
+    "shira": Row(jdelta.ShiraModel, {"r": 1}, lambda: ShiraRule(rank=1)),
 }

@@ -33,7 +33,9 @@ class WeightRule(Protocol):
     """What a delta does to a weight."""
 
     def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
-        """The initial values of the delta's own leaves at this weight, in float32.
+        """The initial values of the delta's own leaves at this weight, in float32; whole numbers in int32.
+
+        Whole numbers, such as places in the weight, never train.
 
         Args:
           key: of the random numbers.

@@ -207,9 +207,13 @@ def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Nam
             arguments[pattern] = {patterns[host]: value for host, value in own.items() if value != usual} or None
         arguments |= tuner.arguments(fields, {name: patterns[host] for name, host in hosts.items()})
         config = tuner.method(modified_modules=tuple(patterns.values()), **arguments)
-        leaves = {
-            (host, leaf): value for name, host in hosts.items() for leaf, value in tuner.leaves(found[name]).items()
-        }
+        leaves: Leaves = {}
+        for name, host in hosts.items():
+            own, info = tuner.leaves(found[name]), names.structure[host]
+            linear = linear_map(info)
+            shape = info.params[linear.weights].shape
+            tuner.require_fit(own, *linear.layout(shape).matrix_shape(shape))
+            leaves |= {(host, leaf): value for leaf, value in own.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{tuner.kind}: {error}") from error
     return _with_saved(config, leaves, rest, fields, names)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.miss import MissConfig
+from jdelta.methods.shira import ShiraConfig
+from jdelta.saved.peft.tuners.shira import ShiraTuner
 from jdelta.saved.peft.tuners.tuner import Tuner
 from jdelta.saved.peft.tuners.untransposed import Untransposed
 
@@ -34,6 +36,13 @@ TUNERS = {
             {"d": "miss_block"},
             fields=("r", "miss_dropout", "mini_r", "init_weights"),
             biases="MiSS_only",
+        ),
+        ShiraTuner(
+            "SHIRA",
+            ShiraConfig,
+            {"values": "shira_weight", "indices": "shira_indices"},
+            fields=("r",),
+            other_fields=("init_weights", "mask_type", "random_seed"),  # the places are in the file
         ),
     )
 }

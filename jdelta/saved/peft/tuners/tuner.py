@@ -58,6 +58,9 @@ class Tuner:
         """The leaves at a module, from its tensors by the names of leaves. Matrices are transposed in PyTorch."""
         return {leaf: tensor.T if tensor.ndim == 2 else tensor for leaf, tensor in tensors.items()}
 
+    def require_fit(self, leaves: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
+        """Raises `ValueError` where leaves, also of the right shapes, mean nothing at a module of these widths."""
+
     # --- to PEFT
 
     def written_fields(self, config: Any, hosts: Mapping[str, str]) -> dict[str, Any]:
