@@ -24,6 +24,7 @@ from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
+from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
@@ -37,6 +38,7 @@ from jdelta.models import (
     CompacterModel,
     DeloraModel,
     HiraModel,
+    HRAModel,
     LoraModel,
     LowRankAdapterModel,
     MissModel,
@@ -72,6 +74,8 @@ __all__ = [
     "DeloraModel",
     "DeltaModel",
     "Finetuned",
+    "HRAConfig",
+    "HRAModel",
     "HiraConfig",
     "HiraModel",
     "LoraConfig",

@@ -8,6 +8,7 @@ from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
+from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
@@ -85,6 +86,20 @@ class ShiraModel(DeltaModel):
     """
 
     method_class = ShiraConfig
+
+
+class HRAModel(DeltaModel):
+    """HRA on linear modules: the input's features are reflected, by a product of Householder reflections.
+
+        delta = jdelta.HRAModel(model, modified_modules=["query", "value"], r=8)
+
+    By default it is at query and value. It takes modules whose features come in their input's last axes: not
+    convolutions and embeddings. The leaf is `hra/u`, `(*d_in, r)`. The output is unchanged at initialisation if `r` is
+    even and `apply_GS` is not set. Its own arguments are those of `HRAConfig`, the common ones and errors those of
+    `DeltaModel`.
+    """
+
+    method_class = HRAConfig
 
 
 class AdapterModel(DeltaModel):

@@ -135,12 +135,13 @@ ALL = [
     for rule in RULES
     for form in FORMS
     for scan in (False, True)[: 1 + (host in SCANNED)]
-    if fits(rule, host) and not (form == "rewritten" and rule.startswith("scale"))
+    if fits(rule, host) and not (form == "rewritten" and hasattr(RULES[rule](), "side"))
 ]
 QUICK = [
     ("Dense", "lora", "fused", True),
     ("Dense", "hira", "in the call", False),
     ("Dense", "miss", "in the call", False),
+    ("Dense", "hra", "in the call", True),
     ("Dense", "dora", "accelerator", False),
     ("Dense", "scale out", "in the call", True),
     ("Dense", "scale in", "in the call", False),

@@ -120,6 +120,9 @@ CASES = {
     "miss-mini-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, mini_r=4, init_weights="mini", **kw), "miss_"),
     "miss-bat-bert": Case("bert", lambda **kw: peft.MissConfig(r=4, init_weights="bat", **kw), "miss_"),
     "miss-random-llama": Case("llama", lambda **kw: peft.MissConfig(r=3, init_weights=False, **kw), "miss_"),
+    "hra-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, **kw), "hra_"),
+    "hra-odd-llama": Case("llama", lambda **kw: peft.HRAConfig(r=5, bias="hra_only", **kw), "hra_"),
+    "hra-gs-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, apply_GS=True, **kw), "hra_"),
 }
 IDS = np.random.default_rng(0).integers(1, 99, (2, 10))
 

@@ -9,6 +9,7 @@ from typing import Any
 import jdelta
 from jdelta.methods.delora import DeloraRule
 from jdelta.methods.hira import HiraRule
+from jdelta.methods.hra import HRARule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
 from jdelta.methods.shira import ShiraRule
@@ -34,6 +35,11 @@ class Row:
     only: tuple[str, ...] | None = None
 
 
+# Features that come in have to be in the last axes: not those of convolutions, embeddings and axes of experts.
+FEATURES_IN = (
+    *("Dense", "DenseGeneral out", "DenseGeneral in", "Einsum heads"),
+    *("nnx Linear", "nnx LinearGeneral", "nnx Einsum", "nnx Einsum w"),
+)
 METHODS = {
     "lora": Row(jdelta.LoraModel, {"lora_r": 2}, lambda: LoraRule(rank=2, scale=1.5)),
     "dora": Row(jdelta.LoraModel, {"lora_r": 2, "use_dora": True}, lambda: DoraRule(rank=2, scale=1.5)),
@@ -51,4 +57,12 @@ METHODS = {
         only=("DenseGeneral in", "Conv", "grouped Conv", "nnx LinearGeneral", "nnx Conv"),  # of even widths
     ),
     "shira": Row(jdelta.ShiraModel, {"r": 1}, lambda: ShiraRule(rank=1)),
+    "hra": Row(jdelta.HRAModel, {"r": 2}, lambda: HRARule(rank=4), only=FEATURES_IN),
+    "hra-gs": Row(
+        jdelta.HRAModel,
+        {"r": 2, "apply_GS": True},
+        lambda: HRARule(rank=3, orthogonal=True),
+        starts_at_identity=False,
+        only=FEATURES_IN,
+    ),
 }

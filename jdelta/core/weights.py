@@ -255,7 +255,9 @@ def _of_features(rule: FeatureRule, weight: jax.Array, own: Leaves, is_bias: boo
         return rule.transform(weight, own) - weight
     if is_bias:
         return jnp.zeros_like(weight)
-    return rule.transform(jnp.eye(len(weight), dtype=weight.dtype), own) @ weight - weight
+    transposed = jax.vjp(lambda z: rule.transform(z, own), jnp.zeros_like(weight.T))[1]  # of z M: c Mᵀ
+    new: jax.Array = transposed(weight.T)[0].T
+    return new - weight
 
 
 def require_sound(edit: WeightEdit) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
+from jdelta.methods.hra import HRAConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.saved.peft.tuners.shira import ShiraTuner
@@ -43,6 +44,14 @@ TUNERS = {
             {"values": "shira_weight", "indices": "shira_indices"},
             fields=("r",),
             other_fields=("init_weights", "mask_type", "random_seed"),  # the places are in the file
+        ),
+        Untransposed(
+            "HRA",
+            HRAConfig,
+            {"u": "hra_u"},
+            fields=("r", "apply_GS"),
+            other_fields=("init_weights",),
+            biases="hra_only",
         ),
     )
 }
