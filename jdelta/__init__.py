@@ -49,6 +49,7 @@ from jdelta.models import (
 )
 from jdelta.names.common_names import register_common_names
 from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
+from jdelta.saved.conversion import Conversion, convert_to_lora
 from jdelta.saved.finetuned import Finetuned
 from jdelta.scale.many import rowwise, select, stack, unstack
 from jdelta.scale.partition_rules import match_partition_rules, state_shardings
@@ -70,6 +71,7 @@ __all__ = [
     "CompacterConfig",
     "CompacterModel",
     "Context",
+    "Conversion",
     "DeloraConfig",
     "DeloraModel",
     "DeltaModel",
@@ -103,6 +105,7 @@ __all__ = [
     "__version__",
     "checking_products",
     "combine",
+    "convert_to_lora",
     "from_peft",
     "fused_attention",
     "graft",

@@ -68,6 +68,11 @@ def matches_at_or_above(name: str, pattern: str) -> bool:
     return any(matches(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
+def exact(name: str, names: Iterable[str]) -> str:
+    """A pattern that means this one of the names and no other."""
+    return f"{REGEX_MARK}^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name
+
+
 def first_match(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     """What the first pattern that means this name stands for."""
     return next((value for pattern, value in (patterns or {}).items() if matches(name, pattern)), otherwise)

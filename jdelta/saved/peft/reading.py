@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def patterns_of(saved: Collection[str], entries: Sequence[str], leaves: Collecti
         if hits and hits <= {*saved}:
             patterns.append(entry)
             rest -= hits
-    return [*patterns, *(_exact(name, leaves) for name in sorted(rest))]
+    return [*patterns, *(addressing.exact(name, leaves) for name in sorted(rest))]
 
 
 # --- each method
@@ -145,7 +145,7 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdap
         lora = Lora(pair["a"], pair["b"], _by_pattern(fields.get("alpha_pattern"), name, alpha))
         found.setdefault(hosts[name], {})[names.part(name, hosts[name])] = lora
     whole = {host: _whole(host, parts, names, use_rslora) for host, parts in found.items()}
-    patterns = {host: _exact(host, names.structure.modules) for host in whole}
+    patterns = {host: addressing.exact(host, names.structure.modules) for host in whole}
     config = LoraConfig(
         modified_modules=tuple(patterns.values()),
         lora_r=r,
@@ -198,7 +198,7 @@ def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Nam
     hosts = {name: names.module(name) for name in found}
     for name, host in hosts.items():
         require_same(tuner, names.structure.modules.get(host), name, names.torch(host))
-    patterns = {host: _exact(host, names.structure.modules) for host in hosts.values()}
+    patterns = {host: addressing.exact(host, names.structure.modules) for host in hosts.values()}
     try:
         arguments = {field: fields[field] for field in tuner.fields if field in fields}
         for pattern in tuner.patterns:
@@ -231,7 +231,7 @@ def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAd
             f"num_attention_heads={heads}, a model of {len(layers)} attention layers needs {wanted}."
         )
     pairs = rows.reshape(tokens, len(layers), 2, heads, -1).transpose(1, 2, 0, 3, 4)
-    patterns = tuple(_exact(name, names.structure.modules) for name in layers)
+    patterns = tuple(addressing.exact(name, names.structure.modules) for name in layers)
     config = PrefixConfig(
         modified_modules=patterns, prefix_token_num=tokens, reparameterize=False, shift_positions=True
     )
@@ -321,8 +321,3 @@ def _prompt(rest: dict[str, np.ndarray]) -> np.ndarray:
     if rows.ndim != 2:
         raise ValueError(f"{PROMPT} has shape {rows.shape}, and a table has two axes.")
     return rows
-
-
-def _exact(name: str, names: Iterable[str]) -> str:
-    """A pattern that means this name and no other."""
-    return f"[r]^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name
