@@ -19,7 +19,7 @@ def test_at_full_rank_it_computes_the_same_in_layers_of_a_scan(row):
     x, backbone, delta = stack(row)
     out = backbone(x)
     if any(edit.is_bias for edit in delta._state.attachment.weight_edits):
-        with pytest.raises(ValueError, match="does more than change matrices, at .*bias"):
+        with pytest.raises(ValueError, match=r"does more than change matrices, at .*bias"):
             jdelta.convert_to_lora(delta, rank=6)
         return
     converted = jdelta.convert_to_lora(delta, rank=6)
