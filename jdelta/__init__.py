@@ -32,6 +32,7 @@ from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.methods.vera import VeraConfig
 from jdelta.models import (
     AdapterModel,
     BitFitModel,
@@ -46,6 +47,7 @@ from jdelta.models import (
     PrefixModel,
     ShiraModel,
     SoftPromptModel,
+    VeraModel,
 )
 from jdelta.names.common_names import register_common_names
 from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
@@ -100,6 +102,8 @@ __all__ = [
     "SoftPromptModel",
     "Status",
     "Structure",
+    "VeraConfig",
+    "VeraModel",
     "Visualization",
     "WeightEdit",
     "__version__",

@@ -92,7 +92,8 @@ def from_peft(
 def _attached(
     adapter: PeftAdapter, names: Names, host: HostAdapter, backbone_model: Any, name: str | None, keep_dtype: bool
 ) -> DeltaModel:
-    for (module, leaf), value in adapter.leaves.items():
+    own = {**adapter.leaves, **{("", leaf): value for leaf, value in adapter.shared.items()}}
+    for (module, leaf), value in own.items():
         if not jnp.issubdtype(value.dtype, jnp.floating) and not adapter.config.frozen((leaf,)):
             raise ValueError(f"{leaf!r} of the adapter at {module or 'the model'!r} is {value.dtype}, and no float.")
     delta = AutoDeltaModel.from_config(adapter.config, backbone_model, name=name)
@@ -100,6 +101,7 @@ def _attached(
     for (module, leaf), value in adapter.leaves.items():
         key = f"{module or delta.targets[0]}.{delta.name}.{leaf}"
         values[key] = fitted(value, shapes.get(key, value.shape))
+    values |= {f"{delta.name}.{leaf}": value for leaf, value in adapter.shared.items()}
     for path, leaf in surgery.flatten(surgery.parameters(host.params)).items():
         if path in delta.paths and adapter.config.frozen(path):  # PEFT makes these anew from the weights
             values.setdefault(surgery.name_of(path), processes.to_host(meta.unbox(leaf)))

@@ -16,6 +16,7 @@ from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.methods.vera import VeraConfig
 
 
 class LoraModel(DeltaModel):
@@ -100,6 +101,20 @@ class HRAModel(DeltaModel):
     """
 
     method_class = HRAConfig
+
+
+class VeraModel(DeltaModel):
+    """VeRA on linear modules: two vectors that train, beside random matrices that all modules share.
+
+        delta = jdelta.VeraModel(model, modified_modules=["query", "value"], r=256)
+
+    By default it is where LoRA is. The leaves are `vera/lambda_d`, `(r,)`, and `vera/lambda_b`, `d_out`, and at the
+    root of the tree `vera/a`, `(largest d_in, r)`, and `vera/b`, `(r, largest d_out)`, which never train. The output is
+    unchanged at initialisation. Its own arguments are those of `VeraConfig`, the common ones and errors those of
+    `DeltaModel`.
+    """
+
+    method_class = VeraConfig
 
 
 class AdapterModel(DeltaModel):

@@ -143,6 +143,7 @@ QUICK = [
     ("Dense", "miss", "in the call", False),
     ("Dense", "hra", "in the call", True),
     ("Dense", "dora", "accelerator", False),
+    ("Dense", "vera", "fused", True),
     ("Dense", "scale out", "in the call", True),
     ("Dense", "scale in", "in the call", False),
     ("DenseGeneral in", "dora", "rewritten", True),

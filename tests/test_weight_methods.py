@@ -125,9 +125,11 @@ def test_layers_of_a_scan_have_leaves_of_their_own(row):
     out = backbone(x)
     alone = jdelta.Backbone(Layer(), Layer().init(jax.random.key(0), x)["params"], dummy_inputs=(x,))
     row.model(alone, **of_dense(row))
+    shared = {name: leaf for name, leaf in backbone.params.items() if name != "layers"}
     found = x
     for i in range(3):
-        found = alone(found, params=jax.tree.map(lambda leaf, i=i: leaf[i], backbone.params["layers"]))[0]
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], backbone.params["layers"])
+        found = alone(found, params={**layer, **shared})[0]
     close(out, found)
     delta.merge()
     close(backbone(x), out)

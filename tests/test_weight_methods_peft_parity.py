@@ -93,6 +93,7 @@ def lora(family: str, *modules: str, **more: Any) -> Case:
     return Case(family, lambda **kw: peft.LoraConfig(**arguments, **kw), "lora_", modules=modules)
 
 
+DRAWN = {"save_projection": False, "projection_prng_key": 7}  # its matrices are drawn from a seed
 CASES = {
     "dora-bert": lora("bert", use_dora=True),
     "dora-gpt2": lora("gpt2", use_dora=True, fan_in_fan_out=True),
@@ -123,6 +124,10 @@ CASES = {
     "hra-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, **kw), "hra_"),
     "hra-odd-llama": Case("llama", lambda **kw: peft.HRAConfig(r=5, bias="hra_only", **kw), "hra_"),
     "hra-gs-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, apply_GS=True, **kw), "hra_"),
+    "vera-bert": Case("bert", lambda **kw: peft.VeraConfig(r=5, **kw), "vera_lambda_"),
+    "vera-drawn-bert": Case("bert", lambda **kw: peft.VeraConfig(r=5, **DRAWN, **kw), "vera_lambda_"),
+    "vera-gpt2": Case("gpt2", lambda **kw: peft.VeraConfig(r=5, fan_in_fan_out=True, **kw), "vera_lambda_"),
+    "vera-llama": Case("llama", lambda **kw: peft.VeraConfig(r=5, **kw), "vera_lambda_"),
 }
 IDS = np.random.default_rng(0).integers(1, 99, (2, 10))
 

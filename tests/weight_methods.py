@@ -13,6 +13,7 @@ from jdelta.methods.hra import HRARule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
 from jdelta.methods.shira import ShiraRule
+from jdelta.methods.vera import VeraRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,4 +66,6 @@ METHODS = {
         starts_at_identity=False,
         only=FEATURES_IN,
     ),
+    "vera": Row(jdelta.VeraModel, {"r": 2}, lambda: VeraRule(rank=2)),
+    "vera-saved": Row(jdelta.VeraModel, {"r": 2, "save_projection": True}),
 }

@@ -18,13 +18,15 @@ from jdelta.saved.peft.tuners import TUNERS
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LEAD = re.compile(rf"(?:{'|'.join(_WRAPPERS)}|base_model(?:\.model)?)\.")
-_ENDS = {end.removesuffix(".weight") for tuner in TUNERS.values() for end in tuner.tensors.values()}
+_SHARED = sorted({end for tuner in TUNERS.values() for end in tuner.shared.values()})
+_ENDS = {end.removesuffix(".weight") for tuner in TUNERS.values() for end in tuner.tensors.values()}.union(_SHARED)
 _TENSOR = rf"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|{'|'.join(sorted(map(re.escape, _ENDS)))})"
 _INSIDE = re.compile(rf"(?:{_TENSOR}|\.base_layer|\.modules_to_save|\.original_module)(?:\.|$)")
 _NAMED = re.compile(rf"(.+{_TENSOR})\.(?!weight$|bias$)([^.]+)((?:\.weight)?)")
 _OWN = re.compile(rf".+{_TENSOR}(?:\.|$)")
 _TO_SAVE = re.compile(r"(.+\.modules_to_save)\.([^.]+)\.(.+)")
 _PROMPT = re.compile(rf"(?:.+\.)?(?:{PROMPT}|prompt_encoder\.([^.]+)\.embedding\.weight)")
+_ROOT = re.compile(rf"(?:(?:{'|'.join(_WRAPPERS)}|base_model)\.)*({'|'.join(map(re.escape, _SHARED))})(?:\.([^.]+))?")
 
 
 def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
@@ -41,9 +43,10 @@ def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
     Raises:
       ValueError: the file holds several adapters, or two keys mean the same.
     """
-    prompts = {key: match[1] for key in tensors if (match := _PROMPT.fullmatch(key))}
-    plain = _unwrapped([key for key in tensors if key not in prompts], prefix, names)
-    adapters = {name for name in prompts.values() if name}
+    at_root = {key: (PROMPT, match[1]) for key in tensors if (match := _PROMPT.fullmatch(key))}
+    at_root |= {key: (match[1], match[2]) for key in tensors if (match := _ROOT.fullmatch(key))}
+    plain = _unwrapped([key for key in tensors if key not in at_root], prefix, names)
+    adapters = {name for _, name in at_root.values() if name}
     unnamed = False
     for key, name in list(plain.items()):
         if match := _NAMED.fullmatch(name):
@@ -64,7 +67,7 @@ def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
             f"the file holds {len(found)} adapters: {', '.join(found)}. Save one alone, for example with "
             "model.save_pretrained(…, selected_adapters=[…])."
         )
-    plain |= dict.fromkeys(prompts, PROMPT)
+    plain |= {key: end for key, (end, _) in at_root.items()}
     if double := [name for name, count in Counter(plain.values()).items() if count > 1]:
         both = [key for key in tensors if plain[key] == double[0]]
         raise ValueError(f"two keys of the file mean {double[0]!r}: {listing(both)}.")

@@ -19,6 +19,7 @@ import numpy as np
 from jdelta.core import parsing
 from jdelta.core.linear import linear_map
 from jdelta.core.method import Method
+from jdelta.core.structure import ModuleInfo
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
@@ -75,10 +76,11 @@ class PeftAdapter:
 
     Attributes:
       config: of the method.
-      leaves: the delta's own leaves.
+      leaves: the delta's own leaves at modules.
       saved: the backbone's leaves that the file holds, in PyTorch's layout.
       trains: which of them train.
       modules_to_save: PEFT's patterns of some of these.
+      shared: the delta's own leaves at the root.
     """
 
     config: Method
@@ -86,6 +88,7 @@ class PeftAdapter:
     saved: Tensors
     trains: frozenset[str]
     modules_to_save: Sequence[str]
+    shared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def patterns_of(saved: Collection[str], entries: Sequence[str], leaves: Collection[str]) -> list[str]:
@@ -183,12 +186,16 @@ def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Nam
     """Reads a method that changes weights of modules."""
     end_of = re.compile(rf"(.+)\.({'|'.join(map(re.escape, tuner.tensors.values()))})")
     leaf_of = {end: leaf for leaf, end in tuner.tensors.items()}
+    shared_of = {end: leaf for leaf, end in tuner.shared.items()}
     found: dict[str, dict[str, np.ndarray]] = {}
+    shared: dict[str, np.ndarray] = {}
     rest = {}
     for key, tensor in normalized(tensors, "base_model.model.", names).items():
         if match := end_of.fullmatch(key):
             found.setdefault(match[1], {})[leaf_of[match[2]]] = tensor
-        else:
+        elif key in shared_of:
+            shared[shared_of[key]] = tensor
+        elif key.rpartition(".")[2] not in shared_of:  # RandLoRA's file has a copy at each module
             rest[key] = tensor
     if not found:
         raise ValueError(
@@ -208,15 +215,21 @@ def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Nam
         arguments |= tuner.arguments(fields, {name: patterns[host] for name, host in hosts.items()})
         config = tuner.method(modified_modules=tuple(patterns.values()), **arguments)
         leaves: Leaves = {}
+        shapes = {host: _matrix_shape(names.structure[host]) for host in hosts.values()}
         for name, host in hosts.items():
-            own, info = tuner.leaves(found[name]), names.structure[host]
-            linear = linear_map(info)
-            shape = info.params[linear.weights].shape
-            tuner.require_fit(own, *linear.layout(shape).matrix_shape(shape))
+            own = tuner.leaves(found[name])
+            tuner.require_fit(own, *shapes[host])
             leaves |= {(host, leaf): value for leaf, value in own.items()}
+        shared = tuner.shared_leaves(shared, config, [*shapes.values()])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{tuner.kind}: {error}") from error
-    return _with_saved(config, leaves, rest, fields, names)
+    return dataclasses.replace(_with_saved(config, leaves, rest, fields, names), shared=shared)
+
+
+def _matrix_shape(host: ModuleInfo) -> tuple[int, int]:
+    linear = linear_map(host)
+    shape = host.params[linear.weights].shape
+    return linear.layout(shape).matrix_shape(shape)
 
 
 def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:

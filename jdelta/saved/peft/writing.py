@@ -139,7 +139,10 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
         fields[pattern] = {f"^{re.escape(part)}": value for part, value in own_value.items() if value != usual}
     if tuner.conv1d:
         fields["fan_in_fan_out"] = any(_is_transposed(structure[host]) for host in found.targets)
-    return _write_modules(found, names, fields | tuner.written_fields(config, hosts), tensors, tuner.biases)
+    fields, written = _write_modules(found, names, fields | tuner.written_fields(config, hosts), tensors, tuner.biases)
+    kept = {leaf: f"{found.name}.{leaf}" for leaf in tuner.shared}
+    shared = {leaf: found.values[key] for leaf, key in kept.items() if key in found.values}
+    return fields, written | {f"base_model.{k}": v for k, v in tuner.written_shared(shared, [*hosts]).items()}
 
 
 def _require_one_layer(found: Finetuned, structure: Structure, host: str) -> None:

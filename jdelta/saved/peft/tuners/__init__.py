@@ -7,6 +7,8 @@ from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.shira import ShiraConfig
+from jdelta.methods.vera import VeraConfig
+from jdelta.saved.peft.tuners.projected import Projected
 from jdelta.saved.peft.tuners.shira import ShiraTuner
 from jdelta.saved.peft.tuners.tuner import Tuner
 from jdelta.saved.peft.tuners.untransposed import Untransposed
@@ -52,6 +54,17 @@ TUNERS = {
             fields=("r", "apply_GS"),
             other_fields=("init_weights",),
             biases="hra_only",
+        ),
+        Projected(
+            "VERA",
+            VeraConfig,
+            {"lambda_d": "vera_lambda_d", "lambda_b": "vera_lambda_b"},
+            shared={"a": "vera_A", "b": "vera_B"},
+            fields=("r", "vera_dropout", "d_initial", "projection_prng_key"),
+            read_fields=("save_projection",),
+            other_fields=("init_weights",),
+            conv1d=True,
+            biases="vera_only",
         ),
     )
 }

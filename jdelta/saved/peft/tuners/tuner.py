@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ class Tuner:
       kind: PEFT's name of it, `peft_type`.
       method: its configuration here.
       tensors: leaf to the end of its key in PEFT's file: `{"a": "hira_A"}`, where that of module `m` is `m.hira_A`.
+      shared: likewise, leaves at the root, which all modules share: with `{"a": "vera_A"}` the key is
+        `base_model.vera_A`.
       fields: those of the configuration that both have, with the same name, values and meaning.
       patterns: likewise, those with patterns of modules, of `REPLACED_BY`.
       read_fields: PEFT's that `arguments` reads, and `written_fields` writes.
@@ -35,6 +37,7 @@ class Tuner:
     kind: str
     method: type[Method]
     tensors: Mapping[str, str]
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
     read_fields: tuple[str, ...] = ()
@@ -61,6 +64,21 @@ class Tuner:
     def require_fit(self, leaves: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
         """Raises `ValueError` where leaves, also of the right shapes, mean nothing at a module of these widths."""
 
+    def shared_leaves(
+        self, tensors: Mapping[str, np.ndarray], config: Any, shapes: Sequence[tuple[int, int]]
+    ) -> dict[str, np.ndarray]:
+        """The leaves at the root, from the tensors there by the names of leaves.
+
+        Args:
+          tensors: those of `shared` that the file holds.
+          config: of the method.
+          shapes: `(d_in, d_out)` of the modules.
+
+        Raises:
+          ValueError: some are missing, or do not fit the modules.
+        """
+        return {}
+
     # --- to PEFT
 
     def written_fields(self, config: Any, hosts: Mapping[str, str]) -> dict[str, Any]:
@@ -78,3 +96,12 @@ class Tuner:
     def written(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The tensors of a module by the names of leaves, from the leaves as the rule sees them."""
         return {leaf: value.T if value.ndim == 2 else value for leaf, value in leaves.items()}
+
+    def written_shared(self, leaves: Mapping[str, np.ndarray], hosts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The tensors that all modules share, by the ends of their keys after `base_model.`.
+
+        Args:
+          leaves: those at the root that are saved.
+          hosts: PyTorch's names of the modules.
+        """
+        return {}
