@@ -30,6 +30,7 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
 from jdelta.methods.vera import VeraConfig
@@ -45,6 +46,7 @@ from jdelta.models import (
     MissModel,
     ParallelAdapterModel,
     PrefixModel,
+    RoadModel,
     ShiraModel,
     SoftPromptModel,
     VeraModel,
@@ -96,6 +98,8 @@ __all__ = [
     "ParameterInfo",
     "PrefixConfig",
     "PrefixModel",
+    "RoadConfig",
+    "RoadModel",
     "ShiraConfig",
     "ShiraModel",
     "SoftPromptConfig",

@@ -14,6 +14,7 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
 from jdelta.methods.vera import VeraConfig
@@ -115,6 +116,20 @@ class VeraModel(DeltaModel):
     """
 
     method_class = VeraConfig
+
+
+class RoadModel(DeltaModel):
+    """RoAd on linear modules: pairs of the output's features are rotated and scaled, those of the bias too.
+
+        delta = jdelta.RoadModel(model, modified_modules=["query", "value"], variant="road_1", group_size=64)
+
+    By default it is where LoRA is. It takes modules whose features come in their output's last axes. The leaves are
+    `road/theta` and `road/alpha`, `(d_out / 2,)`, `(*d_out,)` or `(2 * d_out,)` in the three variants. The output is
+    unchanged at initialisation. Its own arguments are those of `RoadConfig`, the common ones and errors those of
+    `DeltaModel`.
+    """
+
+    method_class = RoadConfig
 
 
 class AdapterModel(DeltaModel):

@@ -142,6 +142,7 @@ QUICK = [
     ("Dense", "hira", "in the call", False),
     ("Dense", "miss", "in the call", False),
     ("Dense", "hra", "in the call", True),
+    ("DenseGeneral out", "road-2", "in the call", False),
     ("Dense", "dora", "accelerator", False),
     ("Dense", "vera", "fused", True),
     ("Dense", "scale out", "in the call", True),

@@ -74,7 +74,7 @@ def test_on_a_pretrained_model(row, tmp_path):
 def test_on_an_nnx_module(row):
     model = network()
     bare, graphdef = model(X), nnx.graphdef(model)
-    arguments = {**row.arguments, "modified_modules": ["dense", "product", "heads.0"]}
+    arguments = {**row.arguments, "modified_modules": [*row.nnx_modules]}
     delta = row.model(model, **arguments, dummy_inputs=(X,))
     assert (jnp.abs(model(X) - bare).max() < 1e-6) == row.starts_at_identity
     nnx.update(model, moved(delta, nnx.state(model)))

@@ -128,6 +128,9 @@ CASES = {
     "vera-drawn-bert": Case("bert", lambda **kw: peft.VeraConfig(r=5, **DRAWN, **kw), "vera_lambda_"),
     "vera-gpt2": Case("gpt2", lambda **kw: peft.VeraConfig(r=5, fan_in_fan_out=True, **kw), "vera_lambda_"),
     "vera-llama": Case("llama", lambda **kw: peft.VeraConfig(r=5, **kw), "vera_lambda_"),
+    "road-1-bert": Case("bert", lambda **kw: peft.RoadConfig(group_size=8, **kw), "road_"),
+    "road-2-bert": Case("bert", lambda **kw: peft.RoadConfig(variant="road_2", group_size=32, **kw), "road_"),
+    "road-4-llama": Case("llama", lambda **kw: peft.RoadConfig(variant="road_4", group_size=2, **kw), "road_"),
 }
 IDS = np.random.default_rng(0).integers(1, 99, (2, 10))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
+from jdelta.methods.road import RoadRule
 from jdelta.methods.shira import ShiraRule
 from jdelta.methods.vera import VeraRule
 
@@ -27,6 +29,7 @@ class Row:
         `None` if it needs more than its own leaves.
       starts_at_identity: whether the output is unchanged at initialisation.
       only: host kinds of `test_rules` that it takes; `None`: all.
+      nnx_modules: of the network in `nnx_networks`, those that it takes: the last has an odd number of outputs.
     """
 
     model: Any
@@ -34,6 +37,7 @@ class Row:
     rule: Callable[[], Any] | None = None
     starts_at_identity: bool = True
     only: tuple[str, ...] | None = None
+    nnx_modules: tuple[str, ...] = ("dense", "product", "heads.0")
 
 
 # Features that come in have to be in the last axes: not those of convolutions, embeddings and axes of experts.
@@ -41,6 +45,8 @@ FEATURES_IN = (
     *("Dense", "DenseGeneral out", "DenseGeneral in", "Einsum heads"),
     *("nnx Linear", "nnx LinearGeneral", "nnx Einsum", "nnx Einsum w"),
 )
+# Features that come out can be anything but those of experts, and of channels that are convolved in groups.
+FEATURES_OUT = (*FEATURES_IN, "Conv", "Embed", "nnx Conv", "nnx Embed")
 METHODS = {
     "lora": Row(jdelta.LoraModel, {"lora_r": 2}, lambda: LoraRule(rank=2, scale=1.5)),
     "dora": Row(jdelta.LoraModel, {"lora_r": 2, "use_dora": True}, lambda: DoraRule(rank=2, scale=1.5)),
@@ -68,4 +74,14 @@ METHODS = {
     ),
     "vera": Row(jdelta.VeraModel, {"r": 2}, lambda: VeraRule(rank=2)),
     "vera-saved": Row(jdelta.VeraModel, {"r": 2, "save_projection": True}),
+    **{
+        variant.replace("_", "-"): Row(
+            jdelta.RoadModel,
+            {"variant": variant, "group_size": 2},
+            functools.partial(RoadRule, variant, 2),
+            only=FEATURES_OUT,
+            nnx_modules=("dense", "product"),
+        )
+        for variant in ("road_1", "road_2")
+    },
 }

@@ -6,6 +6,7 @@ from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.miss import MissConfig
+from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.vera import VeraConfig
 from jdelta.saved.peft.tuners.projected import Projected
@@ -65,6 +66,13 @@ TUNERS = {
             other_fields=("init_weights",),
             conv1d=True,
             biases="vera_only",
+        ),
+        Tuner(
+            "ROAD",
+            RoadConfig,
+            {"theta": "road_theta", "alpha": "road_alpha"},
+            fields=("variant", "group_size"),
+            other_fields=("init_weights",),
         ),
     )
 }
