@@ -18,10 +18,10 @@ import jdelta
 def test_at_full_rank_it_computes_the_same_in_layers_of_a_scan(row):
     x, backbone, delta = stack(row)
     out = backbone(x)
-    if any(edit.is_bias for edit in delta._state.attachment.weight_edits):
+    if any(edit.is_bias for edit in delta._state.attachment.weight_edits):  # the biases are 0, and so is their change
+        biased = jax.tree.map(lambda leaf: leaf + 0.1, backbone.params)
         with pytest.raises(ValueError, match=r"does more than change matrices, at .*bias"):
-            jdelta.convert_to_lora(delta, rank=6)
-        return
+            jdelta.convert_to_lora(delta, rank=6, params=biased)
     converted = jdelta.convert_to_lora(delta, rank=6)
     assert converted.error < 1e-6
     delta.remove()
