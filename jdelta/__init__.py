@@ -53,6 +53,7 @@ from jdelta.models import (
 )
 from jdelta.names.common_names import register_common_names
 from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
+from jdelta.saved.arithmetic.padding import padded
 from jdelta.saved.conversion import Conversion, convert_to_lora
 from jdelta.saved.finetuned import Finetuned
 from jdelta.scale.many import rowwise, select, stack, unstack
@@ -122,6 +123,7 @@ __all__ = [
     "match",
     "match_partition_rules",
     "negate",
+    "padded",
     "partition",
     "prune",
     "register_common_names",
