@@ -1,5 +1,7 @@
 """SHiRA against its formula in float64, its places, and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from flax import linen as nn
 from test_weight_methods import IDS
 
 import jdelta
-from jdelta.methods.shira import random_places
+from jdelta.methods.shira import ShiraRule, random_places
 from jdelta.saved.peft.tuners import TUNERS
 
 D_IN, D_OUT = 10, 6
@@ -103,6 +105,39 @@ def test_an_optimizer_of_the_whole_tree_leaves_the_places_alone():
 def test_what_it_cannot_do_is_an_error_that_says_why(arguments, message):
     with pytest.raises(ValueError, match=message):
         jdelta.ShiraModel(dense(), ["layers_0"], **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithProduct(ShiraRule):
+    """SHiRA as a user might write it who has a product."""
+
+    def product(self, x, y, own, linear):
+        return linear.product(x, self.update(linear.weight, own))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiraWithProduct(jdelta.Method):
+    def rule(self, name):
+        return WithProduct(1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_rule_with_whole_numbers_may_have_a_product(fused, monkeypatch):
+    monkeypatch.setattr("jdelta.core.products.fusing_is_cheaper", lambda *_: fused)
+    backbone = dense()
+    jdelta.ShiraModel(backbone, ["layers_0"], r=1, name="d")
+    want = jax.grad(lambda v: run(backbone, v))(value := jnp.arange(16.0))
+    backbone = dense()
+    with jdelta.checking_products():
+        jdelta.DeltaModel(backbone, ["layers_0"], method=ShiraWithProduct(), name="d")
+    found = jax.grad(lambda v: run(backbone, v))(value)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def run(backbone, values):
+    host = backbone.params["layers_0"]
+    params = {"layers_0": {**host, "d": {**host["d"], "values": values}}}
+    return jnp.sum(jnp.sin(backbone(X, params=params)))
 
 
 def test_deltas_with_other_places_do_not_add_up():
