@@ -23,6 +23,7 @@ from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
+from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
@@ -39,6 +40,7 @@ from jdelta.models import (
     BitFitModel,
     CompacterModel,
     DeloraModel,
+    FourierFTModel,
     HiraModel,
     HRAModel,
     LoraModel,
@@ -81,6 +83,8 @@ __all__ = [
     "DeloraModel",
     "DeltaModel",
     "Finetuned",
+    "FourierFTConfig",
+    "FourierFTModel",
     "HRAConfig",
     "HRAModel",
     "HiraConfig",

@@ -7,6 +7,7 @@ from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
+from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
@@ -130,6 +131,20 @@ class RoadModel(DeltaModel):
     """
 
     method_class = RoadConfig
+
+
+class FourierFTModel(DeltaModel):
+    """FourierFT on linear modules: some entries of the change's spectrum train, at random places.
+
+        delta = jdelta.FourierFTModel(model, modified_modules=["query", "value"], n_frequency=1000)
+
+    By default it is where LoRA is. The leaf is `fourierft/spectrum`, `(n_frequency,)`; the places follow from
+    `random_loc_seed`. As in PEFT, it starts at N(0, 1), which changes the output at once, unless `init_weights=True`.
+    The changed weight is formed in each step: there is no thin form. Its own arguments are those of `FourierFTConfig`,
+    the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = FourierFTConfig
 
 
 class AdapterModel(DeltaModel):

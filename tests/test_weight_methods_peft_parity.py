@@ -116,6 +116,22 @@ CASES = {
     "delora-llama": Case("llama", lambda **kw: peft.DeloraConfig(r=2, delora_lambda=5, **kw), "delora_"),
     "shira-bert": Case("bert", lambda **kw: peft.ShiraConfig(r=3, random_seed=4, **kw), "shira_"),
     "shira-llama": Case("llama", lambda **kw: peft.ShiraConfig(r=2, **kw), "shira_"),
+    "fourierft-bert": Case("bert", lambda **kw: peft.FourierFTConfig(n_frequency=20, **kw), "fourierft_"),
+    "fourierft-gpt2": Case(
+        "gpt2",
+        lambda **kw: peft.FourierFTConfig(
+            n_frequency=30, scaling=90.0, random_loc_seed=2**40 + 5, init_weights=True, fan_in_fan_out=True, **kw
+        ),
+        "fourierft_",
+        spread=2.0,
+    ),
+    "fourierft-llama": Case(
+        "llama",
+        lambda **kw: peft.FourierFTConfig(
+            n_frequency=40, n_frequency_pattern={"layers.1.*q_proj": 50, "down_proj": 60}, **kw
+        ),
+        "fourierft_",
+    ),
     "miss-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, **kw), "miss_"),
     "miss-llama": Case("llama", lambda **kw: peft.MissConfig(r=8, bias="MiSS_only", **kw), "miss_"),
     "miss-mini-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, mini_r=4, init_weights="mini", **kw), "miss_"),

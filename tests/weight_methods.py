@@ -9,6 +9,7 @@ from typing import Any
 
 import jdelta
 from jdelta.methods.delora import DeloraRule
+from jdelta.methods.fourierft import FourierFTRule
 from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
@@ -84,4 +85,10 @@ METHODS = {
         )
         for variant in ("road_1", "road_2")
     },
+    "fourierft": Row(
+        jdelta.FourierFTModel,
+        {"n_frequency": 9, "scaling": 20},
+        lambda: FourierFTRule(count=9, scaling=20),
+        starts_at_identity=False,
+    ),
 }

@@ -124,12 +124,13 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
         edit = next(each for each in config.edits(info, structure) if isinstance(each, WeightEdit))
         own = {leaf: jnp.asarray(found.values[f"{host}.{found.name}.{leaf}"]) for leaf in tuner.tensors}
         seen = {leaf: np.asarray(value) for leaf, value in weights.seen_own(edit, own).items()}
+        tuner.require_fit(seen, *weights.layout_of(edit).matrix_shape(edit.shape))
         tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in tuner.written(seen).items()}
     hosts = _hosts(found, names)
     fields = {"peft_type": tuner.kind, **{field: getattr(config, field) for field in tuner.fields}}
     for pattern in config.pattern_fields:
         if pattern not in tuner.patterns:
-            if getattr(config, pattern):
+            if getattr(config, pattern) and pattern not in tuner.read_fields:
                 raise ValueError(f"PEFT has no {pattern} of {tuner.kind}, and this delta has one.")
             continue
         usual = getattr(config, REPLACED_BY[pattern])

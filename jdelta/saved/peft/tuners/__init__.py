@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from jdelta.methods.delora import DeloraConfig
+from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.vera import VeraConfig
+from jdelta.saved.peft.tuners.fourierft import FourierFTTuner
 from jdelta.saved.peft.tuners.projected import Projected
 from jdelta.saved.peft.tuners.shira import ShiraTuner
 from jdelta.saved.peft.tuners.tuner import Tuner
@@ -73,6 +75,15 @@ TUNERS = {
             {"theta": "road_theta", "alpha": "road_alpha"},
             fields=("variant", "group_size"),
             other_fields=("init_weights",),
+        ),
+        FourierFTTuner(
+            "FOURIERFT",
+            FourierFTConfig,
+            {"spectrum": "fourierft_spectrum"},
+            fields=("n_frequency", "scaling", "random_loc_seed", "init_weights"),
+            read_fields=("n_frequency_pattern",),
+            conv1d=True,
+            biases="fourier_only",
         ),
     )
 }

@@ -62,7 +62,7 @@ class Tuner:
         return {leaf: tensor.T if tensor.ndim == 2 else tensor for leaf, tensor in tensors.items()}
 
     def require_fit(self, leaves: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
-        """Raises `ValueError` where leaves, also of the right shapes, mean nothing at a module of these widths."""
+        """Raises `ValueError` where leaves cannot be exchanged, either way, at a module of these widths."""
 
     def shared_leaves(
         self, tensors: Mapping[str, np.ndarray], config: Any, shapes: Sequence[tuple[int, int]]
