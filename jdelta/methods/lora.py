@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from jdelta.core.config import require_positive_int, require_probability, shown
+from jdelta.core.config import as_number, require_positive_int, require_probability, shown
 from jdelta.core.edits import Edit, WeightEdit
 from jdelta.core.linear import weight_edits
 from jdelta.core.linear_maps import LookupMap
@@ -89,6 +89,13 @@ class LoraConfig(Method):
     def rule(self, name: str) -> LoraRule:
         kind = DoraRule if self.use_dora else LoraRule
         return kind(self.rank_of(name), self.scale_of(name), self.lora_dropout, start=self.init_lora_weights)
+
+    def update_factors(self, leaves: Iterable[Path], lora_plus_ratio: float = 1.0) -> Mapping[Path, float]:
+        """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): `b` at another learning rate than `a`."""
+        ratio = as_number("lora_plus_ratio", lora_plus_ratio)
+        if ratio <= 0:
+            raise ValueError(f"lora_plus_ratio is above 0, got {ratio:g}.")
+        return {path: ratio for path in leaves if path[-1] == "b"}
 
     def frozen(self, leaf: Path) -> bool:
         return leaf[-1] in ("a0", "b0")
