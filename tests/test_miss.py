@@ -100,6 +100,28 @@ def test_it_costs_no_more_than_lora_of_its_rank(tokens):
     assert (of_miss <= of_lora).all()
 
 
+@pytest.mark.parametrize("rank", [3, 6])
+def test_dropout_is_on_the_input_of_the_change_and_only_in_training(rank):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(rank, name="host")(x)
+
+    x = jax.random.normal(jax.random.key(1), (50, 6))
+    backbone = jdelta.Backbone(Model(), Model().init(jax.random.key(0), x)["params"], dummy_inputs=(x,))
+    bare = backbone(x)
+    jdelta.MissModel(backbone, ["host"], r=rank, miss_dropout=0.5)
+    backbone.params = {"host": {**backbone.params["host"], "miss": {"d": jnp.eye(rank)}}}
+    np.testing.assert_allclose(backbone(x) - bare, x.reshape(50, -1, rank).sum(1), atol=1e-5)
+    found = backbone(x, train=True, rngs={"dropout": jax.random.key(2)}) - bare
+    if rank == 6:
+        assert set(np.unique(np.asarray(found / x).round(3))) == {0.0, 2.0}
+    else:
+        pairs = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+        ways = [2 * (k * x[:, :3] + m * x[:, 3:]) for k, m in pairs]
+        assert (np.min([np.abs(found - way) for way in ways], 0) < 1e-5).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

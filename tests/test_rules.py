@@ -383,7 +383,7 @@ class Quantised(nn.Module):
         return x @ (kernel * scale)
 
 
-@pytest.mark.parametrize("rule", ["hira", "dora", "scale in"])
+@pytest.mark.parametrize("rule", ["hira", "delora", "shira", "dora", "scale in"])
 def test_a_rule_that_computes_with_codes_of_a_quantised_weight_is_refused(rule):
     x = normal(0, 4, 5)
     backbone = jdelta.Backbone(nn.Sequential([Quantised()]), dummy_inputs=(x,))

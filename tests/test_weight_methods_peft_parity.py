@@ -132,7 +132,7 @@ CASES = {
         ),
         "fourierft_",
     ),
-    "miss-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, **kw), "miss_"),
+    "miss-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, **kw), "miss_", spread=0.1),
     "miss-llama": Case("llama", lambda **kw: peft.MissConfig(r=8, bias="MiSS_only", **kw), "miss_"),
     "miss-mini-bert": Case("bert", lambda **kw: peft.MissConfig(r=5, mini_r=4, init_weights="mini", **kw), "miss_"),
     "miss-bat-bert": Case("bert", lambda **kw: peft.MissConfig(r=4, init_weights="bat", **kw), "miss_"),
