@@ -31,6 +31,7 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
@@ -48,6 +49,7 @@ from jdelta.models import (
     MissModel,
     ParallelAdapterModel,
     PrefixModel,
+    RandLoraModel,
     RoadModel,
     ShiraModel,
     SoftPromptModel,
@@ -103,6 +105,8 @@ __all__ = [
     "ParameterInfo",
     "PrefixConfig",
     "PrefixModel",
+    "RandLoraConfig",
+    "RandLoraModel",
     "RoadConfig",
     "RoadModel",
     "ShiraConfig",

@@ -15,6 +15,7 @@ from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
@@ -145,6 +146,21 @@ class FourierFTModel(DeltaModel):
     """
 
     method_class = FourierFTConfig
+
+
+class RandLoraModel(DeltaModel):
+    """RandLoRA on linear modules: a change of full rank, of random matrices that all modules share.
+
+        delta = jdelta.RandLoraModel(model, modified_modules=["query", "value"], r=32)
+
+    By default it is where LoRA is. With `min` and `max` for the smaller and the larger of `d_in` and `d_out`, the
+    leaves are `randlora/lambda`, `(r, n)`, and `randlora/gamma`, `(n, min)`, for `n = ⌈min / r⌉`. At the root of the
+    tree are `randlora/a`, `(r, min)`, and `randlora/b`, `(max, n, r)`, for the largest `d_in` and `d_out`, which never
+    train. The output is unchanged at initialisation. It costs about what two more modules like the host cost. Its own
+    arguments are those of `RandLoraConfig`, the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = RandLoraConfig
 
 
 class AdapterModel(DeltaModel):

@@ -145,6 +145,7 @@ QUICK = [
     ("DenseGeneral out", "road-2", "in the call", False),
     ("Dense", "dora", "accelerator", False),
     ("Dense", "vera", "fused", True),
+    ("Dense", "randlora", "in the call", False),
     ("Dense", "scale out", "in the call", True),
     ("Dense", "scale in", "in the call", False),
     ("DenseGeneral in", "dora", "rewritten", True),

@@ -93,6 +93,7 @@ def lora(family: str, *modules: str, **more: Any) -> Case:
     return Case(family, lambda **kw: peft.LoraConfig(**arguments, **kw), "lora_", modules=modules)
 
 
+RANDLORA = {"r": 6, "randlora_alpha": 3}
 DRAWN = {"save_projection": False, "projection_prng_key": 7}  # its matrices are drawn from a seed
 CASES = {
     "dora-bert": lora("bert", use_dora=True),
@@ -140,6 +141,16 @@ CASES = {
     "hra-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, **kw), "hra_"),
     "hra-odd-llama": Case("llama", lambda **kw: peft.HRAConfig(r=5, bias="hra_only", **kw), "hra_"),
     "hra-gs-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, apply_GS=True, **kw), "hra_"),
+    "randlora-bert": Case("bert", lambda **kw: peft.RandLoraConfig(**RANDLORA, **kw), "randlora_"),
+    "randlora-drawn-bert": Case("bert", lambda **kw: peft.RandLoraConfig(**RANDLORA, **DRAWN, **kw), "randlora_"),
+    "randlora-sparse-llama": Case(
+        "llama", lambda **kw: peft.RandLoraConfig(sparse=True, **RANDLORA, **DRAWN, **kw), "randlora_"
+    ),
+    "randlora-very-sparse-gpt2": Case(
+        "gpt2",
+        lambda **kw: peft.RandLoraConfig(very_sparse=True, fan_in_fan_out=True, **RANDLORA, **DRAWN, **kw),
+        "randlora_",
+    ),
     "vera-bert": Case("bert", lambda **kw: peft.VeraConfig(r=5, **kw), "vera_lambda_"),
     "vera-drawn-bert": Case("bert", lambda **kw: peft.VeraConfig(r=5, **DRAWN, **kw), "vera_lambda_"),
     "vera-gpt2": Case("gpt2", lambda **kw: peft.VeraConfig(r=5, fan_in_fan_out=True, **kw), "vera_lambda_"),

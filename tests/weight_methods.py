@@ -14,6 +14,7 @@ from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
+from jdelta.methods.randlora import RandLoraRule
 from jdelta.methods.road import RoadRule
 from jdelta.methods.shira import ShiraRule
 from jdelta.methods.vera import VeraRule
@@ -73,6 +74,7 @@ METHODS = {
         starts_at_identity=False,
         only=FEATURES_IN,
     ),
+    "randlora": Row(jdelta.RandLoraModel, {"r": 3, "randlora_alpha": 6}, lambda: RandLoraRule(rank=2, scale=0.5)),
     "vera": Row(jdelta.VeraModel, {"r": 2}, lambda: VeraRule(rank=2)),
     "vera-saved": Row(jdelta.VeraModel, {"r": 2, "save_projection": True}),
     **{

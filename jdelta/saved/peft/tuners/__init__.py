@@ -7,11 +7,12 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.miss import MissConfig
+from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.vera import VeraConfig
 from jdelta.saved.peft.tuners.fourierft import FourierFTTuner
-from jdelta.saved.peft.tuners.projected import Projected
+from jdelta.saved.peft.tuners.projected import Projected, RandLora
 from jdelta.saved.peft.tuners.shira import ShiraTuner
 from jdelta.saved.peft.tuners.tuner import Tuner
 from jdelta.saved.peft.tuners.untransposed import Untransposed
@@ -84,6 +85,17 @@ TUNERS = {
             read_fields=("n_frequency_pattern",),
             conv1d=True,
             biases="fourier_only",
+        ),
+        RandLora(
+            "RANDLORA",
+            RandLoraConfig,
+            {"lambda": "randlora_lambda", "gamma": "randlora_gamma"},
+            shared={"a": "randlora_A", "b": "randlora_B"},
+            fields=("r", "randlora_alpha", "randlora_dropout", "projection_prng_key", "sparse", "very_sparse"),
+            read_fields=("save_projection",),
+            other_fields=("init_weights",),
+            conv1d=True,
+            biases="randlora_only",
         ),
     )
 }

@@ -39,16 +39,46 @@ class Projected(Tuner):
             if not whole or any(have < need for have, need in zip(whole, size, strict=True)):
                 raise ValueError(f"{self.shared[leaf]} has shape {value.shape}, and the modules need {size}.")
             found[leaf] = value[tuple(map(slice, size))]
-        return {leaf: self.from_torch(value) for leaf, value in found.items()}
+        return {leaf: self.from_torch(leaf, value) for leaf, value in found.items()}
 
     def sizes(self, config: Any, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
         """The shapes of the matrices in the file, for modules of at most so many input and output features."""
         return {"a": (config.r, d_in), "b": (d_out, config.r)}
 
-    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
-        """A matrix as it is here. They are transposed in PyTorch."""
+    def from_torch(self, leaf: str, tensor: np.ndarray) -> np.ndarray:
+        """A matrix as it is here, from what the file has. They are transposed in PyTorch."""
         return tensor.T
 
     def written_shared(self, leaves: Mapping[str, np.ndarray], hosts: Sequence[str]) -> dict[str, np.ndarray]:
         """The matrices at the root."""
         return {self.shared[leaf]: value.T for leaf, value in leaves.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandLora(Projected):
+    """RandLoRA, of which PEFT transposes nothing, and writes the matrices at the root and at each module."""
+
+    def leaves(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The leaves at a module, from its tensors: the same."""
+        return dict(tensors)
+
+    def written(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors of a module, from its leaves: the same."""
+        return dict(leaves)
+
+    def sizes(self, config: Any, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices in the file."""
+        small, large = sorted((d_in, d_out))
+        return {"a": (config.r, 1, small), "b": (large, -(-small // config.r), config.r)}
+
+    def from_torch(self, leaf: str, tensor: np.ndarray) -> np.ndarray:
+        """A matrix as it is here: `a` without the axis that all bases share."""
+        return tensor[:, 0] if leaf == "a" else tensor
+
+    def written_shared(self, leaves: Mapping[str, np.ndarray], hosts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The matrices at the root and at each module."""
+        whole = {
+            self.shared[leaf]: value[:, None] if leaf == "a" else value  # PEFT warns of each that is missing
+            for leaf, value in leaves.items()
+        }
+        return whole | {f"model.{host}.{end}": value for host in hosts for end, value in whole.items()}
