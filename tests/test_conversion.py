@@ -9,12 +9,12 @@ from flax import linen as nn
 from flax import nnx
 from nnx_networks import X, network
 from test_weight_methods import stack
-from weight_methods import METHODS
+from weight_methods import rows
 
 import jdelta
 
 
-@pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
+@rows("lora", "hra", "dora")
 def test_at_full_rank_it_computes_the_same_in_layers_of_a_scan(row):
     x, backbone, delta = stack(row)
     out = backbone(x)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from conftest import fresh, noisy
 from flax import linen as nn
 from flax import nnx
 from nnx_networks import X, network
-from weight_methods import METHODS
+from weight_methods import rows
 
 import jdelta
 from jdelta.trees import surgery
 
 IDS = jnp.array([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
-pytestmark = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
 
 
 def close(found, want, tolerance=1e-5):
@@ -40,6 +38,7 @@ def moved(delta, params):
     return jdelta.combine(noisy(trains), frozen)
 
 
+@rows("lora", "vera", "shira")
 def test_on_a_pretrained_model(row, tmp_path):
     model = pretrained()
     bare, before = model(IDS).logits, model.params
@@ -71,6 +70,7 @@ def test_on_a_pretrained_model(row, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, model.params, before))
 
 
+@rows()
 def test_on_an_nnx_module(row):
     model = network()
     bare, graphdef = model(X), nnx.graphdef(model)
@@ -120,6 +120,7 @@ def stack(row, dtype=jnp.float32):
     return x, backbone, delta
 
 
+@rows("lora", "hra")
 def test_layers_of_a_scan_have_leaves_of_their_own(row):
     x, backbone, delta = stack(row)
     out = backbone(x)
@@ -135,6 +136,7 @@ def test_layers_of_a_scan_have_leaves_of_their_own(row):
     close(backbone(x), out)
 
 
+@rows("lora", "hra")
 def test_each_row_of_a_batch_has_a_delta_of_its_own(row):
     x, backbone, delta = stack(row)
     trains, frozen = delta.partition()
@@ -145,6 +147,7 @@ def test_each_row_of_a_batch_has_a_delta_of_its_own(row):
         close(found[i], backbone(x, params=jdelta.combine(both[which], frozen))[i])
 
 
+@rows("lora", "hra")
 def test_in_bfloat16_it_computes_in_bfloat16_and_its_leaves_are_float32(row):
     x, backbone, delta = stack(row, jnp.bfloat16)
     out = backbone(x)
@@ -154,6 +157,7 @@ def test_in_bfloat16_it_computes_in_bfloat16_and_its_leaves_are_float32(row):
     close(out, wide(X), tolerance=0.03)
 
 
+@rows("lora", "hra")
 def test_its_leaves_are_placed_on_the_mesh_of_the_backbone(row):
     _, backbone, delta = stack(row)
     bare = jdelta.prune(backbone.params, delta)

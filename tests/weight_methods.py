@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
+
 import jdelta
 from jdelta.methods.delora import DeloraRule
 from jdelta.methods.fourierft import FourierFTRule
@@ -94,3 +96,14 @@ METHODS = {
         starts_at_identity=False,
     ),
 }
+
+
+def rows(*quick: str) -> pytest.MarkDecorator:
+    """Makes a test go through all methods, as `row`. If some are named, the others are slow."""
+    return pytest.mark.parametrize(
+        "row",
+        [
+            pytest.param(row, id=name, marks=() if not quick or name in quick else pytest.mark.slow)
+            for name, row in METHODS.items()
+        ],
+    )
