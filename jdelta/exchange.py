@@ -142,6 +142,6 @@ def _news(adapter: PeftAdapter, names: Names, params: Tree) -> dict[str, np.ndar
     if rounded:
         warn(
             f"from_peft: the model's dtype rounds what is saved of {listing(rounded)}, as in PEFT. To keep it, cast "
-            "the model before, for example model.params = model.to_fp32(model.params)."
+            "the model before."
         )
     return news

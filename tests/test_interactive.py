@@ -16,9 +16,11 @@ import types
 
 import jax
 import jax.numpy as jnp
+import nnx_models
 import pytest
 from conftest import build
 from flax import linen as nn
+from flax import nnx
 from tiers import breadth
 
 import jdelta
@@ -592,6 +594,25 @@ def test_names_alone(bert, monkeypatch):
     assert jdelta.select_modules(bert) == ["bert", "bert.encoder"]
     Page(monkeypatch, {"modules": ["classifier"]})
     assert jdelta.select_modules(bert, jdelta.LoraConfig(lora_r=1)) == ["classifier"]
+
+
+def test_modules_and_parameters_of_an_nnx_module_are_chosen_like_those_of_linen(monkeypatch):
+    model = nnx_models.Model(nnx.Rngs(0))
+    inputs, graph = {"dummy_inputs": (nnx_models.IDS,)}, nnx.graphdef(model)
+    page = Page(monkeypatch, {"modules": ["layers.0.norm"]}, {"modules": ["layers.0.up", "stack.down"]})
+    names = jdelta.select_modules(model, jdelta.LoraModel, lora_r=2, **inputs)
+    assert names == ["layers.0.up", "stack.down"]
+    assert "no kernel" in page.errors[0]
+    Page(monkeypatch, {"modules": ["embed.embedding", "layers.1.down.kernel"]})
+    parameters = jdelta.select_parameters(model, jdelta.LoraModel, lora_r=2, **inputs)
+    assert parameters == ["embed.embedding", "layers.1.down.kernel"]
+    assert nnx.graphdef(model) == graph  # a choice alone changes nothing
+
+    found = costs_of(jdelta.LoraModel, model, lora_r=2)
+    Page(monkeypatch, {"modules": names})
+    delta = jdelta.LoraModel(model, interactive_modify=True, lora_r=2)
+    assert delta.targets == names
+    assert found.of(names) == counts(delta)
 
 
 def test_methods_whose_modules_are_not_single_are_refused_with_the_reason(bert):

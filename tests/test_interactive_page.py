@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 
 import jax.numpy as jnp
+import nnx_models
 import pytest
 from conftest import build
 from flax import linen as nn
+from flax import nnx
 from tiers import chromium
 
 import jdelta
@@ -477,3 +479,22 @@ def test_parameters_are_rows_below_their_modules_and_are_submitted(start, scheme
     page.click("#submit")
     (name,) = call.result()
     assert name.endswith("kernel") or "kernel" in name
+
+
+def test_an_nnx_module_is_shown_with_the_names_of_its_attributes(start):
+    model = nnx_models.Model(nnx.Rngs(0))
+    call = start(lambda: jdelta.LoraModel(model, interactive_modify=True, lora_r=2, dummy_inputs=(nnx_models.IDS,)))
+    page = call.open()
+    expect(row(page, "layers")).to_be_visible()
+    row(page, "up").click()
+    expect(page.locator("#chosen")).to_have_text("2")  # equal blocks are one line
+    page.fill("#pattern", "stack.down")
+    page.press("#pattern", "Enter")
+    expect(page.locator("#chosen")).to_have_text("3")
+    shown = int(page.inner_text("#trains").replace(",", ""))
+    page.click("#submit")
+    delta = call.result()
+    assert delta.targets == ["layers.0.up", "layers.1.up", "stack.down"]
+    assert shown == sum(leaf.size for leaf in jdelta.trees.surgery.flatten(delta.shapes()).values())
+    assert model.layers[0].up.lora.a.shape == (4, 2)
+    assert call.problems == []

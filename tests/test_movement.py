@@ -202,6 +202,12 @@ def test_rows_and_columns_come_from_the_names(kind):
     assert sorted(found.values[~np.isnan(found.values)]) == list(range(len(names)))
 
 
+def test_parameters_of_the_root_module_have_a_row():
+    table = tabulated({"": np.array(0.5), "blocks.0.up": np.array(1.0), "blocks.1.up": np.array(2.0)})
+    assert table.rows == ("the root module", "up")
+    assert table.values[0, -1] == 0.5
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [

@@ -1,9 +1,11 @@
 """Deltas on nnx modules: the module is changed in place, and is what it was when they are off."""
 
+import concurrent.futures
 import copy
 import dataclasses
 import gc
 import pickle
+import sys
 import weakref
 
 import chex
@@ -17,6 +19,7 @@ from flax import nnx
 from nnx_models import IDS, Block, Mixed, Model, Tied, train_deltas
 
 import jdelta
+from jdelta.hosts.nnx.adapter import NnxAdapter
 from jdelta.methods.lora_rules import LoraRule
 from jdelta.trees import surgery
 
@@ -172,6 +175,46 @@ def test_dropout_draws_anew_in_training_and_in_each_layer_of_a_scan():
     chex.assert_trees_all_equal(m(IDS), still)
 
 
+@pytest.mark.parametrize("off", ["disabled", "detached", "merged"])
+def test_dropout_goes_on_in_its_mode_with_its_stream_after_a_delta_was_off(off):
+    m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))  # nothing else in it has a mode
+    delta = jdelta.LoraModel(m, modified_modules=["layers.0"], lora_r=2, lora_dropout=0.5, dummy_inputs=(X,))
+    nnx.reseed(m, dropout=7)
+    m(X)
+    m.eval()
+    state, graphdef = bits(nnx.state(m)), nnx.graphdef(m)
+    key = jax.random.key_data(m.layers[0].lora.rngs.key[...])
+    if off == "disabled":
+        with delta.disabled():
+            pass
+    else:
+        getattr(delta, {"detached": "detach", "merged": "merge"}[off])()
+        getattr(delta, {"detached": "attach", "merged": "unmerge"}[off])()
+    assert bits(nnx.state(m)) == state
+    assert nnx.graphdef(m) == graphdef
+    chex.assert_trees_all_equal(jax.random.key_data(m.layers[0].lora.rngs.key[...]), key)
+
+
+@pytest.mark.parametrize("make", [nnx.view, nnx.with_attributes])
+def test_a_view_in_another_mode_is_so_in_the_deltas(make):
+    m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    jdelta.LoraModel(m, modified_modules=["layers.0"], lora_r=2, lora_dropout=0.5, dummy_inputs=(X,))
+    train_deltas(m)
+    view = make(m, deterministic=True)
+    chex.assert_trees_all_equal(view(X), view(X))
+    assert not m.layers[0].lora.deterministic
+    assert make(view, deterministic=False).layers[0].lora.deterministic is False
+
+
+def test_dropout_is_in_the_mode_of_what_has_one():
+    m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    m.eval()
+    for name in ("one", "other"):
+        where = {"modified_modules": ["layers.0"], "dummy_inputs": (X,), "name": name}
+        jdelta.LoraModel(m, lora_r=2, lora_dropout=0.5, **where)
+        assert getattr(m.layers[0], name).deterministic
+
+
 def test_state_that_is_split_runs_in_jit_with_donation_and_under_jax_grad():
     m = model()
     delta = lora(m)
@@ -285,6 +328,19 @@ def test_bad_input_names_what_is_wrong_and_changes_nothing(case):
         jdelta.LoraModel(m, lora_r=2, **options)
     assert nnx.graphdef(m) == before
     assert bits(nnx.state(m)) == base
+
+
+def test_a_tree_that_lacks_a_parameter_changes_nothing():
+    m = Block(4, nnx.Rngs(0))
+    lora(m, modified_modules=["down"], dummy_inputs=(X,))
+    adapter, before = NnxAdapter(m), bits(nnx.state(m))
+    lacking = {key: part for key, part in adapter.params.items() if key not in ("down", "up")}
+    with pytest.raises(ValueError, match=r"lacks 'down\.bias'"):
+        adapter.params = lacking
+    assert bits(nnx.state(m)) == before
+    with pytest.raises(ValueError, match=r"lacks 'norm\.bias'"):
+        adapter.params = jdelta.prune({**adapter.params, "norm": {}}, "lora")
+    assert bits(nnx.state(m)) == before
 
 
 def test_dummy_inputs_belong_to_nnx_modules(bert):
@@ -426,6 +482,44 @@ def test_what_a_delta_generates_for_many_modules_is_made_in_each_run():
     chex.assert_trees_all_equal(m(IDS), bare)
 
 
+class _InLinen(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.bridge.ToNNX(nn.Dense(4), rngs=rngs).lazy_init(X)
+
+    def __call__(self, x):
+        return self.up(x)
+
+
+@pytest.mark.parametrize(
+    ("made", "put"),
+    [
+        (lambda: _InLinen(nnx.Rngs(0)), jdelta.LoraModel),
+        (
+            lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))),
+            lambda m, **options: jdelta.CompacterModel(
+                m, reduction_factor=2, hypercomplex_division=2, shared_phm_rule=True, **options
+            ),
+        ),
+    ],
+    ids=["in linen", "generated"],
+)
+def test_threads_can_share_a_model_whose_runs_change_attributes(made, put):
+    m = made()
+    put(m, modified_modules=["up" if isinstance(m, _InLinen) else "layers.0"], dummy_inputs=(X,))
+    train_deltas(m)
+    want, before = m(X), [dict(vars(module)) for _, module in nnx.iter_modules(m)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            outputs = list(threads.map(m, [X] * 40))
+    finally:
+        sys.setswitchinterval(interval)
+    for output in outputs:
+        chex.assert_trees_all_close(output, want)
+    assert [dict(vars(module)) for _, module in nnx.iter_modules(m)] == before
+
+
 def test_inputs_of_modules_are_seen_in_a_batch():
     class FromInputs(jdelta.Method):
         def rule(self, name):
@@ -451,6 +545,42 @@ def test_a_module_that_is_no_longer_referenced_is_freed():
     del m, delta
     gc.collect()
     assert gone() is None
+
+
+def test_a_module_whose_attributes_refer_to_itself_is_freed_too():
+    class Refers(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.activation = nnx.Linear(4, 4, rngs=rngs), self.relu
+
+        def relu(self, x):
+            return nnx.relu(x)
+
+        def __call__(self, x):
+            return self.activation(self.linear(x))
+
+    m = Refers(nnx.Rngs(0))
+    delta = lora(m, modified_modules=["linear"], dummy_inputs=(X,))
+    gone = weakref.ref(m)
+    del m, delta
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda delta: pickle.loads(pickle.dumps(delta))])
+def test_copies_of_a_delta_share_their_model_with_deltas_that_come_later(copied):
+    m = Block(4, nnx.Rngs(0))
+    m.eval()
+    delta = lora(m, modified_modules=["up"], dummy_inputs=(X,))
+    train_deltas(m)
+    want = m(X)
+    delta.detach()
+    other = copied(delta)
+    second = lora(other.backbone_model, modified_modules=["down"])  # it knows the inputs
+    other.attach()
+    chex.assert_trees_all_close(other.backbone_model(X), want)
+    second.remove()
+    other.detach()
+    assert other.backbone_model is not m
 
 
 def test_layers_that_are_alike_share_a_trace_and_each_has_its_own_leaves():
@@ -553,6 +683,31 @@ def test_dropout_in_another_trace_than_the_model_s_says_what_to_do():
     jax.grad(lambda own: nnx.merge(graphdef, own, rest)(X).sum())(own)
 
 
+def test_a_list_that_is_called_is_a_module_like_any_other():
+    class Stack(nnx.List):
+        def __call__(self, x):
+            for layer in self:
+                x = layer(x)
+            return x
+
+    class Around(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = Stack([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            return self.layers(x)
+
+    m = Around(nnx.Rngs(0))
+    bare = m(X)
+    delta = jdelta.AdapterModel(m, modified_modules=["layers"], bottleneck_dim=2, dummy_inputs=(X,))
+    train_deltas(m)
+    assert {path[:2] for path in delta.paths} == {("layers", "adapter")}
+    assert jnp.abs(m(X) - bare).max() > 1e-3
+    delta.remove()
+    chex.assert_trees_all_equal(m(X), bare)
+    assert lora(m.layers, modified_modules=["0"], dummy_inputs=(X,)).targets == ["0"]
+
+
 def test_modules_without_the_tree_of_nnx_carry_deltas_too():
     class Plain(nnx.Module, pytree=False):
         def __init__(self, rngs):
@@ -569,3 +724,13 @@ def test_modules_without_the_tree_of_nnx_carry_deltas_too():
     delta.remove()
     assert nnx.graphdef(m) == before
     chex.assert_trees_all_equal(m(X), bare)
+
+
+def test_messages_do_not_send_users_of_a_module_to_parameters_that_it_has_not(tmp_path):
+    m = model()
+    delta = lora(m, modified_modules=["layers.0.up"])
+    with pytest.raises(ValueError, match=r"the model itself holds the values from before training"):
+        delta.save_finetuned(tmp_path / "out")
+    del m.layers[0].up.lora
+    with pytest.raises(ValueError, match=r"the model lacks 'layers\.0\.up\.lora\.a'"):
+        delta.detach()

@@ -65,7 +65,9 @@ PUT = {
 def test_naming_one_is_refused_with_the_reason(put, name):
     backbone = backbone_of()
     params, base = backbone.params, backbone(X)
-    with pytest.raises(ValueError, match=rf"b0\.{name}'.*cannot .*nnx modules cannot have deltas yet"):
+    with pytest.raises(
+        ValueError, match=rf"b0\.{name}'.*cannot .*Name a linen module around it, or make .* an nnx module"
+    ):
         PUT[put](backbone, name)
     assert backbone.params is params
     chex.assert_trees_all_equal(backbone(X), base)

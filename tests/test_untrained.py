@@ -3,9 +3,11 @@
 import warnings
 
 import jax
+import nnx_models
 import numpy as np
 import pytest
 from conftest import fresh, noisy, train_deltas
+from flax import nnx
 
 import jdelta
 from jdelta.trees import surgery
@@ -56,6 +58,17 @@ def test_a_tree_of_ones_own_is_what_counts(delta, tmp_path):
     delta.save_finetuned(tmp_path / "out", params=moved(params, "query.lora.b"))
     with pytest.warns(UserWarning, match="merge: nothing of delta 'lora' has moved"):
         delta.merge(params)
+
+
+def test_an_nnx_module_holds_its_own_values(tmp_path):
+    model = nnx_models.Tied(nnx.Rngs(0))
+    delta = jdelta.LoraModel(model, modified_modules=["block"], lora_r=2, dummy_inputs=(nnx_models.IDS,))
+    with pytest.raises(ValueError, match="the model itself holds the values from before"):
+        delta.save_finetuned(tmp_path / "out")
+    with pytest.raises(ValueError, match="the tree that was passed holds the values from before"):
+        delta.save_finetuned(tmp_path / "out", nnx.state(model))
+    nnx_models.train_deltas(model)
+    delta.save_finetuned(tmp_path / "out")
 
 
 def test_merging_a_trained_delta_or_under_jit_does_not_warn(delta):

@@ -59,7 +59,7 @@ def without(state: DeltaState, params: Tree | None = None) -> Tree:
     if state.merged:
         raise RuntimeError(
             f"without: delta {state.name!r} is merged into the weights. Call unmerge() first, or use "
-            "delta.disabled() for model.params."
+            "delta.disabled() for the model's own values."
         )
     leaves, start = surgery.flatten(tree), surgery.root(tree)
     gone = {(*start, *path) for path in own.leaves if not states.is_state(tree)}

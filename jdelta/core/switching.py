@@ -78,8 +78,8 @@ def _switch(state: DeltaState, active: bool) -> None:
             for path in leaves:
                 if path not in flat:
                     raise ValueError(
-                        f"detach: model.params lacks {surgery.name_of(path)!r}. Set model.params to a tree "
-                        "that holds the delta's leaves."
+                        f"detach: the model lacks {surgery.name_of(path)!r}. Put a tree into it that holds the "
+                        "delta's leaves."
                     )
             keep.update({path: flat[path] for path in leaves})
             flat = {path: leaf for path, leaf in flat.items() if path not in set(leaves)}

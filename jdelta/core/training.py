@@ -197,7 +197,7 @@ def is_untrained(state: DeltaState, params: Tree) -> bool:
 
 def untrained_message(state: DeltaState, verb: str, params: Tree | None) -> str:
     """The message for a delta that has not moved."""
-    holder = "model.params" if params is None else "the tree that was passed"
+    holder = "the model itself" if params is None else "the tree that was passed"
     return (
         f"{verb}: nothing of delta {state.name!r} has moved since it was initialised: {holder} holds the values "
         "from before training. Pass the tree that training returned: pass params=…."

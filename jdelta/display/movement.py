@@ -240,7 +240,7 @@ def _labels(rows: Sequence[tuple[Path, Path]]) -> Iterable[str]:
     last = _shared([stack[first:][::-1] for stack in stacks])
     for stack, kind in rows:
         told_apart = stack[first : len(stack) - last]
-        yield ".".join((*told_apart, *kind)) or stack[-1]
+        yield ".".join((*told_apart, *kind)) or (stack[-1] if stack else "the root module")
 
 
 def _shared(paths: Sequence[Path]) -> int:

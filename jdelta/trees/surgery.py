@@ -111,7 +111,7 @@ def require_alive(tree: Tree) -> None:
     if is_deleted(tree):
         raise RuntimeError(
             "these parameters were donated to a jitted function (donate_argnums), and so deleted. Take the tree that "
-            "it returned: pass it as params=…, or set model.params to it."
+            "it returned: pass it as params=…, or set model.params to it; an nnx module takes it by nnx.update."
         )
 
 

@@ -28,7 +28,8 @@ _NOT_CALLED = (
 
 _NNX = (
     "it is an nnx module in flax.nnx.bridge.ToLinen, which takes all that lies below its path for the nnx module's "
-    "state; nnx modules cannot have deltas yet"
+    "state, leaves of deltas too. Name a linen module around it, or make what is around it an nnx module: deltas run "
+    "in nnx modules of nnx models"
 )
 
 

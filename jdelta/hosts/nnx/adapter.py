@@ -38,17 +38,20 @@ class _Record:
     """What is known of a model besides what is on it: as long as the model lives."""
 
     def __init__(self) -> None:
-        self.cache = Cache()
         self.detached: tuple[Attachment, ...] = ()  # what it carries, while none of that is active
         self.dummy_inputs: DummyInputs | None = None
+        self.dropouts: dict[Path, graph.Leaves] = {}  # see `put_on`
 
 
 _records: dict[int, _Record] = {}  # by the identity of the model, which need not be hashable
+# Held by adapters, as they hold the model: static attributes that a trace saw, such as bound methods, may refer to it.
+_caches: weakref.WeakValueDictionary[int, Cache] = weakref.WeakValueDictionary()
 
 
-def _record_of(model: nnx.Module) -> _Record:
+def _record_of(model: nnx.Module, known: _Record | None = None) -> _Record:
+    """The record of a model; if it has none, this one, or a new one."""
     if id(model) not in _records:
-        _records[id(model)] = _Record()
+        _records[id(model)] = known or _Record()
         weakref.finalize(model, _records.pop, id(model), None)
     return _records[id(model)]
 
@@ -64,6 +67,9 @@ class NnxAdapter:
       dummy_inputs: arguments of one call, a tuple or a dict of keywords. Only shapes and dtypes count. Those that were
         given for the model before are remembered.
 
+    Attributes:
+      cache: what the newest traces found.
+
     Raises:
       TypeError: they are neither.
       ValueError: there are none, and none can be guessed; or the model carries LoRA of another library, or deltas of
@@ -74,7 +80,7 @@ class NnxAdapter:
 
     def __init__(self, model: nnx.Module, dummy_inputs: DummyInputs | None = None):
         self.model = model
-        self._record = _record_of(model)
+        self._record, self.cache = _record_of(model), _caches.setdefault(id(model), Cache())
         if dummy_inputs is not None and not isinstance(dummy_inputs, (tuple, list, Mapping)):
             raise TypeError(
                 f"dummy_inputs are the arguments of one call, a tuple or a dict, got {type(dummy_inputs).__name__}: "
@@ -91,17 +97,18 @@ class NnxAdapter:
                 self._record.dummy_inputs = before
                 raise
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, whose model is one too: others that are attached to that find the same record."""
+        vars(self).update(state)
+        self._record = _record_of(self.model, self._record)
+        self.cache = _caches.setdefault(id(self.model), self.cache)
+
     # --- what it is
 
     @property
     def class_name(self) -> str:
         """The name of the model's class."""
         return class_of(self.model).__name__
-
-    @property
-    def cache(self) -> Cache:
-        """What the newest traces found."""
-        return self._record.cache
 
     @property
     def attachments(self) -> tuple[Attachment, ...]:
@@ -119,14 +126,14 @@ class NnxAdapter:
         self._require_level()
         have, modules = graph.variables(self.model), graph.modules(self.model)
         wanted = {path: leaf for path, leaf in surgery.flatten(tree).items() if leaf is not surgery.empty_node}
-        known = surgery.flatten(self.structure().params) if "structure" in self.cache else {}
         names = {a.name for a in self.attachments}
-        for path in have:
-            if path not in wanted and path in known:
-                raise ValueError(f"the tree lacks {surgery.name_of(path)!r}, which {self.class_name} needs.")
-            if path not in wanted:
-                at = _place(path, modules)
-                graph.take_out(modules[path[:at]], path[at:])
+        self._record.dropouts |= {at: held for at, held in graph.dropouts(modules).items() if at[-1] in names}
+        gone = [path for path in have if path not in wanted]
+        if lacking := next((path for path in gone if graph.is_of_model(have[path])), None):
+            raise ValueError(f"the tree lacks {surgery.name_of(lacking)!r}, which {self.class_name} needs.")
+        for path in gone:
+            at = _place(path, modules)
+            graph.take_out(modules[path[:at]], path[at:])
         new, metadata = set[Path](), placing.metadata_of_new(self.model)
         for path, value in wanted.items():
             if path in have:
@@ -161,7 +168,10 @@ class NnxAdapter:
     def install(self, attachments: Sequence[Attachment]) -> None:
         """See `HostAdapter`."""
         self._require_level()
-        put_on(self.model, attachments, self.structure() if attachments else None)
+        names = {a.name for a in attachments}
+        dropouts = {path: held for path, held in self._record.dropouts.items() if path[-1] in names}
+        put_on(self.model, attachments, self.structure() if attachments else None, dropouts)
+        self._record.dropouts = dropouts
         self._record.detached = tuple(attachments)
 
     def uninstall(self) -> None:

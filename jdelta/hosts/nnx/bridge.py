@@ -19,6 +19,7 @@ from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.hosts.linen.instrument import instrument
 from jdelta.hosts.linen.trace import recorded
 from jdelta.hosts.nnx.creating import is_creating, noted
+from jdelta.hosts.nnx.swapping import one_at_a_time
 from jdelta.trees import left_out, surgery
 from jdelta.trees.surgery import Path
 from jdelta.trees.variables import DeltaParam
@@ -76,6 +77,12 @@ class Inside:
           trial: where to note what ran.
           *args, **kwargs: of the call.
         """
+        with one_at_a_time:
+            return self._run(module, call, trial, args, kwargs)
+
+    def _run(
+        self, module: nnx.Module, call: Callable, trial: Trial | None, args: tuple, kwargs: Mapping[str, Any]
+    ) -> Any:
         mine = None if trial is None else self._own_trial(trial)
         gone = frozenset(a.name for a in self.attachments if self._is_left_out(module, a.name))
         held = dict(vars(module))

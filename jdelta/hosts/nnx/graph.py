@@ -23,8 +23,17 @@ class Leaves(nnx.Module):
     """What a delta has at one module: its leaves, and what its dropout needs.
 
     It is an attribute of the module, named like the delta. Where the delta has dropout, it has `deterministic`, which
-    `model.train()` and `model.eval()` set, and a stream of keys, `rngs`.
+    `model.train()`, `model.eval()` and `nnx.view` set, and a stream of keys, `rngs`.
     """
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: whether the dropout of the delta is off.
+        """
+        if deterministic is not None and "deterministic" in vars(self):
+            self.deterministic = deterministic
 
     @property
     def is_deterministic(self) -> bool:
@@ -124,6 +133,12 @@ def _leaves_in(holder: Leaves, path: Path) -> Iterator[tuple[Path, nnx.Param]]:
             yield (*path, key), value
 
 
+def dropouts(found: Mapping[Path, nnx.Module]) -> dict[Path, Leaves]:
+    """What holds leaves and has dropout, by its path, of modules by theirs."""
+    held = {(*path, name): value for path, module in found.items() for name, value in vars(module).items()}
+    return {path: value for path, value in held.items() if isinstance(value, Leaves) and "rngs" in vars(value)}
+
+
 def is_left_out(module: nnx.Module, name: str) -> bool:
     """Whether the state that a module was made of says that a delta is left out: see `jdelta.without`."""
     return any(map(left_out.is_marked, leaves_of(module, name).values()))
@@ -202,6 +217,11 @@ def remove(module: nnx.Module, name: str) -> None:
         set_data(module, name, None, is_data)
         if switched:
             vars(module)[f"use_{name}"] = False
+
+
+def is_of_model(variable: nnx.Param) -> bool:
+    """Whether a parameter is the model's own: of no delta, and not from `add`."""
+    return not (isinstance(variable, DeltaParam) or {_ADDED, _OPTIONAL} & variable.get_metadata().keys())
 
 
 def is_added(module: nnx.Module, name: str) -> bool:

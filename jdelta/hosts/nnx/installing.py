@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 from flax import nnx
@@ -21,7 +22,11 @@ from jdelta.trees.surgery import Path
 
 
 def put_on(
-    model: nnx.Module, attachments: Sequence[Attachment], structure: Structure | None, apart: bool = False
+    model: nnx.Module,
+    attachments: Sequence[Attachment],
+    structure: Structure | None,
+    dropouts: Mapping[Path, graph.Leaves] = MappingProxyType({}),
+    apart: bool = False,
 ) -> None:
     """Gives each module of a model the role that makes it run exactly these.
 
@@ -29,6 +34,7 @@ def put_on(
       model: it is changed.
       attachments: active or not.
       structure: the model's; it is not needed if there are no attachments.
+      dropouts: path of a delta at a module to what held its leaves before it was detached, with what its dropout needs.
       apart: whether these roles are equal to no others, so that jax traces each module, even those that are alike.
     """
     modules, owners = graph.modules(model), graph.shared_variables(model)
@@ -48,7 +54,8 @@ def put_on(
                 graph.delete(module, name)
         for edit in mine.all if mine is not None else ():
             if structure is not None and _name_of(edit) and drops_out(edit):
-                _give_dropout(model, module, path, edit, layers_at(structure, path))
+                name, layers = _name_of(edit), layers_at(structure, path)
+                _give_dropout(model, module, (*path, name), layers, dropouts.get((*path, name)))
     share(model, attachments)
 
 
@@ -58,16 +65,27 @@ def share(model: nnx.Module, attachments: Sequence[Attachment]) -> None:
         graph.share(model, edit)
 
 
-def _give_dropout(model: nnx.Module, module: nnx.Module, path: Path, edit: Edit, layers: Layers) -> None:
-    """Makes what the dropout of an edit needs, if that is not there yet. It is on as the model's own is."""
-    name = _name_of(edit)
-    holder = graph.holder_of(module, name)
-    if "deterministic" not in vars(holder):
-        modes = [getattr(m, "deterministic", None) for m in graph.modules(model).values()]
-        key = jax.random.key(zlib.crc32(surgery.name_of((*path, name)).encode()))
-        vars(holder)["deterministic"] = next((mode for mode in modes if isinstance(mode, bool)), False)
-        keys = jax.random.split(key, layers.sizes[::-1]) if layers.sizes else key
-        graph.set_data(holder, "rngs", nnx.RngStream(keys, tag="dropout"))
+def _give_dropout(
+    model: nnx.Module, module: nnx.Module, path: Path, layers: Layers, before: graph.Leaves | None
+) -> None:
+    """Makes what the dropout of a delta needs, if that is not there yet. It is on as the model's own is."""
+    holder = graph.holder_of(module, path[-1])
+    if "deterministic" in vars(holder):
+        return
+    earlier = {} if before is None else vars(before)
+    mode = _is_deterministic(model, earlier.get("deterministic", False))
+    graph.set_data(holder, "deterministic", mode, is_data=False)
+    if (stream := earlier.get("rngs")) is None:
+        key = jax.random.key(zlib.crc32(surgery.name_of(path).encode()))
+        stream = nnx.RngStream(jax.random.split(key, layers.sizes[::-1]) if layers.sizes else key, tag="dropout")
+    graph.set_data(holder, "rngs", stream)
+
+
+def _is_deterministic(model: nnx.Module, otherwise: bool) -> bool:
+    """Whether a model is in the mode of `eval`, as a module in it says that has a mode; deltas are asked last."""
+    inside = sorted((module for _, module in nnx.iter_modules(model)), key=lambda m: isinstance(m, graph.Leaves))
+    modes = [getattr(module, name, None) for module in inside for name in ("deterministic", "use_running_average")]
+    return next((mode for mode in modes if isinstance(mode, bool)), otherwise)
 
 
 def _name_of(edit: Edit) -> str:

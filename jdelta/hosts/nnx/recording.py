@@ -235,15 +235,15 @@ class Recorder:
         """Name to the reason why it is none of the modules."""
         found: dict[str, str] = {}
         for path, module in held.items():
-            if isinstance(module, (nnx.List, nnx.Dict)):
+            if path in self._methods:
+                found[surgery.name_of(path)] = self._run_by(path, held, modules)
+            elif isinstance(module, (nnx.List, nnx.Dict)):
                 inside = [surgery.name_of(p) for p in held if p[:-1] == path]
                 kind, etc = class_of(module).__name__, ", …" if len(inside) > 2 else ""
                 found[surgery.name_of(path)] = (
                     f"it is a {kind} of modules, and nothing calls that. Name what is in it: "
                     f"{', '.join(inside[:2]) or 'it is empty'}{etc}."
                 )
-            elif path in self._methods:
-                found[surgery.name_of(path)] = self._run_by(path, held, modules)
             else:
                 found[surgery.name_of(path)] = _NOT_CALLED
         for path, (inner, _) in self._bridged.items():

@@ -24,7 +24,7 @@ from jdelta.hosts.nnx import graph
 from jdelta.hosts.nnx.creating import is_creating, noted
 from jdelta.hosts.nnx.frames import CALL, Frame
 from jdelta.hosts.nnx.roles import Edits
-from jdelta.hosts.nnx.swapping import class_of
+from jdelta.hosts.nnx.swapping import class_of, one_at_a_time
 from jdelta.hosts.nnx.weight_calls import ModuleCall, own_of
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
@@ -84,6 +84,8 @@ class Edited:
         token = _run.set(run := _Run(self.edits if attachments else None))
         try:
             with contextlib.ExitStack() as stack:
+                if any(a.active and a.generator is not None for a in attachments):
+                    stack.enter_context(one_at_a_time)
                 for attachment in (a for a in attachments if a.active):
                     if graph.is_left_out(module, attachment.name):
                         run.left_out.add(attachment.name)

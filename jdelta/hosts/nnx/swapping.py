@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 from flax import nnx
 
+# Held by a run for as long as attributes are on the model that belong to that run alone: threads share the model.
+one_at_a_time = threading.RLock()
+
 ROLE = "_pytree__jdelta"  # nnx shows no attribute that begins so, and takes none for a part of a linen module
-_CONTAINERS = (nnx.List, nnx.Dict)
+_OF_ALL = {*nnx.Module.__mro__, *nnx.List.__mro__, *nnx.Dict.__mro__}  # classes whose functions are not the model's
 
 
 class Role(Protocol, Hashable):
@@ -102,10 +106,10 @@ def _unheard(cls: Any) -> Iterator[None]:
 
 
 def _functions(cls: type) -> dict[str, Any]:
-    """The functions of a module's class, by name, without those that all modules have."""
+    """The functions of a module's class, by name, without those that all modules or all containers have."""
     found: dict[str, Any] = {}
-    for base in () if issubclass(cls, _CONTAINERS) else cls.__mro__:
-        if base not in nnx.Module.__mro__:
+    for base in cls.__mro__:
+        if base not in _OF_ALL:
             found = {**vars(base), **found}
     return {name: value for name, value in found.items() if _is_function(name, value)}
 
@@ -147,4 +151,4 @@ def _unpickled(cls: type, values: dict[str, Any]) -> Any:
     return module
 
 
-__all__ = ["ROLE", "Role", "class_of", "give", "role_of"]
+__all__ = ["ROLE", "Role", "class_of", "give", "one_at_a_time", "role_of"]
