@@ -29,6 +29,7 @@ from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
+from jdelta.methods.oft import OFTConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.randlora import RandLoraConfig
@@ -47,6 +48,7 @@ from jdelta.models import (
     LoraModel,
     LowRankAdapterModel,
     MissModel,
+    OFTModel,
     ParallelAdapterModel,
     PrefixModel,
     RandLoraModel,
@@ -100,6 +102,8 @@ __all__ = [
     "MissModel",
     "ModuleInfo",
     "Movement",
+    "OFTConfig",
+    "OFTModel",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
     "ParameterInfo",

@@ -13,6 +13,7 @@ from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
+from jdelta.methods.oft import OFTConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.randlora import RandLoraConfig
@@ -104,6 +105,20 @@ class HRAModel(DeltaModel):
     """
 
     method_class = HRAConfig
+
+
+class OFTModel(DeltaModel):
+    """OFT on linear modules: blocks of the input's features are rotated.
+
+        delta = jdelta.OFTModel(model, modified_modules=["query", "value"], oft_block_size=32)
+
+    By default it is at query and value. It takes modules whose features come in their input's last axes: not
+    convolutions and embeddings. The leaf is `oft/oft_R`, `(blocks, oft_block_size * (oft_block_size - 1) / 2)`. The
+    output is unchanged at initialisation. Its own arguments are those of `OFTConfig`, the common ones and errors those
+    of `DeltaModel`.
+    """
+
+    method_class = OFTConfig
 
 
 class VeraModel(DeltaModel):

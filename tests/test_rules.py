@@ -143,6 +143,7 @@ QUICK = [
     ("Dense", "miss", "in the call", False),
     ("Dense", "hra", "in the call", True),
     ("DenseGeneral out", "road-2", "in the call", False),
+    ("DenseGeneral in", "oft", "in the call", False),
     ("Dense", "dora", "accelerator", False),
     ("Dense", "vera", "fused", True),
     ("Dense", "randlora", "in the call", False),

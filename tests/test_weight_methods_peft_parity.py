@@ -93,6 +93,11 @@ def lora(family: str, *modules: str, **more: Any) -> Case:
     return Case(family, lambda **kw: peft.LoraConfig(**arguments, **kw), "lora_", modules=modules)
 
 
+def oft(family: str, **more: Any) -> Case:
+    arguments = {"oft_block_size": 8, **more}
+    return Case(family, lambda **kw: peft.OFTConfig(**arguments, **kw), "oft_R")
+
+
 RANDLORA = {"r": 6, "randlora_alpha": 3}
 DRAWN = {"save_projection": False, "projection_prng_key": 7}  # its matrices are drawn from a seed
 CASES = {
@@ -155,6 +160,12 @@ CASES = {
     "vera-drawn-bert": Case("bert", lambda **kw: peft.VeraConfig(r=5, **DRAWN, **kw), "vera_lambda_"),
     "vera-gpt2": Case("gpt2", lambda **kw: peft.VeraConfig(r=5, fan_in_fan_out=True, **kw), "vera_lambda_"),
     "vera-llama": Case("llama", lambda **kw: peft.VeraConfig(r=5, **kw), "vera_lambda_"),
+    "oft-bert": oft("bert"),
+    "oft-uneven-bert": oft("bert", oft_block_size=32),  # 48 features are two blocks of 24
+    "oft-exact-bert": oft("bert", use_cayley_neumann=False, r=4, oft_block_size=0),
+    "oft-small-bert": oft("bert", coft=True, eps=0.9, num_cayley_neumann_terms=7),
+    "oft-shared-llama": oft("llama", block_share=True, num_cayley_neumann_terms=3, bias="oft_only"),
+    "oft-short-llama": oft("llama", num_cayley_neumann_terms=2),
     "road-1-bert": Case("bert", lambda **kw: peft.RoadConfig(group_size=8, **kw), "road_"),
     "road-2-bert": Case("bert", lambda **kw: peft.RoadConfig(variant="road_2", group_size=32, **kw), "road_"),
     "road-4-llama": Case("llama", lambda **kw: peft.RoadConfig(variant="road_4", group_size=2, **kw), "road_"),

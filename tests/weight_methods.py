@@ -16,6 +16,7 @@ from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
+from jdelta.methods.oft import OFTRule
 from jdelta.methods.randlora import RandLoraRule
 from jdelta.methods.road import RoadRule
 from jdelta.methods.shira import ShiraRule
@@ -79,6 +80,13 @@ METHODS = {
     "randlora": Row(jdelta.RandLoraModel, {"r": 3, "randlora_alpha": 6}, lambda: RandLoraRule(rank=2, scale=0.5)),
     "vera": Row(jdelta.VeraModel, {"r": 2}, lambda: VeraRule(rank=2)),
     "vera-saved": Row(jdelta.VeraModel, {"r": 2, "save_projection": True}),
+    "oft": Row(jdelta.OFTModel, {"oft_block_size": 2}, lambda: OFTRule(5), only=FEATURES_IN),
+    "oft-exact": Row(
+        jdelta.OFTModel,
+        {"r": 2, "oft_block_size": 0, "block_share": True, "use_cayley_neumann": False},
+        lambda: OFTRule(5, shared=True, terms=None),
+        only=FEATURES_IN,
+    ),
     **{
         variant.replace("_", "-"): Row(
             jdelta.RoadModel,

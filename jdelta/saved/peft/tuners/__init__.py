@@ -7,11 +7,13 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.miss import MissConfig
+from jdelta.methods.oft import LEAF, OFTConfig
 from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.vera import VeraConfig
 from jdelta.saved.peft.tuners.fourierft import FourierFTTuner
+from jdelta.saved.peft.tuners.oft import OFTTuner
 from jdelta.saved.peft.tuners.projected import Projected, RandLora
 from jdelta.saved.peft.tuners.shira import ShiraTuner
 from jdelta.saved.peft.tuners.tuner import Tuner
@@ -58,6 +60,18 @@ TUNERS = {
             fields=("r", "apply_GS"),
             other_fields=("init_weights",),
             biases="hra_only",
+        ),
+        OFTTuner(
+            "OFT",
+            OFTConfig,
+            {LEAF: "oft_R.weight"},
+            fields=(
+                *("r", "oft_block_size", "coft", "eps", "block_share"),
+                *("use_cayley_neumann", "num_cayley_neumann_terms"),
+            ),  # not module_dropout, which PEFT 0.21 takes, and drops nothing
+            read_fields=("peft_version",),
+            other_fields=("init_weights",),
+            biases="oft_only",
         ),
         Projected(
             "VERA",
