@@ -163,5 +163,7 @@ def test_places_of_peft_are_those_of_the_transposed_weight(dtype):
     for widths in ((9, 6), (10, 5)):
         with pytest.raises(ValueError, match="shira_indices has places outside a weight of"):
             tuner.require_fit(leaves, *widths)
+    with pytest.raises(ValueError, match="without shira_indices"):
+        tuner.require_fit({"values": leaves["values"]}, D_IN, D_OUT)
     with pytest.raises(ValueError, match="outside"):
         tuner.require_fit({"indices": -leaves["indices"]}, D_IN, D_OUT)

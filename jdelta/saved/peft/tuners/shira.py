@@ -17,16 +17,17 @@ class ShiraTuner(Tuner):
     def leaves(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The leaves at a module, from its tensors. On Windows, PEFT saves the places as floats."""
         return {
-            leaf: tensor[::-1].astype(np.int32) if leaf == "indices" else tensor for leaf, tensor in tensors.items()
+            leaf: np.flip(tensor, 0).astype(np.int32) if leaf == "indices" else tensor
+            for leaf, tensor in tensors.items()
         }
 
     def require_fit(self, leaves: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
-        """Raises `ValueError` if a place is outside the weight, where JAX would change nothing."""
-        places = leaves.get("indices")
-        if (
-            places is not None
-            and len(places) == 2
-            and any(not ((of >= 0) & (of < size)).all() for of, size in zip(places, (d_in, d_out), strict=True))
+        """Raises `ValueError` if places are missing, or outside the weight, where JAX would change nothing."""
+        if "indices" not in leaves:
+            raise ValueError("the file has shira_weight without shira_indices, the places that it belongs to.")
+        places = leaves["indices"]
+        if len(places) != 2 or not all(
+            ((of >= 0) & (of < d)).all() for of, d in zip(places, (d_in, d_out), strict=True)
         ):
             raise ValueError(f"shira_indices has places outside a weight of {d_in} inputs and {d_out} outputs.")
 
