@@ -24,6 +24,7 @@ from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
+from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
@@ -43,6 +44,7 @@ from jdelta.models import (
     CompacterModel,
     DeloraModel,
     FourierFTModel,
+    GraLoraModel,
     HiraModel,
     HRAModel,
     LoraModel,
@@ -89,6 +91,8 @@ __all__ = [
     "Finetuned",
     "FourierFTConfig",
     "FourierFTModel",
+    "GraLoraConfig",
+    "GraLoraModel",
     "HRAConfig",
     "HRAModel",
     "HiraConfig",

@@ -8,6 +8,7 @@ from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
+from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.lora import LoraConfig
@@ -176,6 +177,20 @@ class RandLoraModel(DeltaModel):
     """
 
     method_class = RandLoraConfig
+
+
+class GraLoraModel(DeltaModel):
+    """GraLoRA on linear modules: a LoRA of its own for each of `k × k` blocks of the weight.
+
+        delta = jdelta.GraLoraModel(model, modified_modules=["query", "value"], r=32, gralora_k=2)
+
+    By default it is where LoRA is, with as many parameters as that of rank `r`, and it costs the same. The leaves are
+    `gralora/a`, `(*d_in, k, r / k)`, and `gralora/b`, `(k, r / k, *d_out)`; with `hybrid_r`, `gralora/a_general` and
+    `gralora/b_general` besides, as of LoRA. The output is unchanged at initialisation. Its own arguments are those of
+    `GraLoraConfig`, the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = GraLoraConfig
 
 
 class AdapterModel(DeltaModel):

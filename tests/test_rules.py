@@ -147,6 +147,7 @@ QUICK = [
     ("Dense", "dora", "accelerator", False),
     ("Dense", "vera", "fused", True),
     ("Dense", "randlora", "in the call", False),
+    ("DenseGeneral in", "gralora", "in the call", True),
     ("Dense", "scale out", "in the call", True),
     ("Dense", "scale in", "in the call", False),
     ("DenseGeneral in", "dora", "rewritten", True),

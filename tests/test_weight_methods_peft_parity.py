@@ -146,6 +146,11 @@ CASES = {
     "hra-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, **kw), "hra_"),
     "hra-odd-llama": Case("llama", lambda **kw: peft.HRAConfig(r=5, bias="hra_only", **kw), "hra_"),
     "hra-gs-bert": Case("bert", lambda **kw: peft.HRAConfig(r=4, apply_GS=True, **kw), "hra_"),
+    "gralora-bert": Case("bert", lambda **kw: peft.GraloraConfig(r=6, alpha=8, **kw), "gralora_"),
+    "gralora-gpt2": Case("gpt2", lambda **kw: peft.GraloraConfig(r=4, alpha=8, fan_in_fan_out=True, **kw), "gralora_"),
+    "gralora-hybrid-llama": Case(
+        "llama", lambda **kw: peft.GraloraConfig(r=8, alpha=8, hybrid_r=3, gralora_k=4, **kw), "gralora_"
+    ),
     "randlora-bert": Case("bert", lambda **kw: peft.RandLoraConfig(**RANDLORA, **kw), "randlora_"),
     "randlora-drawn-bert": Case("bert", lambda **kw: peft.RandLoraConfig(**RANDLORA, **DRAWN, **kw), "randlora_"),
     "randlora-sparse-llama": Case(

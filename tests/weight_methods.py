@@ -12,6 +12,7 @@ import pytest
 import jdelta
 from jdelta.methods.delora import DeloraRule
 from jdelta.methods.fourierft import FourierFTRule
+from jdelta.methods.gralora import GraLoraRule
 from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
@@ -52,6 +53,8 @@ FEATURES_IN = (
 )
 # Features that come out can be anything but those of experts, and of channels that are convolved in groups.
 FEATURES_OUT = (*FEATURES_IN, "Conv", "Embed", "nnx Conv", "nnx Embed")
+# Both numbers of features are even.
+EVEN = ("DenseGeneral in", "Conv", "grouped Conv", "nnx LinearGeneral", "nnx Conv")
 METHODS = {
     "lora": Row(jdelta.LoraModel, {"lora_r": 2}, lambda: LoraRule(rank=2, scale=1.5)),
     "dora": Row(jdelta.LoraModel, {"lora_r": 2, "use_dora": True}, lambda: DoraRule(rank=2, scale=1.5)),
@@ -66,7 +69,7 @@ METHODS = {
         jdelta.MissModel,
         {"r": 1, "init_weights": "bat"},
         lambda: BatRule(rank=2),
-        only=("DenseGeneral in", "Conv", "grouped Conv", "nnx LinearGeneral", "nnx Conv"),  # of even widths
+        only=EVEN,
     ),
     "shira": Row(jdelta.ShiraModel, {"r": 1}, lambda: ShiraRule(rank=1)),
     "hra": Row(jdelta.HRAModel, {"r": 2}, lambda: HRARule(rank=4), only=FEATURES_IN),
@@ -76,6 +79,18 @@ METHODS = {
         lambda: HRARule(rank=3, orthogonal=True),
         starts_at_identity=False,
         only=FEATURES_IN,
+    ),
+    "gralora": Row(
+        jdelta.GraLoraModel,
+        {"r": 4, "alpha": 6},
+        lambda: GraLoraRule(rank=4, blocks=2, scale=1.5),
+        only=EVEN,
+        nnx_modules=("dense", "product"),
+    ),
+    "gralora-hybrid": Row(
+        jdelta.GraLoraModel,
+        {"r": 2, "alpha": 6, "gralora_k": 1, "hybrid_r": 2},
+        lambda: GraLoraRule(rank=2, blocks=1, scale=1.5, hybrid_rank=2),
     ),
     "randlora": Row(jdelta.RandLoraModel, {"r": 3, "randlora_alpha": 6}, lambda: RandLoraRule(rank=2, scale=0.5)),
     "vera": Row(jdelta.VeraModel, {"r": 2}, lambda: VeraRule(rank=2)),

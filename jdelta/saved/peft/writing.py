@@ -122,7 +122,8 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
         require_same(tuner, info, parts[0], parts)
         _require_one_layer(found, structure, host)
         edit = next(each for each in config.edits(info, structure) if isinstance(each, WeightEdit))
-        own = {leaf: jnp.asarray(found.values[f"{host}.{found.name}.{leaf}"]) for leaf in tuner.tensors}
+        keys = {leaf: f"{host}.{found.name}.{leaf}" for leaf in tuner.tensors}  # an option may leave some out
+        own = {leaf: jnp.asarray(found.values[key]) for leaf, key in keys.items() if key in found.values}
         seen = {leaf: np.asarray(value) for leaf, value in weights.seen_own(edit, own).items()}
         tuner.require_fit(seen, *weights.layout_of(edit).matrix_shape(edit.shape))
         tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in tuner.written(seen).items()}

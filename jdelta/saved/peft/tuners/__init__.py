@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
+from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.miss import MissConfig
@@ -13,6 +14,7 @@ from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.vera import VeraConfig
 from jdelta.saved.peft.tuners.fourierft import FourierFTTuner
+from jdelta.saved.peft.tuners.gralora import GraLoraTuner
 from jdelta.saved.peft.tuners.oft import OFTTuner
 from jdelta.saved.peft.tuners.projected import Projected, RandLora
 from jdelta.saved.peft.tuners.shira import ShiraTuner
@@ -99,6 +101,20 @@ TUNERS = {
             read_fields=("n_frequency_pattern",),
             conv1d=True,
             biases="fourier_only",
+        ),
+        GraLoraTuner(
+            "GRALORA",
+            GraLoraConfig,
+            {
+                "a": "gralora_A",
+                "b": "gralora_B",
+                "a_general": "gralora_A_general.weight",
+                "b_general": "gralora_B_general.weight",
+            },
+            fields=("r", "hybrid_r", "alpha", "gralora_dropout", "gralora_k"),
+            other_fields=("init_weights",),
+            conv1d=True,
+            biases="gralora_only",
         ),
         RandLora(
             "RANDLORA",
