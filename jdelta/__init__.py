@@ -21,6 +21,7 @@ from jdelta.hosts.transformers import repairs as _transformers_repair
 from jdelta.leaving_out import without
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
+from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
@@ -41,6 +42,7 @@ from jdelta.methods.vera import VeraConfig
 from jdelta.models import (
     AdapterModel,
     BitFitModel,
+    C3AModel,
     CompacterModel,
     DeloraModel,
     FourierFTModel,
@@ -80,6 +82,8 @@ __all__ = [
     "Backbone",
     "BitFitConfig",
     "BitFitModel",
+    "C3AConfig",
+    "C3AModel",
     "CallEdit",
     "CompacterConfig",
     "CompacterModel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jdelta.delta import DeltaModel
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
+from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.compacter import CompacterConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
@@ -37,6 +38,19 @@ class LoraModel(DeltaModel):
     """
 
     method_class = LoraConfig
+
+
+class C3AModel(DeltaModel):
+    """C3A on linear modules: a change that is circulant in each block of features.
+
+        delta = jdelta.C3AModel(model, modified_modules=["query", "value"], block_size=64)
+
+    By default it is where LoRA is. The leaf is `c3a/kernel`, `(d_out/block_size, d_in/block_size, block_size)`. The
+    output changes at once, unless `init_weights=True`. Its own arguments are those of `C3AConfig`, the common ones and
+    errors those of `DeltaModel`; a module whose widths `block_size` does not divide is a `ValueError`.
+    """
+
+    method_class = C3AConfig
 
 
 class HiraModel(DeltaModel):

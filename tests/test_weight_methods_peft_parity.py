@@ -122,6 +122,13 @@ CASES = {
     "delora-llama": Case("llama", lambda **kw: peft.DeloraConfig(r=2, delora_lambda=5, **kw), "delora_"),
     "shira-bert": Case("bert", lambda **kw: peft.ShiraConfig(r=3, random_seed=4, **kw), "shira_"),
     "shira-llama": Case("llama", lambda **kw: peft.ShiraConfig(r=2, **kw), "shira_"),
+    "c3a-bert": Case("bert", lambda **kw: peft.C3AConfig(block_size=16, **kw), "c3a_", spread=1.0),
+    "c3a-llama": Case(
+        "llama",
+        lambda **kw: peft.C3AConfig(block_size=16, block_size_pattern={"q_proj": 8}, init_weights=True, **kw),
+        "c3a_",
+        spread=1.0,
+    ),
     "fourierft-bert": Case("bert", lambda **kw: peft.FourierFTConfig(n_frequency=20, **kw), "fourierft_"),
     "fourierft-gpt2": Case(
         "gpt2",
@@ -197,6 +204,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[An
         return copy.deepcopy(made[family][0]), copy.copy(made[family][1])
 
     return of
+
+
+class Differentiable:
+    """C3A's convolution, differentiated by PyTorch: PEFT 0.21 has the gradient of another function of the input."""
+
+    @staticmethod
+    def apply(x: Any, w: Any) -> Any:
+        x = x.reshape(*x.shape[:-1], *w.shape[1:])
+        x = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(x), torch.fft.fft(w))
+        return torch.fft.fft(x).real.flatten(-2)
+
+
+@pytest.fixture(autouse=True)
+def mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.tuners.c3a.layer.BlockCircularConvolution", Differentiable)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import jdelta
+from jdelta.methods.c3a import C3ARule
 from jdelta.methods.delora import DeloraRule
 from jdelta.methods.fourierft import FourierFTRule
 from jdelta.methods.gralora import GraLoraRule
@@ -112,6 +113,14 @@ METHODS = {
         )
         for variant in ("road_1", "road_2")
     },
+    "c3a": Row(
+        jdelta.C3AModel,
+        {"block_size": 2},
+        lambda: C3ARule(size=2),
+        starts_at_identity=False,
+        only=("DenseGeneral in", "Conv", "grouped Conv", "nnx LinearGeneral", "nnx Conv"),  # of even widths
+        nnx_modules=("dense", "product"),
+    ),
     "fourierft": Row(
         jdelta.FourierFTModel,
         {"n_frequency": 9, "scaling": 20},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
@@ -13,6 +14,7 @@ from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.vera import VeraConfig
+from jdelta.saved.peft.tuners.dotted import Dotted
 from jdelta.saved.peft.tuners.fourierft import FourierFTTuner
 from jdelta.saved.peft.tuners.gralora import GraLoraTuner
 from jdelta.saved.peft.tuners.oft import OFTTuner
@@ -31,6 +33,17 @@ TUNERS = {
             fields=("r", "hira_dropout"),
             other_fields=("init_weights", "rank_pattern"),  # PEFT 0.21 takes rank_pattern, and gives all the rank r
             conv1d=True,
+        ),
+        Dotted(
+            "C3A",
+            C3AConfig,
+            {"kernel": "c3a_kernel"},
+            fields=("block_size",),
+            read_fields=("block_size_pattern",),
+            other_fields=("init_weights",),
+            biases="c3a_only",
+            pattern="block_size_pattern",
+            replaces="block_size",
         ),
         Tuner(
             "DELORA",
@@ -101,6 +114,8 @@ TUNERS = {
             read_fields=("n_frequency_pattern",),
             conv1d=True,
             biases="fourier_only",
+            pattern="n_frequency_pattern",
+            replaces="n_frequency",
         ),
         GraLoraTuner(
             "GRALORA",
