@@ -8,6 +8,7 @@ from typing import Any, Literal
 import chex
 import jax
 import pytest
+import weight_methods
 from conftest import build, fresh
 from flax import linen as nn
 from tiers import breadth
@@ -32,6 +33,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "prefix": {"prefix_token_num": 3},
     "soft_prompt": {"soft_token_num": 3},
 }
+for _row in weight_methods.METHODS.values():
+    ARGUMENTS.setdefault(_row.model.method_class.delta_type, dict(_row.arguments))
 
 
 @pytest.mark.parametrize("delta_type", OWN)

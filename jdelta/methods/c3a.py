@@ -19,8 +19,6 @@ from jdelta.core.method import Method
 from jdelta.core.rules import Leaves
 from jdelta.trees import addressing
 
-Start = bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"]
-
 
 @dataclasses.dataclass(frozen=True)
 class C3ARule:
@@ -32,7 +30,7 @@ class C3ARule:
     """
 
     size: int
-    start: Start = "xavier_uniform"
+    start: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 
     def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
         d_in, d_out = weight.shape
@@ -90,7 +88,7 @@ class C3AConfig(Method):
     pattern_fields: ClassVar[tuple[str, ...]] = ("block_size_pattern",)
 
     block_size: int = 256
-    init_weights: Start = "xavier_uniform"
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
     block_size_pattern: dict[str, int] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:

@@ -21,8 +21,6 @@ from jdelta.core.method import Method
 from jdelta.core.rules import Leaves, Side
 from jdelta.core.structure import ModuleInfo, Structure
 
-Variant = Literal["road_1", "road_2", "road_4"]
-
 
 @dataclasses.dataclass(frozen=True)
 class RoadRule:
@@ -38,7 +36,7 @@ class RoadRule:
 
     side: ClassVar[Side] = "out"
 
-    variant: Variant = "road_1"
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 64
 
     @property
@@ -80,7 +78,7 @@ class RoadConfig(Method):
     delta_type = "road"
     default_modified_modules = ("attn.q", "attn.v", "conv")
 
-    variant: Variant = "road_1"
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 64
 
     def __post_init__(self) -> None:
