@@ -657,6 +657,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_gives_the_terminal_back_and_leaves_the_model_as_it_was():
     port = free_port()
     script = SCRIPT.format(tests=os.path.dirname(__file__), port=port)
