@@ -129,14 +129,17 @@ def fits(rule, host):
     )
 
 
-ALL = [
-    (host, rule, form, scan)
-    for host in HOSTS
-    for rule in RULES
-    for form in FORMS
-    for scan in (False, True)[: 1 + (host in SCANNED)]
-    if fits(rule, host) and not (form == "rewritten" and hasattr(RULES[rule](), "side"))
-]
+EVERYWHERE = {"lora", "dora", "hira", "scale out", "scale in"}
+
+
+def is_case(host, rule, form, scan):
+    """All forms of some rules; of the others one without a scan, one with it, and one that knows no call."""
+    if not fits(rule, host) or (form == "rewritten" and hasattr(RULES[rule](), "side")):
+        return False
+    few = {("in the call", False), ("fused", host in SCANNED), ("rewritten", False)}
+    return rule in EVERYWHERE or (form, scan) in few or (host, rule, form, scan) in QUICK
+
+
 QUICK = [
     ("Dense", "lora", "fused", True),
     ("Dense", "hira", "in the call", False),
@@ -157,6 +160,14 @@ QUICK = [
     ("nnx Linear", "lora", "fused", True),
     ("nnx Linear", "dora", "rewritten", False),
     ("nnx Einsum w", "hira", "in the call", False),
+]
+ALL = [
+    (host, rule, form, scan)
+    for host in HOSTS
+    for rule in RULES
+    for form in FORMS
+    for scan in (False, True)[: 1 + (host in SCANNED)]
+    if is_case(host, rule, form, scan)
 ]
 
 
