@@ -764,3 +764,17 @@ def test_a_copy_with_a_rule_that_has_no_hash_is_no_equal_of_the_model_that_it_is
     assert nnx.graphdef(model) == nnx.graphdef(nnx.clone(model))
     assert nnx.graphdef(model) != nnx.graphdef(other)
     np.testing.assert_array_equal(model(X), other(X))
+
+
+class NnxLayer(jdelta.Method):
+    def edits(self, host, structure):
+        yield jdelta.CallEdit(host.path, "after", nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+
+
+def test_a_layer_that_is_an_nnx_module_is_refused():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(
+        TypeError, match=r"at layers\.0 \(Linear\): the layer of a CallEdit .*got Linear"
+    ):
+        jdelta.DeltaModel(model, ["layers.0"], method=NnxLayer(), dummy_inputs=(X,))
+    assert nnx.graphdef(model) == nnx.graphdef(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
