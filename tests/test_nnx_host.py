@@ -773,8 +773,6 @@ class NnxLayer(jdelta.Method):
 
 def test_a_layer_that_is_an_nnx_module_is_refused():
     model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
-    with pytest.raises(
-        TypeError, match=r"at layers\.0 \(Linear\): the layer of a CallEdit .*got Linear"
-    ):
+    with pytest.raises(TypeError, match=r"at layers\.0 \(Linear\): the layer of a CallEdit .*got Linear"):
         jdelta.DeltaModel(model, ["layers.0"], method=NnxLayer(), dummy_inputs=(X,))
     assert nnx.graphdef(model) == nnx.graphdef(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
