@@ -28,6 +28,7 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
+from jdelta.methods.loha import LohaConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
@@ -49,6 +50,7 @@ from jdelta.models import (
     GraLoraModel,
     HiraModel,
     HRAModel,
+    LohaModel,
     LoraModel,
     LowRankAdapterModel,
     MissModel,
@@ -101,6 +103,8 @@ __all__ = [
     "HRAModel",
     "HiraConfig",
     "HiraModel",
+    "LohaConfig",
+    "LohaModel",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",

@@ -12,6 +12,7 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
+from jdelta.methods.loha import LohaConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
@@ -77,6 +78,20 @@ class MissModel(DeltaModel):
     """
 
     method_class = MissConfig
+
+
+class LohaModel(DeltaModel):
+    """LoHa on linear modules: a change of rank up to `r²`, the product of two low-rank matrices entry by entry.
+
+        delta = jdelta.LohaModel(model, modified_modules=["query", "value"], r=8)
+
+    By default it is where LoRA is, with twice the parameters of that of rank `r`. The leaves are `loha/a1` and
+    `loha/a2`, `(*d_in, r)`, and `loha/b1` and `loha/b2`, `(r, *d_out)`. The output is unchanged at initialisation,
+    unless `init_weights=False`. Its own arguments are those of `LohaConfig`, the common ones and errors those of
+    `DeltaModel`.
+    """
+
+    method_class = LohaConfig
 
 
 class DeloraModel(DeltaModel):

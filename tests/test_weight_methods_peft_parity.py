@@ -111,6 +111,14 @@ CASES = {
     "hira-bert": Case("bert", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
     "hira-gpt2": Case("gpt2", lambda **kw: peft.HiraConfig(r=3, fan_in_fan_out=True, **kw), "hira_"),
     "hira-llama": Case("llama", lambda **kw: peft.HiraConfig(r=3, **kw), "hira_"),
+    "loha-bert": Case("bert", lambda **kw: peft.LoHaConfig(r=3, alpha=5, **kw), "hada_"),
+    "loha-patterns-llama": Case(
+        "llama",
+        lambda **kw: peft.LoHaConfig(
+            r=6, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.*down_proj": 3}, init_weights=False, **kw
+        ),
+        "hada_",
+    ),
     "delora-bert": Case("bert", lambda **kw: peft.DeloraConfig(r=3, **kw), "delora_"),
     "delora-patterns-bert": Case(
         "bert",

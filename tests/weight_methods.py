@@ -16,6 +16,7 @@ from jdelta.methods.fourierft import FourierFTRule
 from jdelta.methods.gralora import GraLoraRule
 from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
+from jdelta.methods.loha import LohaRule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
 from jdelta.methods.oft import OFTRule
@@ -63,6 +64,7 @@ METHODS = {
     "olora": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "olora"}),
     "orthogonal": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "orthogonal"}),
     "hira": Row(jdelta.HiraModel, {"r": 2}, lambda: HiraRule(rank=2)),
+    "loha": Row(jdelta.LohaModel, {"r": 2, "alpha": 6}, lambda: LohaRule(rank=2, scale=1.5)),
     "delora": Row(jdelta.DeloraModel, {"r": 2}, lambda: DeloraRule(rank=2, strength=1.5)),
     "miss": Row(jdelta.MissModel, {"r": 4}, lambda: MissRule(rank=3)),
     "miss-mini": Row(jdelta.MissModel, {"r": 4, "init_weights": "mini"}, lambda: MissRule(rank=3, columns=2)),

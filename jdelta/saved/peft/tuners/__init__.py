@@ -8,6 +8,7 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
+from jdelta.methods.loha import LohaConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.oft import LEAF, OFTConfig
 from jdelta.methods.randlora import RandLoraConfig
@@ -53,6 +54,14 @@ TUNERS = {
             patterns=("rank_pattern", "lambda_pattern"),
             other_fields=("init_weights",),
             biases="delora_only",
+        ),
+        Tuner(
+            "LOHA",
+            LohaConfig,
+            {"a1": "hada_w1_b", "b1": "hada_w1_a", "a2": "hada_w2_b", "b2": "hada_w2_a"},
+            fields=("r", "alpha"),  # not rank_dropout and module_dropout, which drop parts of the change
+            patterns=("rank_pattern", "alpha_pattern"),
+            other_fields=("init_weights",),
         ),
         Untransposed(
             "MISS",
