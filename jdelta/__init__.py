@@ -28,6 +28,7 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
+from jdelta.methods.ia3 import IA3Config
 from jdelta.methods.loha import LohaConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
@@ -50,6 +51,7 @@ from jdelta.models import (
     GraLoraModel,
     HiraModel,
     HRAModel,
+    IA3Model,
     LohaModel,
     LoraModel,
     LowRankAdapterModel,
@@ -103,6 +105,8 @@ __all__ = [
     "HRAModel",
     "HiraConfig",
     "HiraModel",
+    "IA3Config",
+    "IA3Model",
     "LohaConfig",
     "LohaModel",
     "LoraConfig",

@@ -12,6 +12,7 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
+from jdelta.methods.ia3 import IA3Config
 from jdelta.methods.loha import LohaConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
@@ -177,6 +178,20 @@ class RoadModel(DeltaModel):
     """
 
     method_class = RoadConfig
+
+
+class IA3Model(DeltaModel):
+    """IA3 on linear modules: what comes out of them is scaled by a trained vector, or what goes into them.
+
+        delta = jdelta.IA3Model(model, modified_modules=["key", "value", "1.output.dense"])
+
+    By default it is at keys, values, and at the feed-forward's second layer, of which it scales the input. It takes
+    modules whose features of that side are in the last axes: of convolutions and embeddings it scales the output. The
+    leaf is `ia3/l`, `(*d_out,)` or `(*d_in,)`. The output is unchanged at initialisation. Its own arguments are those
+    of `IA3Config`, the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = IA3Config
 
 
 class FourierFTModel(DeltaModel):

@@ -98,6 +98,10 @@ def oft(family: str, **more: Any) -> Case:
     return Case(family, lambda **kw: peft.OFTConfig(**arguments, **kw), "oft_R")
 
 
+def ia3(family: str, *modules: str, **more: Any) -> Case:
+    return Case(family, lambda **kw: peft.IA3Config(**more, **kw), "ia3_", modules=modules)
+
+
 RANDLORA = {"r": 6, "randlora_alpha": 3}
 DRAWN = {"save_projection": False, "projection_prng_key": 7}  # its matrices are drawn from a seed
 CASES = {
@@ -186,6 +190,13 @@ CASES = {
     "oft-small-bert": oft("bert", coft=True, eps=0.9, num_cayley_neumann_terms=7),
     "oft-shared-llama": oft("llama", block_share=True, num_cayley_neumann_terms=3, bias="oft_only"),
     "oft-short-llama": oft("llama", num_cayley_neumann_terms=2),
+    "ia3-bert": ia3("bert", "key", "value", "output.dense", feedforward_modules=["output.dense"]),
+    "ia3-regex-bert": ia3("bert", "query", "output.dense", feedforward_modules=r".*layer\.\d+\.output\.dense"),
+    "ia3-random-gpt2": ia3(
+        "gpt2", "c_attn", "mlp.c_proj", feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True, init_ia3_weights=False
+    ),
+    "ia3-defaults-llama": ia3("llama"),
+    "ia3-out-llama": ia3("llama", "v_proj", "down_proj", feedforward_modules=[]),
     "road-1-bert": Case("bert", lambda **kw: peft.RoadConfig(group_size=8, **kw), "road_"),
     "road-2-bert": Case("bert", lambda **kw: peft.RoadConfig(variant="road_2", group_size=32, **kw), "road_"),
     "road-4-llama": Case("llama", lambda **kw: peft.RoadConfig(variant="road_4", group_size=2, **kw), "road_"),

@@ -16,6 +16,7 @@ from jdelta.methods.fourierft import FourierFTRule
 from jdelta.methods.gralora import GraLoraRule
 from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
+from jdelta.methods.ia3 import IA3Rule
 from jdelta.methods.loha import LohaRule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
@@ -115,6 +116,8 @@ METHODS = {
         )
         for variant in ("road_1", "road_2")
     },
+    "ia3": Row(jdelta.IA3Model, {"feedforward_modules": []}, lambda: IA3Rule("out"), only=FEATURES_OUT),
+    "ia3-in": Row(jdelta.IA3Model, {"feedforward_modules": ["[r].*"]}, lambda: IA3Rule("in"), only=FEATURES_IN),
     "c3a": Row(
         jdelta.C3AModel,
         {"block_size": 2},

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jdelta.core import parsing
+from jdelta.core.edits import WeightEdit
 from jdelta.core.linear import linear_map
 from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo
@@ -217,7 +218,9 @@ def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Nam
         leaves: Leaves = {}
         shapes = {host: _matrix_shape(names.structure[host]) for host in hosts.values()}
         for name, host in hosts.items():
-            own = tuner.leaves(found[name])
+            edits = config.edits(names.structure[host], names.structure)
+            rule = next(edit.rule for edit in edits if isinstance(edit, WeightEdit))
+            own = tuner.leaves_at(rule, found[name])
             tuner.require_fit(own, *shapes[host])
             leaves |= {(host, leaf): value for leaf, value in own.items()}
         shared = tuner.shared_leaves(shared, config, [*shapes.values()])

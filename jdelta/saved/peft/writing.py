@@ -117,16 +117,19 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
     """What PEFT has of a method that changes weights of modules."""
     names, config = Names.of(structure), found.config
     tensors: dict[str, np.ndarray] = {}
+    rules: dict[str, Any] = {}
     for host in found.targets:
         info, parts = structure[host], names.torch(host)
         require_same(tuner, info, parts[0], parts)
         _require_one_layer(found, structure, host)
         edit = next(each for each in config.edits(info, structure) if isinstance(each, WeightEdit))
+        rules[parts[0]] = edit.rule
         keys = {leaf: f"{host}.{found.name}.{leaf}" for leaf in tuner.tensors}  # an option may leave some out
         own = {leaf: jnp.asarray(found.values[key]) for leaf, key in keys.items() if key in found.values}
         seen = {leaf: np.asarray(value) for leaf, value in weights.seen_own(edit, own).items()}
         tuner.require_fit(seen, *weights.layout_of(edit).matrix_shape(edit.shape))
-        tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in tuner.written(seen).items()}
+        written = tuner.written_at(edit.rule, seen)
+        tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in written.items()}
     hosts = _hosts(found, names)
     fields = {"peft_type": tuner.kind, **{field: getattr(config, field) for field in tuner.fields}}
     for pattern in config.pattern_fields:
@@ -141,7 +144,8 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
         fields[pattern] = {f"^{re.escape(part)}": value for part, value in own_value.items() if value != usual}
     if tuner.conv1d:
         fields["fan_in_fan_out"] = any(_is_transposed(structure[host]) for host in found.targets)
-    fields, written = _write_modules(found, names, fields | tuner.written_fields(config, hosts), tensors, tuner.biases)
+    fields |= tuner.written_fields(config, hosts) | tuner.fields_at(rules)
+    fields, written = _write_modules(found, names, fields, tensors, tuner.biases)
     kept = {leaf: f"{found.name}.{leaf}" for leaf in tuner.shared}
     shared = {leaf: found.values[key] for leaf, key in kept.items() if key in found.values}
     return fields, written | {f"base_model.{k}": v for k, v in tuner.written_shared(shared, [*hosts]).items()}

@@ -8,6 +8,7 @@ from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
+from jdelta.methods.ia3 import IA3Config
 from jdelta.methods.loha import LohaConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.oft import LEAF, OFTConfig
@@ -18,6 +19,7 @@ from jdelta.methods.vera import VeraConfig
 from jdelta.saved.peft.tuners.dotted import Dotted
 from jdelta.saved.peft.tuners.fourierft import FourierFTTuner
 from jdelta.saved.peft.tuners.gralora import GraLoraTuner
+from jdelta.saved.peft.tuners.ia3 import IA3Tuner
 from jdelta.saved.peft.tuners.oft import OFTTuner
 from jdelta.saved.peft.tuners.projected import Projected, RandLora
 from jdelta.saved.peft.tuners.shira import ShiraTuner
@@ -114,6 +116,14 @@ TUNERS = {
             {"theta": "road_theta", "alpha": "road_alpha"},
             fields=("variant", "group_size"),
             other_fields=("init_weights",),
+        ),
+        IA3Tuner(
+            "IA3",
+            IA3Config,
+            {"l": "ia3_l"},
+            fields=("init_ia3_weights",),
+            read_fields=("feedforward_modules",),
+            conv1d=True,
         ),
         FourierFTTuner(
             "FOURIERFT",

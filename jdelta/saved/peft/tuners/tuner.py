@@ -61,6 +61,10 @@ class Tuner:
         """The leaves at a module, from its tensors by the names of leaves. Matrices are transposed in PyTorch."""
         return {leaf: tensor.T if tensor.ndim == 2 else tensor for leaf, tensor in tensors.items()}
 
+    def leaves_at(self, rule: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `leaves`, of a method whose layout depends on the rule that a module has. Override either."""
+        return self.leaves(tensors)
+
     def require_fit(self, leaves: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
         """Raises `ValueError` where leaves cannot be exchanged, either way, at a module of these widths."""
 
@@ -96,6 +100,21 @@ class Tuner:
     def written(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The tensors of a module by the names of leaves, from the leaves as the rule sees them."""
         return {leaf: value.T if value.ndim == 2 else value for leaf, value in leaves.items()}
+
+    def written_at(self, rule: Any, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `written`, of a method whose layout depends on the rule that a module has. Override either."""
+        return self.written(leaves)
+
+    def fields_at(self, rules: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of PEFT's that follow from the rules of the modules.
+
+        Args:
+          rules: those, by PyTorch's names of the modules.
+
+        Raises:
+          ValueError: PEFT has no such option.
+        """
+        return {}
 
     def written_shared(self, leaves: Mapping[str, np.ndarray], hosts: Sequence[str]) -> dict[str, np.ndarray]:
         """The tensors that all modules share, by the ends of their keys after `base_model.`.
