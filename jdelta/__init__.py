@@ -30,6 +30,7 @@ from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.ia3 import IA3Config
 from jdelta.methods.loha import LohaConfig
+from jdelta.methods.lokr import LokrConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
@@ -53,6 +54,7 @@ from jdelta.models import (
     HRAModel,
     IA3Model,
     LohaModel,
+    LokrModel,
     LoraModel,
     LowRankAdapterModel,
     MissModel,
@@ -109,6 +111,8 @@ __all__ = [
     "IA3Model",
     "LohaConfig",
     "LohaModel",
+    "LokrConfig",
+    "LokrModel",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",

@@ -14,6 +14,7 @@ from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.ia3 import IA3Config
 from jdelta.methods.loha import LohaConfig
+from jdelta.methods.lokr import LokrConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
@@ -93,6 +94,21 @@ class LohaModel(DeltaModel):
     """
 
     method_class = LohaConfig
+
+
+class LokrModel(DeltaModel):
+    """LoKr on linear modules: a change that is the Kronecker product of two small matrices.
+
+        delta = jdelta.LokrModel(model, modified_modules=["query", "value"], r=8)
+
+    By default it is where LoRA is. The widths of the weight are `d_in = m_in · n_in` and `d_out = m_out · n_out`. The
+    leaves are `lokr/w1`, `(m_in, m_out)`, with `decompose_both` perhaps `lokr/a1`, `(m_in, r)`, and `lokr/b1`,
+    `(r, m_out)`, in its place; and `lokr/a2`, `(n_in, r)`, and `lokr/b2`, `(r, n_out)`, or `lokr/w2`, `(n_in, n_out)`,
+    where `r` is at least half the larger width. The output is unchanged at initialisation, unless
+    `init_weights=False`. Its own arguments are those of `LokrConfig`, the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = LokrConfig
 
 
 class DeloraModel(DeltaModel):

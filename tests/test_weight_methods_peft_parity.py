@@ -123,6 +123,23 @@ CASES = {
         ),
         "hada_",
     ),
+    "lokr-bert": Case("bert", lambda **kw: peft.LoKrConfig(r=3, alpha=5, **kw), "lokr_"),
+    "lokr-full-bert": Case(
+        "bert", lambda **kw: peft.LoKrConfig(r=8, decompose_factor=8, init_weights="lycoris", **kw), "lokr_"
+    ),
+    "lokr-both-llama": Case(
+        "llama",
+        lambda **kw: peft.LoKrConfig(
+            r=2,
+            decompose_factor=5,
+            decompose_both=True,
+            rank_pattern={"q_proj": 1},
+            alpha_pattern={"layers.1.*down_proj": 3},
+            init_weights=False,
+            **kw,
+        ),
+        "lokr_",
+    ),
     "delora-bert": Case("bert", lambda **kw: peft.DeloraConfig(r=3, **kw), "delora_"),
     "delora-patterns-bert": Case(
         "bert",

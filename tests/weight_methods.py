@@ -18,6 +18,7 @@ from jdelta.methods.hira import HiraRule
 from jdelta.methods.hra import HRARule
 from jdelta.methods.ia3 import IA3Rule
 from jdelta.methods.loha import LohaRule
+from jdelta.methods.lokr import LokrRule
 from jdelta.methods.lora_rules import DoraRule, LoraRule
 from jdelta.methods.miss import BatRule, MissRule
 from jdelta.methods.oft import OFTRule
@@ -66,6 +67,12 @@ METHODS = {
     "orthogonal": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "orthogonal"}),
     "hira": Row(jdelta.HiraModel, {"r": 2}, lambda: HiraRule(rank=2)),
     "loha": Row(jdelta.LohaModel, {"r": 2, "alpha": 6}, lambda: LohaRule(rank=2, scale=1.5)),
+    "lokr": Row(jdelta.LokrModel, {"r": 2, "alpha": 6}, lambda: LokrRule(rank=2, scale=1.5)),
+    "lokr-both": Row(
+        jdelta.LokrModel,
+        {"r": 1, "decompose_factor": 4, "decompose_both": True},
+        lambda: LokrRule(rank=1, scale=1.5, factor=3, both=True),
+    ),
     "delora": Row(jdelta.DeloraModel, {"r": 2}, lambda: DeloraRule(rank=2, strength=1.5)),
     "miss": Row(jdelta.MissModel, {"r": 4}, lambda: MissRule(rank=3)),
     "miss-mini": Row(jdelta.MissModel, {"r": 4, "init_weights": "mini"}, lambda: MissRule(rank=3, columns=2)),

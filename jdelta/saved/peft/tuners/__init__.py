@@ -10,6 +10,7 @@ from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.ia3 import IA3Config
 from jdelta.methods.loha import LohaConfig
+from jdelta.methods.lokr import LokrConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.oft import LEAF, OFTConfig
 from jdelta.methods.randlora import RandLoraConfig
@@ -64,6 +65,17 @@ TUNERS = {
             fields=("r", "alpha"),  # not rank_dropout and module_dropout, which drop parts of the change
             patterns=("rank_pattern", "alpha_pattern"),
             other_fields=("init_weights",),
+        ),
+        Tuner(
+            "LOKR",
+            LokrConfig,
+            {
+                **{"w1": "lokr_w1", "a1": "lokr_w1_b", "b1": "lokr_w1_a"},
+                **{"w2": "lokr_w2", "a2": "lokr_w2_b", "b2": "lokr_w2_a"},
+            },
+            fields=("r", "alpha", "decompose_factor", "decompose_both", "init_weights"),
+            patterns=("rank_pattern", "alpha_pattern"),
+            other_fields=("rank_dropout_scale",),  # of rank_dropout, which is refused as module_dropout is
         ),
         Untransposed(
             "MISS",
