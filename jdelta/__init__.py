@@ -29,6 +29,7 @@ from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.ia3 import IA3Config
+from jdelta.methods.ln_tuning import LNTuningConfig
 from jdelta.methods.loha import LohaConfig
 from jdelta.methods.lokr import LokrConfig
 from jdelta.methods.lora import LoraConfig
@@ -53,6 +54,7 @@ from jdelta.models import (
     HiraModel,
     HRAModel,
     IA3Model,
+    LNTuningModel,
     LohaModel,
     LokrModel,
     LoraModel,
@@ -109,6 +111,8 @@ __all__ = [
     "HiraModel",
     "IA3Config",
     "IA3Model",
+    "LNTuningConfig",
+    "LNTuningModel",
     "LohaConfig",
     "LohaModel",
     "LokrConfig",

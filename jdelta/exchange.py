@@ -115,9 +115,10 @@ def _attached(
         params = host.params
         paths = {surgery.name_of(path): (*surgery.root(params), *path) for path in delta.paths}
         host.params = surgery.replaced(params, {paths[key]: value for key, value in values.items()})
-    if saved:
+    own_paths = {surgery.name_of(path) for path in delta.filter.paths}
+    if others := saved.keys() - own_paths:
         delta.freeze_module(
-            [freezing.DELTAS, *patterns_of(saved, adapter.modules_to_save, shapes_of(delta.structure.params))]
+            [freezing.DELTAS, *patterns_of(others, adapter.modules_to_save, shapes_of(delta.structure.params))]
         )
     return delta
 

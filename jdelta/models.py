@@ -13,6 +13,7 @@ from jdelta.methods.gralora import GraLoraConfig
 from jdelta.methods.hira import HiraConfig
 from jdelta.methods.hra import HRAConfig
 from jdelta.methods.ia3 import IA3Config
+from jdelta.methods.ln_tuning import LNTuningConfig
 from jdelta.methods.loha import LohaConfig
 from jdelta.methods.lokr import LokrConfig
 from jdelta.methods.lora import LoraConfig
@@ -324,6 +325,19 @@ class BitFitModel(DeltaModel):
     """
 
     method_class = BitFitConfig
+
+
+class LNTuningModel(DeltaModel):
+    """LN tuning: the scales and biases of norms train, by default of all in the model.
+
+        delta = jdelta.LNTuningModel(model)
+
+    It trains the model's own leaves: the tree gets no new ones, and `remove` puts their pretrained values back. Of a
+    module that is no norm, the norms inside train. It has no arguments of its own; the common ones and errors are those
+    of `DeltaModel`.
+    """
+
+    method_class = LNTuningConfig
 
 
 class PrefixModel(DeltaModel):

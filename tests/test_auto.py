@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck_dim": 3, "non_linearity": "relu", "zero_up": True},
     "bitfit": {},
     "compacter": {"reduction_factor": 4, "hypercomplex_division": 2, "phm_c_init": "uniform", "shared_phm_rule": True},
+    "ln_tuning": {},
     "lora": {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1},
     "low_rank_adapter": {"reduction_factor": 4, "low_rank_w_init": "glorot-normal"},
     "parallel_adapter": {"bottleneck_dim": 3, "scaled": 4},

@@ -35,6 +35,7 @@ _KNOWN = {
         *_VIRTUAL,
         *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     },
+    "LN_TUNING": {"target_modules", "exclude_modules"},
     **{
         kind: {*_TARGETING, *tuner.fields, *tuner.patterns, *tuner.other_fields, *tuner.read_fields}
         for kind, tuner in TUNERS.items()

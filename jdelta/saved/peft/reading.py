@@ -21,6 +21,7 @@ from jdelta.core.edits import WeightEdit
 from jdelta.core.linear import linear_map
 from jdelta.core.method import Method
 from jdelta.core.structure import ModuleInfo
+from jdelta.methods.ln_tuning import LNTuningConfig, is_norm
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
@@ -31,7 +32,7 @@ from jdelta.saved.finetuned import listing
 from jdelta.saved.peft.joining import Lora, joined
 from jdelta.saved.peft.keys import normalized
 from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
-from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, owner, to_flax
+from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, Names, Tensors, owner, to_flax
 from jdelta.saved.peft.tuners import TUNERS
 from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
 from jdelta.trees import addressing, fingerprint, regexes
@@ -235,6 +236,26 @@ def _matrix_shape(host: ModuleInfo) -> tuple[int, int]:
     return linear.layout(shape).matrix_shape(shape)
 
 
+def _norms(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
+    found: dict[str, np.ndarray] = {}
+    rest = {}
+    for key, tensor in normalized(tensors, "base_model.model.", names).items():
+        if f".{NORM}." in key:
+            found[names.leaf(key.replace(f".{NORM}.", "."))] = tensor
+        else:
+            rest[key] = tensor
+    if not found:
+        raise ValueError(f"{TENSORS} holds no {NORM}. It holds {listing(sorted(tensors)) or 'nothing'}.")
+    hosts = [*dict.fromkeys(map(owner, found))]
+    for host in hosts:
+        info = names.structure.modules.get(host)
+        if info is None or not is_norm(info):
+            raise ValueError(f"LN_TUNING at {host!r}: that is no norm. Other modules train with modules_to_save.")
+    patterns = tuple(addressing.exact(host, names.structure.modules) for host in hosts)
+    others = _with_saved(LNTuningConfig(modified_modules=patterns), {}, rest, fields, names)
+    return dataclasses.replace(others, saved={**others.saved, **found}, trains=others.trains.union(found))
+
+
 def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     require_no_cross_attention(names.structure)
     layers = [info.name for info in common_names.resolve(names.structure, ["attn"])]
@@ -274,6 +295,7 @@ def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> P
 
 READERS: dict[str, Callable[[Mapping[str, Any], Tensors, Names], PeftAdapter]] = {
     "LORA": _lora,
+    "LN_TUNING": _norms,
     "PREFIX_TUNING": _prefix,
     "PROMPT_TUNING": _soft_prompt,
     **{kind: functools.partial(_tuner, tuner) for kind, tuner in TUNERS.items()},

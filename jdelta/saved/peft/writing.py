@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -28,7 +29,7 @@ from jdelta.names import common_names
 from jdelta.saved import folder
 from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing
 from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
-from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, modules_of, owner, shapes_of, to_torch
+from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, Names, modules_of, owner, shapes_of, to_torch
 from jdelta.saved.peft.torch_leaves import Parts
 from jdelta.saved.peft.tuners import TUNERS
 from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
@@ -149,6 +150,20 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
     kept = {leaf: f"{found.name}.{leaf}" for leaf in tuner.shared}
     shared = {leaf: found.values[key] for leaf, key in kept.items() if key in found.values}
     return fields, written | {f"base_model.{k}": v for k, v in tuner.written_shared(shared, [*hosts]).items()}
+
+
+def _write_norms(found: Finetuned, structure: Structure) -> Written:
+    names = Names.of(structure)
+    tensors: dict[str, np.ndarray] = {}
+    values = dict(found.values)
+    for host in found.targets:
+        _require_one_layer(found, structure, host)
+        for leaf in (f"{host}.{key}" for key in structure[host].params):
+            if leaf in values:  # what is frozen is as it was
+                for name, value in names.in_torch(leaf, values.pop(leaf)).items():
+                    tensors[f"{owner(name)}.{NORM}.{name.rpartition('.')[2]}"] = value
+    others = dataclasses.replace(found, values=values, own=frozenset())
+    return _write_modules(others, names, {"peft_type": "LN_TUNING"}, tensors, "")
 
 
 def _require_one_layer(found: Finetuned, structure: Structure, host: str) -> None:
@@ -303,6 +318,7 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
 
 _WRITERS: dict[str, Callable[[Finetuned, Structure], Written]] = {
     "lora": _write_lora,
+    "ln_tuning": _write_norms,
     "prefix": _write_prefix,
     "soft_prompt": _write_soft_prompt,
     **{tuner.method.delta_type: functools.partial(_write_tuner, tuner) for tuner in TUNERS.values()},
