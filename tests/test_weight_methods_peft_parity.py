@@ -307,11 +307,17 @@ def test_logits_and_gradients_are_those_of_peft(both: Any, models: Any, tmp_path
         if parameter.grad is not None and case.prefix in name
     }
     assert len(theirs) == len(surgery.flatten(delta.partition()[0]))
+    scalars: dict[str, list[tuple[Any, Any]]] = {}
     for name, gradient in theirs.items():
         ours = written[name if name in written else name.removesuffix(".weight")]
         if ours.shape != gradient.shape:  # what starts with a part of the weight is written with its start behind it
             ours = ours[tuple(map(slice, gradient.shape))]
-        assert_close(ours, gradient, name)
+        if gradient.size == 1:  # a sum that may cancel has no precision of its own
+            scalars.setdefault(name.rpartition(".")[2], []).append((ours.item(), gradient.item()))
+        else:
+            assert_close(ours, gradient, name)
+    for kind, found_and_expected in scalars.items():
+        assert_close(*map(np.array, zip(*found_and_expected, strict=True)), f"{kind} of all modules")
 
 
 def test_peft_computes_the_same_with_what_is_written(both: Any, models: Any, tmp_path: Path) -> None:
