@@ -21,24 +21,58 @@ from jdelta.hosts.transformers import repairs as _transformers_repair
 from jdelta.leaving_out import without
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
+from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.compacter import CompacterConfig
+from jdelta.methods.delora import DeloraConfig
+from jdelta.methods.fourierft import FourierFTConfig
+from jdelta.methods.gralora import GraLoraConfig
+from jdelta.methods.hira import HiraConfig
+from jdelta.methods.hra import HRAConfig
+from jdelta.methods.ia3 import IA3Config
+from jdelta.methods.ln_tuning import LNTuningConfig
+from jdelta.methods.loha import LohaConfig
+from jdelta.methods.lokr import LokrConfig
 from jdelta.methods.lora import LoraConfig
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
+from jdelta.methods.miss import MissConfig
+from jdelta.methods.oft import OFTConfig
 from jdelta.methods.parallel_adapter import ParallelAdapterConfig
 from jdelta.methods.prefix import PrefixConfig
+from jdelta.methods.randlora import RandLoraConfig
+from jdelta.methods.road import RoadConfig
+from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.methods.vera import VeraConfig
 from jdelta.models import (
     AdapterModel,
     BitFitModel,
+    C3AModel,
     CompacterModel,
+    DeloraModel,
+    FourierFTModel,
+    GraLoraModel,
+    HiraModel,
+    HRAModel,
+    IA3Model,
+    LNTuningModel,
+    LohaModel,
+    LokrModel,
     LoraModel,
     LowRankAdapterModel,
+    MissModel,
+    OFTModel,
     ParallelAdapterModel,
     PrefixModel,
+    RandLoraModel,
+    RoadModel,
+    ShiraModel,
     SoftPromptModel,
+    VeraModel,
 )
 from jdelta.names.common_names import register_common_names
 from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
+from jdelta.saved.arithmetic.padding import padded
+from jdelta.saved.conversion import Conversion, convert_to_lora
 from jdelta.saved.finetuned import Finetuned
 from jdelta.scale.many import rowwise, select, stack, unstack
 from jdelta.scale.partition_rules import match_partition_rules, state_shardings
@@ -56,33 +90,67 @@ __all__ = [
     "Backbone",
     "BitFitConfig",
     "BitFitModel",
+    "C3AConfig",
+    "C3AModel",
     "CallEdit",
     "CompacterConfig",
     "CompacterModel",
     "Context",
+    "Conversion",
+    "DeloraConfig",
+    "DeloraModel",
     "DeltaModel",
     "Finetuned",
+    "FourierFTConfig",
+    "FourierFTModel",
+    "GraLoraConfig",
+    "GraLoraModel",
+    "HRAConfig",
+    "HRAModel",
+    "HiraConfig",
+    "HiraModel",
+    "IA3Config",
+    "IA3Model",
+    "LNTuningConfig",
+    "LNTuningModel",
+    "LohaConfig",
+    "LohaModel",
+    "LokrConfig",
+    "LokrModel",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",
     "LowRankAdapterModel",
     "Method",
+    "MissConfig",
+    "MissModel",
     "ModuleInfo",
     "Movement",
+    "OFTConfig",
+    "OFTModel",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
     "ParameterInfo",
     "PrefixConfig",
     "PrefixModel",
+    "RandLoraConfig",
+    "RandLoraModel",
+    "RoadConfig",
+    "RoadModel",
+    "ShiraConfig",
+    "ShiraModel",
     "SoftPromptConfig",
     "SoftPromptModel",
     "Status",
     "Structure",
+    "VeraConfig",
+    "VeraModel",
     "Visualization",
     "WeightEdit",
     "__version__",
     "checking_products",
     "combine",
+    "convert_to_lora",
     "from_peft",
     "fused_attention",
     "graft",
@@ -91,6 +159,7 @@ __all__ = [
     "match",
     "match_partition_rules",
     "negate",
+    "padded",
     "partition",
     "prune",
     "register_common_names",

@@ -39,12 +39,13 @@ def from_peft(
 
         delta = jdelta.from_peft("out/", backbone_model=model)
 
-    LoRA (of any rank pattern, on dense layers, convolutions and embeddings), prefix tuning and prompt tuning become a
-    `LoraModel`, a `PrefixModel` and a `SoftPromptModel` that compute what PEFT does in the same call: a prefix shifts
-    positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and trained biases
-    become values of the backbone's leaves, and train further with the delta. Keys may contain the adapter's name, and
-    the prefixes of torch.compile and of data parallelism. Two things differ: PEFT returns a prompt's positions among
-    the outputs, and in its `generate`, padding before the input counts as positions after a prompt.
+    LoRA (of any rank pattern, on dense layers, convolutions and embeddings), the other methods of PEFT's that
+    `docs/peft.md` lists, prefix tuning and prompt tuning become deltas that compute what PEFT does in the same call: a
+    prefix shifts positions (`shift_positions`), and a pooler reads the prompt (`pool_prompt`). `modules_to_save` and
+    trained biases become values of the backbone's leaves, and train further with the delta. Keys may contain the
+    adapter's name, and the prefixes of torch.compile and of data parallelism. Two things differ: PEFT returns a
+    prompt's positions among the outputs, and in its `generate`, padding before the input counts as positions after a
+    prompt.
 
     Args:
       source: a folder, or `"user/name"` on the Hub.
@@ -91,24 +92,33 @@ def from_peft(
 def _attached(
     adapter: PeftAdapter, names: Names, host: HostAdapter, backbone_model: Any, name: str | None, keep_dtype: bool
 ) -> DeltaModel:
-    for (module, leaf), value in adapter.leaves.items():
-        if not jnp.issubdtype(value.dtype, jnp.floating):
+    own = {**adapter.leaves, **{("", leaf): value for leaf, value in adapter.shared.items()}}
+    for (module, leaf), value in own.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating) and not adapter.config.frozen((leaf,)):
             raise ValueError(f"{leaf!r} of the adapter at {module or 'the model'!r} is {value.dtype}, and no float.")
     delta = AutoDeltaModel.from_config(adapter.config, backbone_model, name=name)
     shapes, values = shapes_of(delta.shapes()), {}
     for (module, leaf), value in adapter.leaves.items():
         key = f"{module or delta.targets[0]}.{delta.name}.{leaf}"
         values[key] = fitted(value, shapes.get(key, value.shape))
-    wide = {key: value.astype(np.float32) for key, value in values.items()}
+    values |= {f"{delta.name}.{leaf}": value for leaf, value in adapter.shared.items()}
+    for path, leaf in surgery.flatten(surgery.parameters(host.params)).items():
+        if path in delta.paths and adapter.config.frozen(path):  # PEFT makes these anew from the weights
+            values.setdefault(surgery.name_of(path), processes.to_host(meta.unbox(leaf)))
+    wide = {
+        key: value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
+        for key, value in values.items()
+    }
     saved = _news(adapter, names, host.params)
     delta.load_finetuned(Finetuned(delta.name, adapter.config, wide | saved, delta.targets), check_hash=False)
     if keep_dtype:
         params = host.params
         paths = {surgery.name_of(path): (*surgery.root(params), *path) for path in delta.paths}
         host.params = surgery.replaced(params, {paths[key]: value for key, value in values.items()})
-    if saved:
+    own_paths = {surgery.name_of(path) for path in delta.filter.paths}
+    if others := saved.keys() - own_paths:
         delta.freeze_module(
-            [freezing.DELTAS, *patterns_of(saved, adapter.modules_to_save, shapes_of(delta.structure.params))]
+            [freezing.DELTAS, *patterns_of(others, adapter.modules_to_save, shapes_of(delta.structure.params))]
         )
     return delta
 

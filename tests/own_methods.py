@@ -19,7 +19,7 @@ def defined():
     """The names that the page defines for its methods, without attaching anything."""
     names = {}
     start = "import dataclasses\nimport jax\nimport jax.numpy as jnp\nimport jdelta\nfrom flax import linen as nn\n"
-    dora = re.search(r"^class Dora\(jdelta.Method\):\n(?:(?:    .*)?\n)+", PAGE, flags=re.M)[0]
+    dora = re.search(r"^class MyDora\(jdelta.Method\):\n(?:(?:    .*)?\n)+", PAGE, flags=re.M)[0]
     with mock.patch.dict(METHODS):
         exec(start + source("dora") + dora + source("ia3") + source("vera"), names)
     return names

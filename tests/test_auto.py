@@ -8,6 +8,7 @@ from typing import Any, Literal
 import chex
 import jax
 import pytest
+import weight_methods
 from conftest import build, fresh
 from flax import linen as nn
 from tiers import breadth
@@ -26,12 +27,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck_dim": 3, "non_linearity": "relu", "zero_up": True},
     "bitfit": {},
     "compacter": {"reduction_factor": 4, "hypercomplex_division": 2, "phm_c_init": "uniform", "shared_phm_rule": True},
+    "ln_tuning": {},
     "lora": {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1},
     "low_rank_adapter": {"reduction_factor": 4, "low_rank_w_init": "glorot-normal"},
     "parallel_adapter": {"bottleneck_dim": 3, "scaled": 4},
     "prefix": {"prefix_token_num": 3},
     "soft_prompt": {"soft_token_num": 3},
 }
+for _row in weight_methods.METHODS.values():
+    ARGUMENTS.setdefault(_row.model.method_class.delta_type, dict(_row.arguments))
 
 
 @pytest.mark.parametrize("delta_type", OWN)

@@ -119,8 +119,7 @@ def in_float64(backbone, params):
 
 @pytest.mark.parametrize(
     "values",
-    breadth(itertools.product([True, False], repeat=5), (False,) * 5, (True, False, True, False, True)),
-    ids=lambda v: "".join("01"[b] for b in v),
+    breadth(itertools.product([True, False], repeat=5), (True, False, True, False, True)),
 )
 def test_every_combination_is_its_formula_trains_and_counts(values):
     options = dict(zip(SWITCHES, values, strict=True))

@@ -657,6 +657,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_gives_the_terminal_back_and_leaves_the_model_as_it_was():
     port = free_port()
     script = SCRIPT.format(tests=os.path.dirname(__file__), port=port)
@@ -782,3 +783,21 @@ def test_a_method_of_modules_alone_says_so_for_each_parameter():
     model = jdelta.Backbone(Experts(), dummy_inputs=(jnp.ones((2, 8)),))
     found = parameter_costs(interactive._unattached(model, jdelta.AdapterModel, {}))
     assert set(found.reasons.values()) == {"The method changes modules; name some in modified_modules."}
+
+
+@pytest.mark.parametrize("method", [jdelta.VeraModel, jdelta.RandLoraModel])
+def test_shared_random_matrices_do_not_train_whether_saved_or_drawn_again(method):
+    model = jdelta.Backbone(Experts(), dummy_inputs=(jnp.ones((2, 8)),))
+    for saved in (False, True):
+        arguments = {"r": 2, "save_projection": saved}
+        state = interactive._unattached(model, method, arguments)
+        delta = method(model, modified_parameters=["wi", "dense.kernel"], **arguments)
+        trains = sum(leaf.size for leaf in jax.tree.leaves(delta.partition()[0]))
+        delta.remove()
+        assert parameter_costs(state).of(["wi", "dense.kernel"])[0] == trains
+        delta = method(model, ["dense"], **arguments)
+        own = sum(leaf.size for leaf in jax.tree.leaves(delta.shapes()))
+        trains = sum(leaf.size for leaf in jax.tree.leaves(delta.partition()[0]))
+        delta.remove()
+        before = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        assert costs(state).of(["dense"]) == (trains, before + own)

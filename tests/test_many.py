@@ -209,6 +209,7 @@ def test_deltas_of_other_backbones_are_told():
 # --- training
 
 
+@pytest.mark.slow
 def test_training_many_in_one_program_equals_training_each_alone():
     """Other initial values, ranks, learning rates and tasks; each with its own Adam."""
     steps, ranks, rates = 5, [4, 2, 4], np.array([1e-2, 3e-3, 1e-3], np.float32)

@@ -20,7 +20,7 @@ from nnx_models import IDS, Block, Mixed, Model, Tied, train_deltas
 
 import jdelta
 from jdelta.hosts.nnx.adapter import NnxAdapter
-from jdelta.methods.lora import LoraRule
+from jdelta.methods.lora_rules import LoraRule
 from jdelta.trees import surgery
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
@@ -734,3 +734,45 @@ def test_messages_do_not_send_users_of_a_module_to_parameters_that_it_has_not(tm
     del m.layers[0].up.lora
     with pytest.raises(ValueError, match=r"the model lacks 'layers\.0\.up\.lora\.a'"):
         delta.detach()
+
+
+@dataclasses.dataclass(frozen=True)
+class TableRule:
+    """A rule that has no hash."""
+
+    table: list
+
+    def init(self, key, weight):
+        return {"a": jnp.ones(weight.shape)}
+
+    def update(self, weight, own):
+        return self.table[0] * own["a"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableMethod(jdelta.Method):
+    def rule(self, name):
+        return TableRule([2.0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_with_a_rule_that_has_no_hash_is_no_equal_of_the_model_that_it_is_of(copied):
+    """A key with the id of the rule would be equal, and of another rule once that is gone."""
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    jdelta.DeltaModel(model, ["layers.0"], method=TableMethod(), dummy_inputs=(X,))
+    other = copied(model)
+    assert nnx.graphdef(model) == nnx.graphdef(nnx.clone(model))
+    assert nnx.graphdef(model) != nnx.graphdef(other)
+    np.testing.assert_array_equal(model(X), other(X))
+
+
+class NnxLayer(jdelta.Method):
+    def edits(self, host, structure):
+        yield jdelta.CallEdit(host.path, "after", nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+
+
+def test_a_layer_that_is_an_nnx_module_is_refused():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"at layers\.0 \(Linear\): the layer of a CallEdit .*got Linear"):
+        jdelta.DeltaModel(model, ["layers.0"], method=NnxLayer(), dummy_inputs=(X,))
+    assert nnx.graphdef(model) == nnx.graphdef(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))

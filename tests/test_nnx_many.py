@@ -54,6 +54,7 @@ def test_each_row_computes_what_its_delta_computes_alone(method):
     assert np.ptp(alone, axis=0).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_each_row_has_the_prefix_that_is_generated_for_it():
     model, delta = attending()
     trainable, frozen = delta.partition(nnx.state(model))

@@ -14,7 +14,7 @@ from jdelta.trees import surgery
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3, 8)), jnp.float32)
 LINES = {"ia3": 25, "dora": 25, "vera": 35}
-CLASSES = {"ia3": "Ia3", "dora": "Dora", "vera": "Vera"}
+CLASSES = {"ia3": "MyIa3", "dora": "MyDora", "vera": "MyVera"}
 SHARED = {"A", "B"}  # of VeRA: neither trained nor saved
 
 
@@ -51,7 +51,7 @@ def of(kind, scan):
     before = backbone(X)
     method = defined()[CLASSES[kind]]()
     if kind == "ia3":
-        method = defined()["Ia3"](feedforward_modules=("dense",))
+        method = defined()["MyIa3"](feedforward_modules=("dense",))
     return backbone, jdelta.DeltaModel(backbone, ["dense", "wide"], method=method), before
 
 
@@ -102,10 +102,10 @@ def test_it_starts_at_the_identity_merges_and_comes_back_from_a_folder(case, tmp
 def test_what_comes_from_a_seed_is_neither_trained_nor_saved_and_lies_once_in_the_tree(scan):
     backbone, delta, _ = of("vera", scan)
     own = {path: leaf for path, leaf in surgery.flatten(backbone.params).items() if path in delta.paths}
-    assert {path for path in own if path[-1] in SHARED} == {("vera", "A"), ("vera", "B")}
+    assert {path for path in own if path[-1] in SHARED} == {("my_vera", "A"), ("my_vera", "B")}
     trains = {path for path, flag in surgery.flatten(delta.trainable_mask()).items() if flag}
     assert trains == {path for path in own if path[-1].startswith("lambda")}
-    with pytest.warns(UserWarning, match="nothing of delta 'vera' has moved"):
+    with pytest.warns(UserWarning, match="nothing of delta 'my_vera' has moved"):
         saved = delta.finetuned()
     assert not [name for name in saved.values if name.rpartition(".")[2] in SHARED]
 
@@ -116,7 +116,7 @@ def test_merging_below_a_change_that_depends_on_the_weight_is_refused():
     backbone.params = jax.tree.map(lambda leaf: leaf + 0.1, backbone.params)
     changed, params = backbone(X), backbone.params
     with pytest.raises(
-        ValueError, match=r"'lora' cannot be merged at block_0\.dense: the change of delta 'dora' depends"
+        ValueError, match=r"'lora' cannot be merged at block_0\.dense: the change of delta 'my_dora' depends"
     ):
         lora.merge()
     assert backbone.params is params

@@ -40,14 +40,14 @@ def leaf_of(name, value):
     """The path of jdelta's leaf, and its value, for a tensor of PEFT's."""
     host, _, kind = name.removeprefix("base_model.model.").partition(".ia3_l")
     if not kind and "ia3_l" in name:
-        return (*host.split("."), "ia3", "l"), value.reshape(-1)
+        return (*host.split("."), "my_ia3", "l"), value.reshape(-1)
     for theirs, ours, change in (
-        (".lora_A.default.weight", ("dora", "a"), np.transpose),
-        (".lora_B.default.weight", ("dora", "b"), np.transpose),
-        (".lora_magnitude_vector.default.weight", ("dora", "m"), np.ravel),
-        (".vera_lambda_d.default", ("vera", "lambda_d"), np.ravel),
-        (".vera_lambda_b.default", ("vera", "lambda_b"), np.ravel),
-        (".ia3_l.default", ("ia3", "l"), np.ravel),
+        (".lora_A.default.weight", ("my_dora", "a"), np.transpose),
+        (".lora_B.default.weight", ("my_dora", "b"), np.transpose),
+        (".lora_magnitude_vector.default.weight", ("my_dora", "m"), np.ravel),
+        (".vera_lambda_d.default", ("my_vera", "lambda_d"), np.ravel),
+        (".vera_lambda_b.default", ("my_vera", "lambda_b"), np.ravel),
+        (".ia3_l.default", ("my_ia3", "l"), np.ravel),
     ):
         if name.endswith(theirs):
             return (*name.removeprefix("base_model.model.").removesuffix(theirs).split("."), *ours), change(value)
@@ -69,14 +69,14 @@ def test_the_logits_are_those_of_peft(kind, monkeypatch):
     flat = {name: tensor.numpy().astype(np.float32) for name, tensor in state.items()}
     ours = transformers.FlaxBertForSequenceClassification(CONFIG)
     ours.params = backbone_values(ours.params, flat)
-    method = defined()[{"ia3": "Ia3", "dora": "Dora", "vera": "Vera"}[kind]]
-    monkeypatch.setitem(METHODS, kind, method)
+    method = defined()[{"ia3": "MyIa3", "dora": "MyDora", "vera": "MyVera"}[kind]]
+    monkeypatch.setitem(METHODS, method.delta_type, method)
     delta = jdelta.DeltaModel(ours, names, method=method())
     new = dict(filter(None, (leaf_of(name, value) for name, value in flat.items())))
     if kind == "vera":
         for side in "AB":
             value = flat[f"base_model.vera_{side}.default"]
-            new["vera", side] = value.T
+            new["my_vera", side] = value.T
     leaves = surgery.flatten(ours.params)
     assert {path for path in leaves if path in delta.paths} == new.keys()
     ours.params = surgery.unflatten({**leaves, **{path: jnp.asarray(value) for path, value in new.items()}})

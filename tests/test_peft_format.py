@@ -515,7 +515,7 @@ def refuses(folder: Any, error: type[Exception], message: str, family: str = "be
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("peft_type", "IA3", r"peft_type='IA3' is not supported\. Supported are: LORA"),
+        ("peft_type", "P_TUNING", r"peft_type='P_TUNING' is not supported\. Supported are: LORA"),
         ("peft_type", ["LORA"], r"peft_type is a string, got \['LORA'\]"),
         ("use_dora", True, "use_dora=True"),
         ("lora_bias", True, "lora_bias=True"),

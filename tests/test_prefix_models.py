@@ -109,6 +109,7 @@ def test_generation_with_shifted_positions_agrees_with_the_uncached_forward():
     assert (logits[:, length - 1 : -1].argmax(-1) == found[:, length:]).all()
 
 
+@pytest.mark.slow
 def test_positions_that_are_none_or_too_few_cannot_be_shifted():
     with pytest.raises(TypeError, match="shift_positions needs a model that takes position_ids"):
         prefixed("FlaxT5ForConditionalGeneration", shift_positions=True)

@@ -155,6 +155,7 @@ def test_a_bias_that_merging_left_behind_is_added_once_however_many_deltas_went(
 # --- nobody holds it
 
 
+@pytest.mark.slow
 def test_a_detached_delta_that_nobody_holds_does_not_stay(net):
     for _ in range(3):
         delta = lora(net)

@@ -57,7 +57,12 @@ def breadth(cases: Iterable[Any], *quick: Any) -> list[Any]:
     cases = list(cases)
     if strangers := [case for case in quick if case not in cases]:
         raise ValueError(f"{strangers} are none of the cases {cases}")
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return [pytest.param(case, id=_named(case), marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+def _named(case: Any) -> str | None:
+    """What `-k` finds a case of several parts by; pytest would number them."""
+    return "-".join(map(str, case)) if isinstance(case, tuple) else None
 
 
 def tiers_of(item: pytest.Item) -> Iterator[str]:

@@ -18,7 +18,7 @@ from jdelta.core.initial_values import initial_values
 from jdelta.core.method import Find
 from jdelta.core.parameters import unread
 from jdelta.core.placement import edits_at, warn_of_twin
-from jdelta.core.rules import FeatureRule, WeightRule, dropout_of
+from jdelta.core.rules import FeatureRule, WeightRule, dropout_of, starts_from_weight
 from jdelta.core.state import DeltaState, carried, copied, digests, free_name, unfrozen_backbone
 from jdelta.core.structure import require_open
 from jdelta.trees import dtypes, memory, surgery
@@ -192,7 +192,7 @@ def _check_weight(state: DeltaState, edit: WeightEdit, held: Mapping[Path, Any])
     if not isinstance(edit.rule, WeightRule | FeatureRule):
         raise TypeError(f"{state.label}: the rule {rule} at {name} has no init and update, or init and transform.")
     weights.require_sound(edit)
-    if edit.in_call and dtypes.is_fixed(leaf) and weights.needs_weight(edit):
+    if edit.in_call and dtypes.is_fixed(leaf) and (weights.needs_weight(edit) or starts_from_weight(edit.rule)):
         raise TypeError(
             f"{state.label}: {rule} computes with the values of {name}, which holds {meta.unbox(leaf).dtype}: codes, "
             "and not the weight that they stand for. LoRA adds to the output alone."

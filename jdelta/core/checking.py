@@ -80,7 +80,10 @@ def _check(edit: WeightEdit, structure: Structure) -> None:
         x = jnp.asarray(draw.integers(0, edit.shape[0], host.x.shape))
     else:
         x = random(host.x.shape)
-    own = {name: random(shape) for name, shape in weights.own_shapes(edit).items()}
+    shapes = weights.own_shapes(edit)
+    own = {name: random(leaf.shape) for name, leaf in shapes.items() if leaf.dtype == jnp.float32}
+    if len(own) < len(shapes):  # whole numbers are not any
+        own = {**weights.init(dataclasses.replace(edit, layers=()), jax.random.key(0), leaf), **own}
     told: dict[str, Any] = {"context": Context()} if uses_context(edit.rule) else {}
     with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
         y = edit.linear.product(x, leaf)

@@ -47,7 +47,7 @@ class DeltaConfig:
     """
 
     delta_type: ClassVar[str] = "delta"  # the method's name in files
-    pattern_fields: ClassVar[tuple[str, ...]] = ()  # dicts from patterns of the modified modules; each must mean some
+    pattern_fields: ClassVar[tuple[str, ...]] = ()  # with patterns of the modified modules; each must mean some
 
     modified_modules: tuple[str, ...] | None = None
     modified_parameters: tuple[str, ...] | None = None

@@ -43,6 +43,12 @@ class CallEdit:
     needs: str | None = None
     method: str = "__call__"
 
+    def __post_init__(self) -> None:
+        if self.layer is not None and not isinstance(self.layer, nn.Module):
+            raise TypeError(
+                f"the layer of a CallEdit is a flax.linen module, on nnx modules too, got {type(self.layer).__name__}."
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "layer": packed(self.layer)}
 

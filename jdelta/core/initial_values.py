@@ -46,7 +46,7 @@ def init(state: DeltaState, rng: int | chex.PRNGKey, params: Tree | None = None)
 def initial_values(state: DeltaState, draft: Sequence[Attachment], paths: Sequence[Path], params: Tree) -> Tree:
     """Values of new leaves; shapes, where the backbone's own are."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        return jax.eval_shape(lambda rng: _fresh(state, draft, paths, params, rng), state.rng)
+        return jax.eval_shape(lambda rng, params: _fresh(state, draft, paths, params, rng), state.rng, params)
     return _from_backbone(state, _fresh(state, draft, paths, params, state.rng, jitted=True), params)
 
 

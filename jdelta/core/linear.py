@@ -233,7 +233,6 @@ class _Found:
     maps: tuple[LinearMap, ...]
     error: str
     alone: bool
-    host: ModuleInfo  # kept, for keys can hold ids of parts of it
 
     @property
     def linear(self) -> LinearMap:
@@ -260,22 +259,22 @@ def _found(host: ModuleInfo, registered: bool = False) -> _Found:
 
 def _try(host: ModuleInfo, registered: bool) -> _Found:
     if registered:
-        return _Found((), "", probing.runs_alone(host), host)
+        return _Found((), "", probing.runs_alone(host))
     try:
         maps = _candidates(host)
     except TypeError as error:
-        return _Found((), str(error), False, host)
+        return _Found((), str(error), False)
     problems = []
     for linear in maps:
         if (problem := probing.problem(host, linear)) is None:
-            return _Found((linear,), "", probing.runs_alone(host), host)
+            return _Found((linear,), "", probing.runs_alone(host))
         problems.append(problem)
     message = (
         f"it is not known to be linear in {maps[0].weights!r}, and {problems[0]}. Name a linear module inside it, or "
         f"take an adapter, which goes after any module. If it is linear, jdelta.register_linear({host.type.__name__}) "
         "says so."
     )
-    return _Found((), message, False, host)
+    return _Found((), message, False)
 
 
 def _candidates(host: ModuleInfo) -> list[LinearMap]:

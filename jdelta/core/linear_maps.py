@@ -83,14 +83,19 @@ class MatrixMap:
         change = change.T if self.transposed else change
         return jnp.tensordot(x, change, (self.axis, tuple(range(len(self.axis)))))
 
+    def features(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The input as `(…, d_in)`, for a leaf of this shape."""
+        n = len(self.axis)
+        if self.axis == (-1,):
+            return x
+        x = jnp.moveaxis(x, self.axis, range(-n, 0))
+        return x.reshape(*x.shape[:-n], math.prod(x.shape[-n:]))
+
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         """`x · (a b)` in two thin products, for `a`, `(d_in, r)`, and `b`, `(r, d_out)`."""
-        n = len(self.axis)
-        if self.axis != (-1,):
-            x = jnp.moveaxis(x, self.axis, range(-n, 0))
-        z = products.down(x if n == 1 else x.reshape(*x.shape[:-n], len(a)), a.astype(x.dtype))
+        z = products.down(self.features(x, shape), a.astype(x.dtype))
         y = products.up(z, b.astype(z.dtype))
-        return y.reshape(*x.shape[:-n], *self.layout(shape).sizes(shape, "out"))
+        return y.reshape(*z.shape[:-1], *self.layout(shape).sizes(shape, "out"))
 
     def free(self, x: Shape) -> list[int]:
         """The axes of an input of this shape whose sizes do not depend on the weights."""
@@ -135,6 +140,17 @@ class EinsumMap:
         """`x · D`."""
         return jnp.einsum(self.equation, x, change)
 
+    def features(self, x: jax.Array, shape: Shape) -> jax.Array | None:
+        """The input as `(…, d_in)`, its other axes as the output has them; `None` with axes that all share."""
+        x_axes, w_axes, y_axes = operands(self.equation)
+        layout = self.layout(shape)
+        if layout.shared:
+            return None
+        d_in = "".join(w_axes[i] for i in layout.d_in)
+        rest = "".join(axis for axis in y_axes if axis not in w_axes)
+        x = jnp.einsum(f"{x_axes}->{rest}{d_in}", x)
+        return x.reshape(*x.shape[: x.ndim - len(d_in)], math.prod(x.shape[x.ndim - len(d_in) :]))
+
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         """`x · (a b)`, for `a`, `(*shared, d_in, r)`, and `b`, `(*shared, r, d_out)`."""
         x_axes, w_axes, y_axes = operands(self.equation)
@@ -176,6 +192,9 @@ class ConvMap:
         y: Any = nn.Conv(change.shape[-1], **fields, parent=None).apply({"params": {"kernel": change}}, x)
         return jnp.asarray(y)
 
+    def features(self, x: jax.Array, shape: Shape) -> None:
+        """None: the windows are not formed."""
+
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         """`x · (a b)`: a convolution to `r` channels, then one with windows of one place.
 
@@ -211,6 +230,9 @@ class LookupMap:
     def product(self, x: jax.Array, change: jax.Array) -> jax.Array:
         """`x · D`, where `x` is the ids."""
         return jnp.take(change, x, axis=0)
+
+    def features(self, x: jax.Array, shape: Shape) -> None:
+        """None: the input is ids."""
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, dtype: Any) -> jax.Array:
         """`x · (a b)`: rows of `a`, times `b`."""
@@ -260,6 +282,16 @@ class BoundLinear:
     def weight(self) -> jax.Array:
         """The leaf as a matrix, `(d_in, d_out)`, or `(*shared, d_in, d_out)`, in float32."""
         return self.linear.layout(self.leaf.shape).matrix(self.leaf).astype(jnp.float32)
+
+    def features(self, x: jax.Array) -> jax.Array | None:
+        """The host's input as `(…, d_in)`, so that its product with a matrix is `product`'s; `None` where it is not.
+
+        That is in convolutions, which see windows, and in embeddings, which see ids.
+
+        Args:
+          x: the host's input.
+        """
+        return self.linear.features(x, self.leaf.shape)
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """`x · (a b)`, `(…, d_out)`, without forming `a b`.

@@ -191,6 +191,19 @@ class Method(DeltaConfig):
         """
         return tx
 
+    def update_factors(self, leaves: Iterable[Path]) -> Mapping[Path, float]:
+        """By what the updates of the delta's own leaves are multiplied; 1, if it is not said. Override it.
+
+            def update_factors(self, leaves, lora_plus_ratio=1.0):
+                return {path: lora_plus_ratio for path in leaves if path[-1] == "b"}
+
+        Further arguments are options of `delta.optimizer`, by keyword.
+
+        Args:
+          leaves: the paths of the leaves.
+        """
+        return {}
+
     def penalty(self, own: Mapping[Path, jax.Array]) -> jax.Array | float:
         """What the method adds to the loss; `delta.penalty` gives it. Override it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax.core import meta
@@ -166,7 +166,8 @@ def _check_patterns(state: DeltaState, field: str, edits: Sequence[Edit]) -> Non
     """Raises `ValueError` if a pattern of modified modules counts for none of them."""
     left = list(dict.fromkeys(_changed_name(edit) for edit in edits if not edit.auxiliary))
     names = left
-    for pattern in getattr(state.method, field) or ():
+    patterns = getattr(state.method, field) or ()
+    for pattern in patterns:
         if not any(addressing.matches(name, pattern) for name in names):
             near = addressing.closest(names, pattern)
             hint = f" Closest: {', '.join(near)}." if near else ""
@@ -175,7 +176,7 @@ def _check_patterns(state: DeltaState, field: str, edits: Sequence[Edit]) -> Non
                 f"that the delta changes.{hint}"
             )
         rest = [name for name in left if not addressing.matches(name, pattern)]
-        if rest == left:
+        if rest == left and isinstance(patterns, Mapping):
             raise ValueError(
                 f"{state.label}: {field} has {pattern!r}, and for all that it means an earlier pattern "
                 "counts. Put it before that one."

@@ -33,11 +33,16 @@ class WeightRule(Protocol):
     """What a delta does to a weight."""
 
     def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
-        """The initial values of the delta's own leaves at this weight, in float32.
+        """The initial values of the delta's own leaves at this weight, in float32; whole numbers in int32.
+
+        Whole numbers, such as places in the weight, never train.
 
         Args:
           key: of the random numbers.
           weight: `(d_in, d_out)`: its shape; its value, where the rule `starts_from_weight`.
+
+        Raises:
+          ValueError: a weight of this shape cannot have the change; the leaf's name is put in front of the message.
         """
         ...
 

@@ -14,10 +14,24 @@ from flax import linen as nn
 from jdelta.core.structure import ModuleInfo
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Same:
+    """A value in a key that has no hash: equal to itself alone, and not to a copy.
+
+    Unlike an id, it keeps the value alive, so that no other one can take its place.
+    """
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def structural_key(value: Any) -> Any:
     """A key that is equal for values which make the same layers: functions are compared by code and closure.
-
-    A key can hold ids of parts of the value, which has to stay alive for as long as the key is in use.
 
     Args:
       value: a module, a field of one, what a trace saw of a module.
@@ -43,5 +57,5 @@ def structural_key(value: Any) -> Any:
     try:
         hash(value)
     except TypeError:
-        return id(value)
+        return Same(value)
     return (type(value), value)

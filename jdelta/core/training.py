@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,13 +120,14 @@ def penalty(state: DeltaState, params: Tree | None = None) -> jax.Array | float:
 
 
 def optimizer(
-    state: DeltaState, tx: optax.GradientTransformation | optax.MultiSteps
+    state: DeltaState, tx: optax.GradientTransformation | optax.MultiSteps, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Returns an optimizer for the whole tree that updates only what trains now, and has state only for that.
 
         tx = delta.optimizer(optax.adamw(1e-3))
         state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
         tx = delta.optimizer(optax.MultiSteps(optax.adamw(1e-3), every_k_schedule=4))  # of 4 micro-batches
+        tx = delta.optimizer(optax.adamw(1e-3), lora_plus_ratio=16)  # of LoRA: b at 16 times the rate
 
     It is bound to what trains when it is made. If that changes, by `freeze_module`, `detach` or another delta, its
     next `init` or `update` is a `RuntimeError`; a compiled step continues with what it was compiled for, until it is
@@ -134,11 +136,19 @@ def optimizer(
     Args:
       tx: the optimizer of the trainable leaves. `optax.MultiSteps` belongs here: around the result it would sum the
         gradients of the whole backbone.
+      **options: of the method. LoRA has `lora_plus_ratio`: the learning rate of `b`, of that of everything else (LoRA+,
+        Hayou et al. 2024, arXiv 2402.12354). It multiplies the updates, weight decay among them.
 
     Raises:
-      TypeError: `tx` is not an optimizer.
+      TypeError: `tx` is not an optimizer, or the method has no such option.
+      ValueError: an option is outside its limits.
     """
     bound = _trained_in_model(state, state.tree(None))
+    known = list(inspect.signature(state.method.update_factors).parameters)[1:]
+    if unknown := options.keys() - {*known}:
+        has = f"It has {', '.join(known)}." if known else "It has none."
+        raise TypeError(f"optimizer: {state.label} has no option {min(unknown)!r}. {has}")
+    factors = state.method.update_factors(state.attachment.leaves, **options)
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(f"optimizer takes one of optax's, such as optax.adamw(1e-3), got {tx!r}.")
     if type(state.method).optimizer is not Method.optimizer:
@@ -150,7 +160,8 @@ def optimizer(
             raise RuntimeError(_changed(state.name, bound, now))
         return freezing.mask_of(params, bound)
 
-    return freezing.freeze_except(tx, mask)
+    full = freezing.freeze_except(tx, mask)
+    return freezing.multiplied(full, factors) if any(factor != 1 for factor in factors.values()) else full
 
 
 def warn_of_untrainable(state: DeltaState, patterns: Sequence[str], verb: str) -> None:

@@ -95,7 +95,7 @@ def init(edit: WeightEdit, key: jax.Array, leaf: Any) -> dict[str, jax.Array]:
       leaf: the leaf that it changes, or its shape, as it is stored.
 
     Raises:
-      TypeError: the rule gives something else than float32.
+      TypeError: the rule gives something else than float32 or int32.
       ValueError: the rule gives an array of other axes than it says.
     """
     stored = meta.unbox(leaf)
@@ -131,12 +131,15 @@ def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int
     layout = layout_of(edit)
 
     def one_matrix(key: jax.Array, weight: Any) -> dict[str, jax.Array]:
-        own = edit.rule.init(key, weight)
+        try:
+            own = edit.rule.init(key, weight)
+        except ValueError as error:
+            raise ValueError(f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)}: {error}") from error
         for name, value in own.items():
-            if value.dtype != jnp.float32:
+            if value.dtype not in (jnp.float32, jnp.int32):
                 raise TypeError(
                     f"{name_of(edit.rule)} at {surgery.name_of(edit.leaf)}: init gives {name!r} in {value.dtype}. "
-                    "A delta's own leaves are float32."
+                    "A delta's own leaves are float32, or int32 if they do not train."
                 )
         return dict(own)
 
@@ -153,11 +156,13 @@ def _init_over(edit: WeightEdit, key: jax.Array, leaf: Any, layers: Sequence[int
 
 
 @_once_a_kind
-def own_shapes(kind: Kind) -> dict[str, tuple[int, ...]]:
-    """The shapes of an edit's own leaves as they are stored, without layers' axes."""
+def own_shapes(kind: Kind) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of an edit's own leaves as they are stored, without layers' axes."""
     leaf = jax.ShapeDtypeStruct(kind.shape, jnp.float32)
-    own = jax.eval_shape(lambda key, leaf: _init_over(kind.edit, key, leaf, ()), jax.random.key(0), leaf)
-    return {name: value.shape for name, value in own.items()}
+    own: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(
+        lambda key, leaf: _init_over(kind.edit, key, leaf, ()), jax.random.key(0), leaf
+    )
+    return own
 
 
 def stored_own(edit: WeightEdit, name: str, value: jax.Array) -> jax.Array:
@@ -232,7 +237,7 @@ def matrix_update(edit: WeightEdit, weight: jax.Array, own: Leaves) -> jax.Array
     rule = edit.rule
     if isinstance(rule, FeatureRule):
         return _of_features(rule, weight, own, edit.is_bias)
-    new: jax.Array = rule.update(weight, {name: value.astype(jnp.float32) for name, value in own.items()})
+    new: jax.Array = rule.update(weight, {name: _wide(value) for name, value in own.items()})
     where = f"{name_of(rule)} at {surgery.name_of(edit.leaf)}"
     if jnp.shape(new) != weight.shape:
         raise ValueError(f"{where}: update gives shape {jnp.shape(new)}, and the weight is {weight.shape}.")
@@ -241,12 +246,18 @@ def matrix_update(edit: WeightEdit, weight: jax.Array, own: Leaves) -> jax.Array
     return new
 
 
+def _wide(value: jax.Array) -> jax.Array:
+    return value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.inexact) else value
+
+
 def _of_features(rule: FeatureRule, weight: jax.Array, own: Leaves, is_bias: bool) -> jax.Array:
     if rule.side == "out":
         return rule.transform(weight, own) - weight
     if is_bias:
         return jnp.zeros_like(weight)
-    return rule.transform(jnp.eye(len(weight), dtype=weight.dtype), own) @ weight - weight
+    transposed = jax.vjp(lambda z: rule.transform(z, own), jnp.zeros_like(weight.T))[1]  # of z M: c Mᵀ
+    new: jax.Array = transposed(weight.T)[0].T
+    return new - weight
 
 
 def require_sound(edit: WeightEdit) -> None:
@@ -282,8 +293,22 @@ def reads_weight(kind: Kind) -> bool:
     if isinstance(kind.rule, FeatureRule):
         return True
     edit, weight = kind.edit, jax.ShapeDtypeStruct(kind.shape, jnp.float32)
-    own = {name: jnp.zeros(size) for name, size in own_shapes(edit).items()}
+    own = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in own_shapes(edit).items()}
     return not unread(lambda tree: _update(edit, tree["weight"], own), {"weight": weight})
+
+
+@_once_a_kind
+def reads_output(kind: Kind) -> bool:
+    """Whether the product of a rule, at a `MatrixMap`, takes the module's own output: then that has to be computed."""
+    edit, linear = kind.edit, kind.linear
+    sizes = [1] * (1 + max(axis + 1 if axis >= 0 else -axis for axis in linear.axis))
+    for axis, size in zip(linear.axis, layout_of(edit).sizes(kind.shape, "in"), strict=True):
+        sizes[axis] = size
+    outside = [sizes[axis] for axis in linear.free(tuple(sizes))]
+    y = jax.ShapeDtypeStruct((*outside, *layout_of(edit).sizes(kind.shape, "out")), jnp.float32)
+    x, leaf = jnp.zeros(sizes), jnp.zeros(kind.shape)
+    own = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in own_shapes(edit).items()}
+    return not unread(lambda tree: product(edit, x, tree["y"], seen_own(edit, own), leaf, {}), {"y": y})
 
 
 def product(

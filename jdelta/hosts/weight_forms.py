@@ -195,8 +195,10 @@ def _in_one_product(given: Given, this: LinearCall, x: jax.Array) -> jax.Array |
     by_product = all(isinstance(edit.rule, HasProduct) for edit, _ in given)
     if by_product and not (isinstance(first.linear, MatrixMap) and _is_cheaper(first, x)):
         return None
+    if by_product and any(weights.reads_output(edit) for edit, _ in given):
+        return None  # the output is computed anyway
     leaves = this.leaves()
-    arrays = [*leaves.values(), *(leaf for _, own in given for leaf in own.values())]
+    arrays = [*leaves.values(), *(leaf for _, own in given for leaf in own.values() if leaf.dtype != jnp.int32)]
     arrays += [] if isinstance(first.linear, LookupMap) else [x]
     dtypes = [this.dtype or "float32", *(leaf.dtype for leaf in arrays)]
     if any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):

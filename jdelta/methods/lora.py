@@ -8,54 +8,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
-
-from jdelta.core.config import require_positive_int, require_probability
+from jdelta.core.config import as_number, require_positive_int, require_probability, shown
 from jdelta.core.edits import Edit, WeightEdit
 from jdelta.core.linear import weight_edits
-from jdelta.core.linear_maps import BoundLinear, LookupMap
+from jdelta.core.linear_maps import LookupMap
 from jdelta.core.method import Method
 from jdelta.core.placement import resolved
-from jdelta.core.rules import Leaves, Side
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.core.warn import warn
-from jdelta.methods.parameter import kaiming_uniform
+from jdelta.methods.lora_rules import STARTS, DoraRule, LoraRule, is_start
 from jdelta.trees import addressing, surgery
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraRule:
-    """`ΔW = scale · a b`.
-
-    Attributes:
-      rank: of the change, `r`.
-      scale: factor of the change.
-      dropout: rate of dropout on the input of `a`.
-      of_rows: whether the weight is a table of rows that are looked up. As in PEFT, `a` starts at 0 there and `b` at
-        N(0, 1); else `a` at U(±1/√d_in) and `b` at 0.
-    """
-
-    axes: ClassVar[Mapping[str, tuple[Side | None, ...]]] = {"a": ("in", None), "b": (None, "out")}
-
-    rank: int
-    scale: float
-    dropout: float = 0.0
-    of_rows: bool = False
-
-    def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
-        d_in, d_out = weight.shape
-        if self.of_rows:
-            return {"a": jnp.zeros((d_in, self.rank)), "b": jax.random.normal(key, (self.rank, d_out))}
-        return {"a": kaiming_uniform(key, (d_in, self.rank), jnp.float32), "b": jnp.zeros((self.rank, d_out))}
-
-    def update(self, weight: jax.Array, own: Leaves) -> jax.Array:
-        return self.scale * (own["a"] @ own["b"])
-
-    def product(self, x: jax.Array, y: jax.Array, own: Leaves, linear: BoundLinear) -> jax.Array:
-        return linear.low_rank(x, own["a"], self.scale * own["b"])
+from jdelta.trees.surgery import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +37,14 @@ class LoraConfig(Method):
       rank_pattern: patterns of modules to their own rank, in place of `lora_r`; the first that matches counts.
       alpha_pattern: likewise, in place of `lora_alpha`.
       use_rslora: scale by `lora_alpha / sqrt(lora_r)` (Kalajdzievski 2023, arXiv 2312.03732).
+      use_dora: train the norm of each output's column of the weight too, as `m`, and change its direction by `a b`
+        (DoRA, Liu et al. 2024, arXiv 2402.09353). Dropout is on the input of `a` alone.
+      init_lora_weights: how `a` and `b` start. `True`: `a` at U(±1/√d_in), `b` at 0; `"gaussian"`: `a` at N(0, 1/r);
+        `"orthogonal"`: both random, with `a b = 0`, for even ranks; `"pissa"`, from the leading singular vectors of the
+        weight (Meng et al. 2024, arXiv 2404.02948), `"pissa_niter_16"` by that many power iterations, and `"olora"`,
+        from its QR factors (Büyükakyüz 2024, arXiv 2406.01775): the change then is of `a b − a₀ b₀`, with the frozen
+        leaves `a0`, `b0`, so that the weight stays as it is, and the output unchanged. `False`: both random, and the
+        output changes, for debugging. An embedding starts with `a` at 0 and `b` at N(0, 1).
     """
 
     delta_type = "lora"
@@ -85,6 +58,8 @@ class LoraConfig(Method):
     rank_pattern: dict[str, int] | None = dataclasses.field(default=None, hash=False)
     alpha_pattern: dict[str, float] | None = dataclasses.field(default=None, hash=False)
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,22 +67,41 @@ class LoraConfig(Method):
         require_probability("lora_dropout", self.lora_dropout)
         for pattern, rank in (self.rank_pattern or {}).items():
             require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        if not is_start(self.init_lora_weights):
+            raise ValueError(f"init_lora_weights is one of {STARTS}, got {shown(self.init_lora_weights)}.")
+        odd = [rank for rank in (self.lora_r, *(self.rank_pattern or {}).values()) if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"init_lora_weights='orthogonal' needs even ranks, got {odd[0]}.")
 
     def rank_of(self, host: str) -> int:
         """The rank at the module of this name."""
-        return _first_match(self.rank_pattern or {}, host, self.lora_r)
+        return addressing.first_match(self.rank_pattern, host, self.lora_r)
 
     def alpha_of(self, host: str) -> float:
         """The `lora_alpha` at the module of this name."""
-        return _first_match(self.alpha_pattern or {}, host, self.lora_alpha)
+        return addressing.first_match(self.alpha_pattern, host, self.lora_alpha)
 
     def scale_of(self, host: str) -> float:
         """The factor of the update of the module of this name."""
         rank = self.rank_of(host)
         return self.alpha_of(host) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def rule(self, name: str) -> LoraRule:
+        kind = DoraRule if self.use_dora else LoraRule
+        return kind(self.rank_of(name), self.scale_of(name), self.lora_dropout, start=self.init_lora_weights)
+
+    def update_factors(self, leaves: Iterable[Path], lora_plus_ratio: float = 1.0) -> Mapping[Path, float]:
+        """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): `b` at another learning rate than `a`."""
+        ratio = as_number("lora_plus_ratio", lora_plus_ratio)
+        if ratio <= 0:
+            raise ValueError(f"lora_plus_ratio is above 0, got {ratio:g}.")
+        return {path: ratio for path in leaves if path[-1] == "b"}
+
+    def frozen(self, leaf: Path) -> bool:
+        return leaf[-1] in ("a0", "b0")
+
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
-        rule = LoraRule(self.rank_of(host.name), self.scale_of(host.name), self.lora_dropout)
+        rule = self.rule(host.name)
         try:
             edits = list(weight_edits(host, rule))
         except TypeError as error:
@@ -120,7 +114,7 @@ class LoraConfig(Method):
 
     def parameter_edits(self, parameter: ParameterInfo, structure: Structure) -> Iterable[Edit]:
         name = parameter.name
-        rule = LoraRule(self.rank_of(name), self.scale_of(name), self.lora_dropout)
+        rule = self.rule(name)
         edit = resolved(WeightEdit(parameter.path, rule, own=parameter.path[-1:]), structure)
         if len(edit.shape) < 2:
             raise ValueError(f"LoRA needs a matrix, and it has shape {edit.shape}.")
@@ -155,8 +149,3 @@ def _warn_of_rank(name: str, rank: int, d_in: int, d_out: int) -> None:
             f"LoraModel at {name}: lora_r={rank} is above the width of this module, {d_in} -> {d_out}, whose "
             f"changes have rank {min(d_in, d_out)} at most. With that in rank_pattern, less is trained and stored.",
         )
-
-
-def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """What the first pattern that means this name stands for."""
-    return next((value for pattern, value in patterns.items() if addressing.matches(name, pattern)), otherwise)

@@ -19,7 +19,7 @@ from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.names import guess
 from jdelta.names.decoders import DECODERS
 from jdelta.names.table import NAMES, TABLE, Names, as_tuple
-from jdelta.trees import addressing
+from jdelta.trees import addressing, surgery
 
 
 def resolve(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
@@ -59,6 +59,12 @@ def known(structure: Structure, names: Sequence[str]) -> list[ModuleInfo]:
 def places(structure: Structure, names: Sequence[str]) -> set[str]:
     """The full names that common names mean in a model, whether there is a module of that name or not."""
     return {path for block, entry in _blocks(structure) for name in names for path in _paths(block, entry, name)}
+
+
+def means(structure: Structure, name: str, host: ModuleInfo) -> bool:
+    """Whether a common name means this module."""
+    around = [structure.modules.get(surgery.name_of(host.path[:i])) for i in range(len(host.path) + 1)]
+    return any(host.name in _paths(info, _entry_of(info), name) for info in around if info is not None)
 
 
 def register_common_names(
@@ -115,10 +121,15 @@ def _blocks(structure: Structure) -> list[tuple[ModuleInfo, Names]]:
     """The blocks of known families. A class that merely shares its name with one has nothing at the table's paths."""
     blocks, there = [], structure.modules.keys() | structure.uncalled.keys()
     for info in structure:
-        entry: Names = next(filter(None, map(_entry, info.type.__mro__)), {})
+        entry = _entry_of(info)
         if any(path in there for name in entry for path in _paths(info, entry, name)):
             blocks.append((info, entry))
     return blocks
+
+
+def _entry_of(block: ModuleInfo) -> Names:
+    """What is known of a module's class, or of the first that it inherits from; nothing, if no class is known."""
+    return next(filter(None, map(_entry, block.type.__mro__)), {})
 
 
 def _entry(block: type) -> Names | None:

@@ -68,6 +68,17 @@ def matches_at_or_above(name: str, pattern: str) -> bool:
     return any(matches(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
+def exact(name: str, names: Iterable[str] | None = None) -> str:
+    """A pattern that means this one of the names, or of any that there may be, and no other."""
+    is_plain = names is not None and not any(other.endswith(f".{name}") for other in names)
+    return name if is_plain else f"{REGEX_MARK}^{re.escape(name)}"
+
+
+def first_match(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """What the first pattern that means this name stands for."""
+    return next((value for pattern, value in (patterns or {}).items() if matches(name, pattern)), otherwise)
+
+
 def nothing_matches(pattern: str, names: Sequence[str], kind: str = "module") -> str:
     """The message for a pattern that matches nothing: what was asked, and what is closest."""
     asked = "matches" if pattern.startswith(REGEX_MARK) else "ends with"

@@ -117,6 +117,26 @@ def freeze_except(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def multiplied(
+    tx: optax.GradientTransformationExtraArgs, factors: Mapping[Path, float]
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer whose updates of some leaves, by path, are multiplied."""
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        new, state = tx.update(updates, state, params, **extra)
+        for factor in {*factors.values()}:
+            mask = mask_of(new, [path for path, own in factors.items() if own == factor])
+            new = jax.tree.map(lambda is_own, u, by=factor: _times(u, by) if is_own else u, mask, new)
+        return new, state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _times(update: Any, factor: float) -> Any:
+    """An update, an array or a variable of nnx, multiplied."""
+    return jax.tree.map(lambda u: u * factor, update)
+
+
 def _no_update(updates: Any, params: Any = None) -> Any:
     del params
     # Of leaves that are no floats, `jax.grad(…, allow_int=True)` gives gradients of a dtype that nothing adds to.

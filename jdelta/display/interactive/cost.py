@@ -97,14 +97,8 @@ def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
     leaves, failed = _measured(state, made_at)
     reasons |= {name: _sentence(reason) for name, reason in failed.items()}
     table = _Table()
-    source, exact = _source_items(state, leaves)
-    for name, own in leaves.items():
-        made = source[name].made if name in source else frozenset()
-        for path, shape in own.items():
-            if path not in made:
-                table.add(name, path, 0 if method.frozen(path) else math.prod(shape), math.prod(shape))
-        for key, path, size in source[name].items if name in source else ():
-            table.add(name, key, 0 if method.frozen(path) else size, size)
+    exact = _add_own(table, state, leaves)
+    for name in leaves:
         for path in borrowed[name]:
             table.add(name, path, 0 if path in unfrozen else sizes[path], 0)
     always = sum(sizes[path] for path in unfrozen)
@@ -119,23 +113,38 @@ def parameter_costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
       exclude: patterns of modules and parameters that are left out.
     """
     structure, method, leaves = state.structure, state.method, state.structure.leaves
-    table, reasons = _Table(), {}
+    table, reasons, own = _Table(), {}, {}
     for parameter in structure.parameters:
         try:
             if any(addressing.matches_at_or_above(parameter.name, pattern) for pattern in exclude):
                 raise ValueError("It is left out by exclude_modules.")
             made = [placement.named(e, state.name, structure) for e in method.parameter_edits(parameter, structure)]
             attaching.check(state, made, state.host.attachments)
+            shapes: Shapes = {}
             for edit in made:
                 if isinstance(edit, WeightEdit) and not edit.is_bias:
                     init = functools.partial(weights.init, edit)
                     for name, leaf in jax.eval_shape(init, jax.random.key(0), meta.unbox(leaves[edit.leaf])).items():
-                        path = (*edit.own_path, name)
-                        table.add(parameter.name, path, 0 if method.frozen(path) else leaf.size, leaf.size)
+                        shapes[*edit.own_path, name] = leaf.shape
+            own[parameter.name] = shapes
         except (TypeError, ValueError) as error:
             reasons[parameter.name] = _sentence(str(error))
+    exact = _add_own(table, state, own)
     total = sum(math.prod(meta.unbox(leaf).shape) for leaf in leaves.values() if leaf is not surgery.empty_node)
-    return Costs(table.items, table.modules, reasons, 0, total)
+    return Costs(table.items, table.modules, reasons, 0, total, exact)
+
+
+def _add_own(table: _Table, state: DeltaState, leaves: Mapping[str, Shapes]) -> bool:
+    """Adds the delta's own leaves at each module, or parameter; returns whether the sums are exact."""
+    method = state.method
+    source, exact = _source_items(state, leaves)
+    for name, own in leaves.items():
+        made = source[name].made if name in source else frozenset()
+        items = [(path, path, math.prod(shape)) for path, shape in own.items() if path not in made]
+        for key, path, size in [*items, *(source[name].items if name in source else ())]:
+            never = method.frozen(path) or method.regenerated(path)
+            table.add(name, key, 0 if never else size, size)
+    return exact
 
 
 def _edits_at(state: DeltaState, info: ModuleInfo) -> list[Edit]:

@@ -60,10 +60,10 @@ class ModuleCall:
         for key in (edit.name, *edit.own):
             tree = tree.get(key, {})
         own = {name: meta.unbox(leaf) for name, leaf in tree.items() if not isinstance(leaf, Mapping)}
-        for name, shape in weights.own_shapes(edit).items() if own else ():
-            if name in own and own[name].shape != shape:
+        for name, leaf in weights.own_shapes(edit).items() if own else ():
+            if name in own and own[name].shape != leaf.shape:
                 where = "/" + "/".join((*edit.own_path,))
-                raise ScopeParamShapeError(name, where, own[name].shape, shape)
+                raise ScopeParamShapeError(name, where, own[name].shape, leaf.shape)
         return own
 
     def is_deterministic(self, edit: WeightEdit) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from jdelta.core import weights
 from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
-from jdelta.core.structural_key import structural_key
+from jdelta.core.structural_key import Same, structural_key
 from jdelta.hosts import call_edits
 from jdelta.hosts.nnx.bridge import Inside, inside
 from jdelta.trees.surgery import Path
@@ -26,7 +26,7 @@ class Edits:
       leaves: paths of the leaves that it needs, below itself.
       inside: of an `nnx.bridge.ToNNX`, what happens in its linen module.
       attachments: at the root, all that the model carries.
-      key: what makes it equal to others. It can hold ids of parts of the edits, which are kept here.
+      key: what makes it equal to others.
     """
 
     path: Path
@@ -129,7 +129,7 @@ def edit_key(edit: Edit) -> Hashable:
     """What makes edits equal that do the same to modules that are alike."""
     if isinstance(edit, WeightEdit):
         kind = weights.kind_of(edit)
-        rule: Hashable = kind if kind.is_hashable() else (id(edit.rule), kind.leaf, kind.shape)
+        rule: Hashable = kind if kind.is_hashable() else (Same(edit.rule), kind.leaf, kind.shape)
         return (rule, edit.layers, edit.name, edit.own, edit.in_call, edit.alone, edit.is_bias)
     span = None if edit.span_input is None else (edit.span_input, edit.host)
     return (edit.where, structural_key(edit.layer), edit.leaf, edit.outermost, edit.needs, edit.method, span)

@@ -119,7 +119,7 @@ def weighted_sum(
         else:
             asked = f"{combination!r} with weights {', '.join(f'{w:g}' for w in numbers)}"
             raise ValueError(f"{asked}: {_no_change(first, key)} 'linear' with weights that sum to 1 is their mean.")
-    return _result(first, values, name, lora_factors.at_ranks(first.config, values, pairs))
+    return _result(first, values, name, lora_factors.at_ranks(first, values, pairs))
 
 
 def interpolate(

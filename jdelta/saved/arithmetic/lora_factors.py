@@ -20,7 +20,8 @@ from jdelta.saved.finetuned import Finetuned, listing
 
 Shape = tuple[int, ...]
 
-SCALED = ("lora_r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora")  # may differ
+# Arguments that may differ.
+SCALED = ("lora_r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
 
 
 def pairs_of(found: Finetuned) -> tuple[str, ...]:
@@ -43,6 +44,15 @@ def leaves_of(pairs: Sequence[str]) -> set[str]:
     return {f"{pair}.{leaf}" for pair in pairs for leaf in "ab"}
 
 
+def target_of(found: Finetuned, pair: str) -> str:
+    """The name of the module that a pair is at, or of the parameter."""
+    *before, last = pair.split(".")
+    if last == found.name:
+        return ".".join(before)
+    at = len(before) - 1 - before[::-1].index(found.name)
+    return ".".join((*before[:at], *before[at + 1 :], last))
+
+
 def same_up_to_rank(a: Shape, b: Shape, other_a: Shape, other_b: Shape) -> bool:
     """Whether two pairs differ in the last axis of `a`, and likewise in one axis of `b`, at most."""
     ranks = (a[-1], other_a[-1])
@@ -58,7 +68,7 @@ def merged(
     Raises:
       ValueError: the rank is above what the module has, or the axes of the layers cannot be told.
     """
-    target = pair.rpartition(".")[0]
+    target = target_of(found[0], pair)
     a, b = ([wide(delta.values[f"{pair}.{leaf}"]) for delta in found] for leaf in "ab")
     scales = [cast(LoraConfig, delta.config).scale_of(target) for delta in found]
     total = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
@@ -67,7 +77,7 @@ def merged(
         signed = [math.copysign(root, c) for root, c in zip(roots, total, strict=True)]
         return {f"{pair}.a": merge(a, signed), f"{pair}.b": merge(b, roots)}
 
-    n = _layer_axes(found[0], pair, a, b)
+    n = layer_axes(found[0], pair, a, b)
     layers, d_in, d_out = a[0].shape[:n], a[0].shape[n:-1], b[0].shape[n + 1 :]
     left = [x.reshape(*layers, -1, x.shape[-1]) for x in a]
     right = [x.reshape(*layers, x.shape[n], -1) for x in b]
@@ -86,17 +96,17 @@ def merged(
     return {f"{pair}.a": u.reshape(*layers, *d_in, -1), f"{pair}.b": v.reshape(*layers, -1, *d_out)}
 
 
-def at_ranks(config: Method, values: Mapping[str, np.ndarray], pairs: Sequence[str]) -> Method:
+def at_ranks(found: Finetuned, values: Mapping[str, np.ndarray], pairs: Sequence[str]) -> Method:
     """The configuration for pairs of these ranks, whose scale is 1. Without pairs it stays as it is."""
     if not pairs:
-        return config
-    ranks = {pair.rpartition(".")[0]: values[f"{pair}.a"].shape[-1] for pair in pairs}
+        return found.config
+    ranks = {target_of(found, pair): values[f"{pair}.a"].shape[-1] for pair in pairs}
     rank = max(ranks.values())
     # The first pattern that matches counts, so a name goes before those that it ends with.
     each = {target: ranks[target] for target in sorted(ranks, key=len, reverse=True)}
     pattern = each if len({*ranks.values()}) > 1 else None
     return dataclasses.replace(
-        cast(LoraConfig, config),
+        cast(LoraConfig, found.config),
         lora_r=rank,
         lora_alpha=rank,
         rank_pattern=pattern,
@@ -113,7 +123,7 @@ def _checked_rank(rank: int | None, left: Sequence[np.ndarray], full: int, targe
     return rank
 
 
-def _layer_axes(first: Finetuned, pair: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> int:
+def layer_axes(first: Finetuned, pair: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> int:
     """How many axes of layers come first. The leaves' shapes do not tell it if there are as many layers as ranks."""
 
     def fits(a: np.ndarray, b: np.ndarray, n: int) -> bool:

@@ -1,4 +1,4 @@
-"""Deltas in the format of PyTorch PEFT, both ways: LoRA, prefix tuning and prompt tuning."""
+"""Deltas in the format of PyTorch PEFT, both ways: LoRA, other changes of weights, prefix tuning and prompt tuning."""
 
 from jdelta.saved.peft.writing import to_peft
 

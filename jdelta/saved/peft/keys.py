@@ -13,14 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from jdelta.saved.finetuned import listing
-from jdelta.saved.peft.names import PROMPT, Names, Tensors
+from jdelta.saved.peft.names import NORM, PROMPT, Names, Tensors
+from jdelta.saved.peft.tuners import TUNERS
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LEAD = re.compile(rf"(?:{'|'.join(_WRAPPERS)}|base_model(?:\.model)?)\.")
-_INSIDE = re.compile(r"\.(?:lora_(?:embedding_)?[AB]|base_layer|modules_to_save|original_module)(?:\.|$)")
-_LORA = re.compile(r"(.+\.lora_(?:embedding_)?[AB])\.(?!weight$|bias$)([^.]+)((?:\.weight)?)")
+_SHARED = sorted({end for tuner in TUNERS.values() for end in tuner.shared.values()})
+_ENDS = {end.removesuffix(".weight") for tuner in TUNERS.values() for end in tuner.tensors.values()}.union(_SHARED)
+_TENSOR = rf"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|{NORM}|{'|'.join(sorted(map(re.escape, _ENDS)))})"
+_INSIDE = re.compile(rf"(?:{_TENSOR}|\.base_layer|\.modules_to_save|\.original_module)(?:\.|$)")
+_NAMED = re.compile(rf"(.+{_TENSOR})\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)")
+_OWN = re.compile(rf".+{_TENSOR}(?:\.|$)")
 _TO_SAVE = re.compile(r"(.+\.modules_to_save)\.([^.]+)\.(.+)")
 _PROMPT = re.compile(rf"(?:.+\.)?(?:{PROMPT}|prompt_encoder\.([^.]+)\.embedding\.weight)")
+_ROOT = re.compile(rf"(?:(?:{'|'.join(_WRAPPERS)}|base_model)\.)*({'|'.join(map(re.escape, _SHARED))})(?:\.([^.]+))?")
 
 
 def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
@@ -37,15 +43,16 @@ def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
     Raises:
       ValueError: the file holds several adapters, or two keys mean the same.
     """
-    prompts = {key: match[1] for key in tensors if (match := _PROMPT.fullmatch(key))}
-    plain = _unwrapped([key for key in tensors if key not in prompts], prefix, names)
-    adapters = {name for name in prompts.values() if name}
+    at_root = {key: (PROMPT, match[1]) for key in tensors if (match := _PROMPT.fullmatch(key))}
+    at_root |= {key: (match[1], match[2]) for key in tensors if (match := _ROOT.fullmatch(key))}
+    plain = _unwrapped([key for key in tensors if key not in at_root], prefix, names)
+    adapters = {name for _, name in at_root.values() if name}
     unnamed = False
     for key, name in list(plain.items()):
-        if match := _LORA.fullmatch(name):
+        if match := _NAMED.fullmatch(name):
             plain[key] = match[1] + match[3]
             adapters.add(match[2])
-        elif ".lora_" in name:
+        elif _OWN.match(name):
             unnamed = True
     for key, name in list(plain.items()):
         if match := _TO_SAVE.fullmatch(name):
@@ -54,13 +61,13 @@ def normalized(tensors: Tensors, prefix: str, names: Names) -> Tensors:
             if match[2] in adapters or next((n for leaf, n in named.items() if _is_leaf(names, leaf)), False):
                 plain[key] = f"{match[1]}.{match[3]}"
                 adapters.add(match[2])
-    if len(adapters) > 1 or (adapters and unnamed and any(_LORA.search(key) for key in tensors)):
+    if len(adapters) > 1 or (adapters and unnamed and any(_NAMED.search(key) for key in tensors)):
         found = [*map(repr, sorted(adapters)), *(["one without a name"] if unnamed else [])]
         raise ValueError(
             f"the file holds {len(found)} adapters: {', '.join(found)}. Save one alone, for example with "
             "model.save_pretrained(…, selected_adapters=[…])."
         )
-    plain |= dict.fromkeys(prompts, PROMPT)
+    plain |= {key: end for key, (end, _) in at_root.items()}
     if double := [name for name, count in Counter(plain.values()).items() if count > 1]:
         both = [key for key in tensors if plain[key] == double[0]]
         raise ValueError(f"two keys of the file mean {double[0]!r}: {listing(both)}.")

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from flax import linen as nn
 
 from jdelta.core.config import as_type, require_positive_int, shown
+from jdelta.core.linear import linear_map
+from jdelta.core.linear_maps import MatrixMap
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.names import common_names
 from jdelta.saved.peft.names import CONFIG, PROMPT
+from jdelta.saved.peft.tuners import TUNERS
+from jdelta.saved.peft.tuners.tuner import Tuner
 
 # The fields that are read, or that change nothing once the values are there. Others that are set are refused.
 _COMMON = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
     *("task_type", "modules_to_save"),
 }
+_TARGETING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"}
 _VIRTUAL = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
 _KNOWN = {
     "LORA": {
-        *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "bias"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *_TARGETING,
+        *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
         *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         *("runtime_config", "megatron_core", "qalora_group_size"),
     },
@@ -30,24 +35,33 @@ _KNOWN = {
         *_VIRTUAL,
         *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     },
+    "LN_TUNING": {"target_modules", "exclude_modules"},
+    **{
+        kind: {*_TARGETING, *tuner.fields, *tuner.patterns, *tuner.other_fields, *tuner.read_fields}
+        for kind, tuner in TUNERS.items()
+    },
 }
 _NEEDED = {
     "LORA": ("r", "lora_alpha"),
     "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads"),
     "PROMPT_TUNING": ("num_virtual_tokens",),
 }
+_ONLY = ("lora_only", *sorted({tuner.biases for tuner in TUNERS.values()} - {""}))
 _TYPES: dict[str, Any] = {
     "peft_type": str,
     **dict.fromkeys(("r", "num_virtual_tokens", "token_dim", "num_attention_heads"), int),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
     "use_rslora": bool,
+    "use_dora": bool,
     "rank_pattern": dict[str, int] | None,
     "alpha_pattern": dict[str, float] | None,
+    "lambda_pattern": dict[str, float] | None,
     "modules_to_save": tuple[str, ...] | None,
-    "bias": Literal["none", "all", "lora_only"],
+    "bias": Literal["none", "all", *_ONLY],
     "init_lora_weights": bool | str | None,
 }
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the backbone's weights alone
+_REPEATED = ("pissa", "olora")  # those whose change of the weights follows from these
 
 
 def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +74,7 @@ def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     kind = fields["peft_type"]
     if kind not in _KNOWN:
         raise ValueError(f"peft_type={shown(kind)} is not supported. Supported are: {', '.join(_KNOWN)}.")
-    for field in _NEEDED[kind]:
+    for field in _NEEDED.get(kind, ()):
         if field not in fields:
             raise ValueError(f"{CONFIG} lacks {field!r}, which {kind} needs.")
         if isinstance(fields[field], int):
@@ -71,7 +85,7 @@ def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{field}={shown(value)} is an unsupported option of {kind}. If PEFT can merge the adapter into the "
                 "weights, merge it there and load the model."
             )
-    if (init := fields.get("init_lora_weights")) not in _INITS:
+    if (init := fields.get("init_lora_weights")) not in (*_INITS, *_REPEATED):
         raise ValueError(
             f"init_lora_weights={shown(init)} changed the weights of the backbone before training, and jdelta does not "
             "repeat that. Save it as a plain LoRA: save_pretrained(…, "
@@ -91,6 +105,31 @@ def require_same_lora(host: ModuleInfo | None, name: str) -> None:
         )
     if host.fields.get("feature_group_count", 1) > 1:
         raise ValueError(f"LoRA at {name!r}: PEFT splits it otherwise than jdelta in a convolution of groups.")
+
+
+def require_same(tuner: Tuner, host: ModuleInfo | None, name: str, parts: Sequence[str]) -> None:
+    """Raises `ValueError` where another method in PEFT and in jdelta are two things, as far as is known.
+
+    Args:
+      tuner: the method.
+      host: the module that it is at; `None` if it is not called.
+      name: PyTorch's name of it.
+      parts: PyTorch's names of all modules that the host is there.
+    """
+    if host is None:
+        raise ValueError(f"{tuner.kind} at {name!r}: in Flax, this module is not called, and cannot carry a delta.")
+    if len(parts) > 1:
+        raise ValueError(
+            f"{tuner.kind} at {name!r}: {' and '.join(parts)} are one module in Flax, {host.name!r}, and what they "
+            "have cannot be joined there. LoRA can."
+        )
+    linear = linear_map(host)
+    layout = linear.layout(host.params[linear.weights].shape)
+    is_conv1d = isinstance(linear, MatrixMap) and linear.transposed
+    if not isinstance(linear, tuner.linear) or layout.shared or (is_conv1d and not tuner.conv1d):
+        raise ValueError(
+            f"{tuner.kind} at {name!r}, {host.type.__name__}: that is not exchanged with PEFT. save_finetuned saves it."
+        )
 
 
 def require_no_cross_attention(structure: Structure) -> None:

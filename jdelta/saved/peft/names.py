@@ -21,6 +21,7 @@ from jdelta.trees.surgery import Tree
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PROMPT = "prompt_embeddings"
+NORM = "ln_tuning_layers"  # what PEFT calls the copy of a norm, inside its host
 
 Tensors = Mapping[str, np.ndarray]
 

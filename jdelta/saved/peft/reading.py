@@ -10,16 +10,20 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdelta.core import parsing
+from jdelta.core.edits import WeightEdit
 from jdelta.core.linear import linear_map
 from jdelta.core.method import Method
+from jdelta.core.structure import ModuleInfo
+from jdelta.methods.ln_tuning import LNTuningConfig, is_norm
 from jdelta.methods.lora import LoraConfig
+from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.names import common_names
@@ -27,8 +31,10 @@ from jdelta.saved import folder
 from jdelta.saved.finetuned import listing
 from jdelta.saved.peft.joining import Lora, joined
 from jdelta.saved.peft.keys import normalized
-from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
-from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, Tensors, owner, to_flax
+from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
+from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, Names, Tensors, owner, to_flax
+from jdelta.saved.peft.tuners import TUNERS
+from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
 from jdelta.trees import addressing, fingerprint, regexes
 
 Leaves = dict[tuple[str, str], np.ndarray]  # by the host's name and the leaf's, ("…query", "a"); "" is the only host
@@ -72,10 +78,11 @@ class PeftAdapter:
 
     Attributes:
       config: of the method.
-      leaves: the delta's own leaves.
+      leaves: the delta's own leaves at modules.
       saved: the backbone's leaves that the file holds, in PyTorch's layout.
       trains: which of them train.
       modules_to_save: PEFT's patterns of some of these.
+      shared: the delta's own leaves at the root.
     """
 
     config: Method
@@ -83,6 +90,7 @@ class PeftAdapter:
     saved: Tensors
     trains: frozenset[str]
     modules_to_save: Sequence[str]
+    shared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def patterns_of(saved: Collection[str], entries: Sequence[str], leaves: Collection[str]) -> list[str]:
@@ -93,20 +101,24 @@ def patterns_of(saved: Collection[str], entries: Sequence[str], leaves: Collecti
         if hits and hits <= {*saved}:
             patterns.append(entry)
             rest -= hits
-    return [*patterns, *(_exact(name, leaves) for name in sorted(rest))]
+    return [*patterns, *(addressing.exact(name, leaves) for name in sorted(rest))]
 
 
 # --- each method
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 
 
 def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     factors: dict[str, dict[str, np.ndarray]] = {}
+    magnitudes: dict[str, np.ndarray] = {}
     rest = {}
     for key, tensor in normalized(tensors, "base_model.model.", names).items():
         if match := _FACTOR.fullmatch(key):
             factors.setdefault(match[1], {})[match[2].lower()] = to_flax(tensor)
+        elif match := _MAGNITUDE.fullmatch(key):
+            magnitudes[match[1]] = tensor.reshape(-1)
         else:
             rest[key] = tensor
     hosts = {name: names.module(name) for name in factors}
@@ -119,6 +131,13 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdap
             f"{TENSORS} holds no LoRA: no key has lora_A or lora_B in it. It holds "
             f"{listing(sorted(tensors)) or 'nothing'}."
         )
+    use_dora = fields.get("use_dora", False)
+    if odd := sorted(hosts.keys() ^ magnitudes.keys() if use_dora else magnitudes):
+        raise ValueError(
+            f"use_dora={use_dora} in {CONFIG}, and {TENSORS} has {'no ' if use_dora else ''}lora_magnitude_vector at "
+            f"{listing(odd)}."
+        )
+    start = fields.get("init_lora_weights", True)
     r, alpha, use_rslora = fields["r"], fields["lora_alpha"], fields.get("use_rslora", False)
     ranks = {name: _by_pattern(fields.get("rank_pattern"), name, r) for name in hosts}
     found: dict[str, dict[int, Lora]] = {}
@@ -131,7 +150,7 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdap
         lora = Lora(pair["a"], pair["b"], _by_pattern(fields.get("alpha_pattern"), name, alpha))
         found.setdefault(hosts[name], {})[names.part(name, hosts[name])] = lora
     whole = {host: _whole(host, parts, names, use_rslora) for host, parts in found.items()}
-    patterns = {host: _exact(host, names.structure.modules) for host in whole}
+    patterns = {host: addressing.exact(host, names.structure.modules) for host in whole}
     config = LoraConfig(
         modified_modules=tuple(patterns.values()),
         lora_r=r,
@@ -140,8 +159,14 @@ def _lora(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdap
         rank_pattern={patterns[host]: lora.rank for host, lora in whole.items() if lora.rank != r} or None,
         alpha_pattern={patterns[host]: lora.alpha for host, lora in whole.items() if lora.alpha != alpha} or None,
         use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights=start if takes_from_weight(start) else True,
     )
     leaves = {(host, letter): leaf for host, lora in whole.items() for letter, leaf in (("a", lora.a), ("b", lora.b))}
+    for name, magnitude in magnitudes.items():
+        if len(parts := names.torch(hosts[name])) > 1:
+            raise ValueError(f"DoRA at {name!r}: {' and '.join(parts)} are one module in Flax, and cannot be joined.")
+        leaves[hosts[name], "m"] = magnitude
     return _with_saved(config, leaves, rest, fields, names)
 
 
@@ -159,6 +184,78 @@ def _whole(host: str, parts: Mapping[int, Lora], names: Names, use_rslora: bool)
         raise ValueError(f"LoRA at {host!r}, which is {' and '.join(torch)} in PyTorch: {error}") from error
 
 
+def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
+    """Reads a method that changes weights of modules."""
+    end_of = re.compile(rf"(.+)\.({'|'.join(map(re.escape, tuner.tensors.values()))})")
+    leaf_of = {end: leaf for leaf, end in tuner.tensors.items()}
+    shared_of = {end: leaf for leaf, end in tuner.shared.items()}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    shared: dict[str, np.ndarray] = {}
+    rest = {}
+    for key, tensor in normalized(tensors, "base_model.model.", names).items():
+        if match := end_of.fullmatch(key):
+            found.setdefault(match[1], {})[leaf_of[match[2]]] = tensor
+        elif key in shared_of:
+            shared[shared_of[key]] = tensor
+        elif key.rpartition(".")[2] not in shared_of:  # RandLoRA's file has a copy at each module
+            rest[key] = tensor
+    if not found:
+        raise ValueError(
+            f"{TENSORS} holds nothing of {tuner.kind}: no key ends with {' or '.join(leaf_of)}. It holds "
+            f"{listing(sorted(tensors)) or 'nothing'}."
+        )
+    hosts = {name: names.module(name) for name in found}
+    for name, host in hosts.items():
+        require_same(tuner, names.structure.modules.get(host), name, names.torch(host))
+    patterns = {host: addressing.exact(host, names.structure.modules) for host in hosts.values()}
+    try:
+        arguments = {field: fields[field] for field in tuner.fields if field in fields}
+        for pattern in tuner.patterns:
+            usual = fields.get(field := REPLACED_BY[pattern], tuner.method().to_dict()[field])
+            own = {host: _by_pattern(fields.get(pattern), name, usual) for name, host in hosts.items()}
+            arguments[pattern] = {patterns[host]: value for host, value in own.items() if value != usual} or None
+        arguments |= tuner.arguments(fields, {name: patterns[host] for name, host in hosts.items()})
+        config = tuner.method(modified_modules=tuple(patterns.values()), **arguments)
+        leaves: Leaves = {}
+        shapes = {host: _matrix_shape(names.structure[host]) for host in hosts.values()}
+        for name, host in hosts.items():
+            edits = config.edits(names.structure[host], names.structure)
+            rule = next(edit.rule for edit in edits if isinstance(edit, WeightEdit))
+            own = tuner.leaves_at(rule, found[name])
+            tuner.require_fit(own, *shapes[host])
+            leaves |= {(host, leaf): value for leaf, value in own.items()}
+        shared = tuner.shared_leaves(shared, config, [*shapes.values()])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{tuner.kind}: {error}") from error
+    return dataclasses.replace(_with_saved(config, leaves, rest, fields, names), shared=shared)
+
+
+def _matrix_shape(host: ModuleInfo) -> tuple[int, int]:
+    linear = linear_map(host)
+    shape = host.params[linear.weights].shape
+    return linear.layout(shape).matrix_shape(shape)
+
+
+def _norms(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
+    found: dict[str, np.ndarray] = {}
+    rest = {}
+    for key, tensor in normalized(tensors, "base_model.model.", names).items():
+        if f".{NORM}." in key:
+            found[names.leaf(key.replace(f".{NORM}.", "."))] = tensor
+        else:
+            rest[key] = tensor
+    if not found:
+        raise ValueError(f"{TENSORS} holds no {NORM}. It holds {listing(sorted(tensors)) or 'nothing'}.")
+    hosts = [*dict.fromkeys(map(owner, found))]
+    for host in hosts:
+        info = names.structure.modules.get(host)
+        if info is None or not is_norm(info):
+            raise ValueError(f"LN_TUNING at {host!r}: that is no norm. Other modules train with modules_to_save.")
+    patterns = tuple(addressing.exact(host, names.structure.modules) for host in hosts)
+    others = _with_saved(LNTuningConfig(modified_modules=patterns), {}, rest, fields, names)
+    return dataclasses.replace(others, saved={**others.saved, **found}, trains=others.trains.union(found))
+
+
 def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
     require_no_cross_attention(names.structure)
     layers = [info.name for info in common_names.resolve(names.structure, ["attn"])]
@@ -171,7 +268,7 @@ def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAd
             f"num_attention_heads={heads}, a model of {len(layers)} attention layers needs {wanted}."
         )
     pairs = rows.reshape(tokens, len(layers), 2, heads, -1).transpose(1, 2, 0, 3, 4)
-    patterns = tuple(_exact(name, names.structure.modules) for name in layers)
+    patterns = tuple(addressing.exact(name, names.structure.modules) for name in layers)
     config = PrefixConfig(
         modified_modules=patterns, prefix_token_num=tokens, reparameterize=False, shift_positions=True
     )
@@ -196,7 +293,13 @@ def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> P
     return _with_saved(config, {("", "embedding"): rows}, rest, fields, names)
 
 
-READERS = {"LORA": _lora, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _soft_prompt}
+READERS: dict[str, Callable[[Mapping[str, Any], Tensors, Names], PeftAdapter]] = {
+    "LORA": _lora,
+    "LN_TUNING": _norms,
+    "PREFIX_TUNING": _prefix,
+    "PROMPT_TUNING": _soft_prompt,
+    **{kind: functools.partial(_tuner, tuner) for kind, tuner in TUNERS.items()},
+}
 
 
 def _with_saved(config: Method, leaves: Leaves, rest: Tensors, fields: Mapping[str, Any], names: Names) -> PeftAdapter:
@@ -256,8 +359,3 @@ def _prompt(rest: dict[str, np.ndarray]) -> np.ndarray:
     if rows.ndim != 2:
         raise ValueError(f"{PROMPT} has shape {rows.shape}, and a table has two axes.")
     return rows
-
-
-def _exact(name: str, names: Iterable[str]) -> str:
-    """A pattern that means this name and no other."""
-    return f"[r]^{re.escape(name)}" if any(other.endswith(f".{name}") for other in names) else name

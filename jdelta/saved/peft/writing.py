@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
+from jdelta.core import weights
+from jdelta.core.edits import WeightEdit
 from jdelta.core.linear import linear_map
 from jdelta.core.linear_maps import ConvMap, EinsumMap, LookupMap, MatrixMap
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.core.warn import warn
 from jdelta.methods.lora import LoraConfig
+from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
 from jdelta.names import common_names
 from jdelta.saved import folder
 from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing
-from jdelta.saved.peft.limits import require_no_cross_attention, require_same_lora
-from jdelta.saved.peft.names import CONFIG, PROMPT, TENSORS, Names, modules_of, owner, shapes_of, to_torch
+from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
+from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, Names, modules_of, owner, shapes_of, to_torch
 from jdelta.saved.peft.torch_leaves import Parts
+from jdelta.saved.peft.tuners import TUNERS
+from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
+from jdelta.trees import addressing
 
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -63,23 +73,28 @@ def to_peft(found: Finetuned, structure: Structure, path: str | os.PathLike[str]
 
 def _write_lora(found: Finetuned, structure: Structure) -> Written:
     config: LoraConfig = found.config  # type: ignore[assignment]
-    names, shapes = Names.of(structure), shapes_of(structure.params)
+    names, doubled = Names.of(structure), takes_from_weight(config.init_lora_weights)
     tensors: dict[str, np.ndarray] = {}
     for host in found.targets:
         info = structure[host]
         parts = names.torch(host)
         require_same_lora(info, parts[0])
         a, b = (found.values[f"{host}.{found.name}.{leaf}"] for leaf in "ab")
-        if any(shapes[f"{host}.{key}"] != leaf.shape for key, leaf in info.params.items()):
-            raise ValueError(f"LoRA at {host} has leaves for several layers (nn.scan), and PEFT has a module for each.")
+        if doubled:  # as PEFT writes it: the difference to the start
+            a0, b0 = (found.values[f"{host}.{found.name}.{leaf}0"] for leaf in "ab")
+            a, b = np.concatenate([a, a0], axis=-1), np.concatenate([b, -b0])
+        _require_one_layer(found, structure, host)
         tensors |= _factors(info, parts, a, b)
-    modules, biases = _trained(found, names)
-    saved = _in_torch((*modules, *biases), found, names)
-    hosts = {part: host for host in found.targets for part in names.torch(host)}
-    of_hosts = {f"{part}.bias" for part in hosts} & saved.keys()
-    for bias in of_hosts:  # PEFT puts LoRA in the place of its host, which then is inside
-        saved[f"{owner(bias)}.base_layer.bias"] = saved.pop(bias)
-    r, alpha = config.lora_r, config.lora_alpha
+        if config.use_dora:
+            if len(parts) > 1:
+                raise ValueError(f"DoRA at {host}, which is {' and '.join(parts)} in PyTorch, is not written.")
+            norms = found.values[f"{host}.{found.name}.m"].reshape(-1)
+            shape = (1, -1, *(1,) * (a.ndim - 2)) if isinstance(linear_map(info), ConvMap) else (-1,)
+            tensors[f"{parts[0]}.lora_magnitude_vector"] = norms.reshape(shape)
+    ranks = 2 if doubled else 1
+    alphas = math.sqrt(ranks) if config.use_rslora else float(ranks)
+    r, alpha = ranks * config.lora_r, alphas * config.lora_alpha
+    hosts = _hosts(found, names)
     own = {f"^{re.escape(part)}": host for part, host in hosts.items()}
     fields = {
         "peft_type": "LORA",
@@ -87,16 +102,108 @@ def _write_lora(found: Finetuned, structure: Structure) -> Written:
         "lora_alpha": _whole(alpha),
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "rank_pattern": {key: config.rank_of(host) for key, host in own.items() if config.rank_of(host) != r},
+        "use_dora": config.use_dora,
+        "rank_pattern": {key: ranks * n for key, host in own.items() if (n := config.rank_of(host)) != config.lora_r},
         "alpha_pattern": {
-            key: _whole(config.alpha_of(host)) for key, host in own.items() if config.alpha_of(host) != alpha
+            key: _whole(alphas * own_alpha)
+            for key, host in own.items()
+            if (own_alpha := config.alpha_of(host)) != config.lora_alpha
         },
-        "target_modules": [*hosts],
         "fan_in_fan_out": any(_is_transposed(structure[host]) for host in found.targets),
-        "modules_to_save": _owners(modules, names) or None,
-        "bias": "none" if not biases else "lora_only" if len(biases) == len(of_hosts) else "all",
     }
-    return fields, {f"base_model.model.{key}": value for key, value in (tensors | saved).items()}
+    return _write_modules(found, names, fields, tensors, "lora_only")
+
+
+def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Written:
+    """What PEFT has of a method that changes weights of modules."""
+    names, config = Names.of(structure), found.config
+    tensors: dict[str, np.ndarray] = {}
+    rules: dict[str, Any] = {}
+    for host in found.targets:
+        info, parts = structure[host], names.torch(host)
+        require_same(tuner, info, parts[0], parts)
+        _require_one_layer(found, structure, host)
+        edit = next(each for each in config.edits(info, structure) if isinstance(each, WeightEdit))
+        rules[parts[0]] = edit.rule
+        keys = {leaf: f"{host}.{found.name}.{leaf}" for leaf in tuner.tensors}  # an option may leave some out
+        own = {leaf: jnp.asarray(found.values[key]) for leaf, key in keys.items() if key in found.values}
+        seen = {leaf: np.asarray(value) for leaf, value in weights.seen_own(edit, own).items()}
+        tuner.require_fit(seen, *weights.layout_of(edit).matrix_shape(edit.shape))
+        written = tuner.written_at(edit.rule, seen)
+        tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in written.items()}
+    hosts = _hosts(found, names)
+    fields = {"peft_type": tuner.kind, **{field: getattr(config, field) for field in tuner.fields}}
+    for pattern in config.pattern_fields:
+        if pattern not in tuner.patterns:
+            if getattr(config, pattern) and pattern not in tuner.read_fields:
+                raise ValueError(f"PEFT has no {pattern} of {tuner.kind}, and this delta has one.")
+            continue
+        usual = getattr(config, REPLACED_BY[pattern])
+        own_value = {
+            part: addressing.first_match(getattr(config, pattern), host, usual) for part, host in hosts.items()
+        }
+        fields[pattern] = {f"^{re.escape(part)}": value for part, value in own_value.items() if value != usual}
+    if tuner.conv1d:
+        fields["fan_in_fan_out"] = any(_is_transposed(structure[host]) for host in found.targets)
+    fields |= tuner.written_fields(config, hosts) | tuner.fields_at(rules)
+    fields, written = _write_modules(found, names, fields, tensors, tuner.biases)
+    kept = {leaf: f"{found.name}.{leaf}" for leaf in tuner.shared}
+    shared = {leaf: found.values[key] for leaf, key in kept.items() if key in found.values}
+    return fields, written | {f"base_model.{k}": v for k, v in tuner.written_shared(shared, [*hosts]).items()}
+
+
+def _write_norms(found: Finetuned, structure: Structure) -> Written:
+    names = Names.of(structure)
+    tensors: dict[str, np.ndarray] = {}
+    values = dict(found.values)
+    for host in found.targets:
+        _require_one_layer(found, structure, host)
+        for leaf in (f"{host}.{key}" for key in structure[host].params):
+            if leaf in values:  # what is frozen is as it was
+                for name, value in names.in_torch(leaf, values.pop(leaf)).items():
+                    tensors[f"{owner(name)}.{NORM}.{name.rpartition('.')[2]}"] = value
+    others = dataclasses.replace(found, values=values, own=frozenset())
+    return _write_modules(others, names, {"peft_type": "LN_TUNING"}, tensors, "")
+
+
+def _require_one_layer(found: Finetuned, structure: Structure, host: str) -> None:
+    """Raises `ValueError` for a module inside `nn.scan`, whose leaves have an axis of layers."""
+    shapes = shapes_of(structure.params)
+    if any(shapes[f"{host}.{key}"] != leaf.shape for key, leaf in structure[host].params.items()):
+        raise ValueError(
+            f"{found.name!r} at {host} has leaves for several layers (nn.scan), and PEFT has a module for each."
+        )
+
+
+def _hosts(found: Finetuned, names: Names) -> dict[str, str]:
+    """PyTorch's name of each module with a delta to the one here."""
+    return {part: host for host in found.targets for part in names.torch(host)}
+
+
+def _write_modules(
+    found: Finetuned, names: Names, fields: dict[str, Any], tensors: Mapping[str, np.ndarray], only: str
+) -> Written:
+    """What a method at modules has in common with others: what trained besides, and where it is.
+
+    Args:
+      found: the delta.
+      names: of the model.
+      fields: those that the method has.
+      tensors: those of its modules.
+      only: what it calls the biases of its modules in `bias`; empty if it trains none.
+    """
+    modules, biases = _trained(found, names)
+    saved = _in_torch((*modules, *biases), found, names)
+    hosts = _hosts(found, names)
+    of_hosts = {f"{part}.bias" for part in hosts} & saved.keys()
+    for bias in of_hosts:  # PEFT puts its module in the place of its host, which then is inside
+        saved[f"{owner(bias)}.base_layer.bias"] = saved.pop(bias)
+    if biases and not only:
+        raise ValueError(f"PEFT trains no biases with {fields['peft_type']}; here {listing(sorted(biases))} trained.")
+    shared: dict[str, Any] = {"target_modules": [*hosts], "modules_to_save": _owners(modules, names) or None}
+    if only:
+        shared["bias"] = "none" if not biases else only if len(biases) == len(of_hosts) else "all"
+    return fields | shared, {f"base_model.model.{key}": value for key, value in {**tensors, **saved}.items()}
 
 
 def _is_transposed(host: ModuleInfo) -> bool:
@@ -211,8 +318,10 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
 
 _WRITERS: dict[str, Callable[[Finetuned, Structure], Written]] = {
     "lora": _write_lora,
+    "ln_tuning": _write_norms,
     "prefix": _write_prefix,
     "soft_prompt": _write_soft_prompt,
+    **{tuner.method.delta_type: functools.partial(_write_tuner, tuner) for tuner in TUNERS.values()},
 }
 
 
