@@ -96,7 +96,7 @@ COMPILED = [
     f"linen, {method}, after another" for method in ("lora", "bitfit", "prefix", "lora on a leaf", "soft prompt")
 ]
 QUICK = [f"linen, {method}, after another" for method in METHODS]
-QUICK += ["linen, prefix, before another", "transformers, soft prompt, after another"]
+QUICK += ["linen, prefix, before another"]
 
 
 @pytest.mark.parametrize("case", breadth(CASES, *QUICK))

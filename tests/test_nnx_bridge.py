@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from nnx_models import train_deltas
+from tiers import breadth
 
 import jdelta
 
@@ -54,7 +55,7 @@ PUT = {
 }
 
 
-@pytest.mark.parametrize("put", PUT)
+@pytest.mark.parametrize("put", breadth(PUT, "lora", "bitfit"))
 def test_deltas_reach_linen_modules_inside_nnx(put, tmp_path):
     m = Outer(nnx.Rngs(0))
     bare, before = m(X), nnx.graphdef(m)

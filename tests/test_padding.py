@@ -53,6 +53,7 @@ def test_each_computes_what_it_did_and_one_program_runs_them_all(deltas, tmp_pat
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_they_are_stacked_and_run_by_row(deltas):
     found, logits = deltas
     padded = jdelta.padded(found, name="task")

@@ -62,6 +62,7 @@ def test_it_is_its_formula_in_float64(widths, arguments):
     np.testing.assert_allclose(backbone(X), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_matrices_depend_on_their_seed_alone_and_are_of_deviation_1():
     drawn = RandLoraConfig(r=32).projections(200, 300)
     np.testing.assert_allclose([np.std(leaf) for leaf in drawn.values()], 1, rtol=0.01)

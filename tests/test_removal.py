@@ -195,6 +195,7 @@ def test_a_detached_delta_that_somebody_holds_stays_also_as_a_copy(net):
         assert (held.backbone_model(X) == y).all()
 
 
+@pytest.mark.slow
 def test_cycles_of_attaching_and_detaching_leave_nothing(net):
     """A few stand for many: what grew, grew with each."""
     counts = []

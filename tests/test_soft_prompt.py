@@ -553,6 +553,7 @@ def test_two_prompts_are_one_with_the_later_in_front(name):
     close(run(model, **inputs)[0], run(bare(name), **inputs)[0])
 
 
+@pytest.mark.slow
 def test_a_prompt_beside_other_deltas_comes_off_in_any_order():
     model = bare("FlaxGPT2LMHeadModel")
     before = model(**LEFT).logits

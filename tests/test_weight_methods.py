@@ -70,7 +70,7 @@ def test_on_a_pretrained_model(row, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, model.params, before))
 
 
-@rows()
+@rows("lora", "dora", "hra", "vera", "shira", "road-2", "loha")
 def test_on_an_nnx_module(row):
     model = network()
     bare, graphdef = model(X), nnx.graphdef(model)
