@@ -41,7 +41,7 @@ def test_starts():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"layers_0.*block_size=5 divides the numbers .*12 and 8"):
+    with pytest.raises(ValueError, match=r"layers_0.*block_size=5 has to divide the numbers .*12 and 8"):
         attach(block_size=5)
     with pytest.raises(ValueError, match="block_size is at least 1"):
         attach(block_size=0)

@@ -36,8 +36,7 @@ class C3ARule:
         d_in, d_out = weight.shape
         if d_in % self.size or d_out % self.size:
             raise ValueError(
-                f"block_size={self.size} divides the numbers of input and output features, and they are {d_in} and "
-                f"{d_out}."
+                f"block_size={self.size} has to divide the numbers of input and output features, {d_in} and {d_out}."
             )
         shape = (d_out // self.size, d_in // self.size, self.size)
         if self.start is True:
