@@ -3,6 +3,7 @@
 import copy
 import gc
 import importlib.metadata
+import itertools
 import os
 from pathlib import Path
 
@@ -162,6 +163,19 @@ def train_deltas(delta, seed: int = 0):
 
     trainable, frozen = delta.partition()
     delta.backbone_model.params = jdelta.combine(noisy(trainable, seed), frozen)
+
+
+# Each program that is compiled takes some maps of memory, of which Linux grants a process 65,530; without any left, it
+# dies. So a process that has many forgets its programs, which most tests do not share.
+MOST_MAPS = 20_000
+_MAPS = Path("/proc/self/maps")
+_finished = itertools.count(1)
+
+
+def pytest_runtest_logfinish():
+    if next(_finished) % 25 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter):
