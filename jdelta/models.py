@@ -204,9 +204,9 @@ class IA3Model(DeltaModel):
         delta = jdelta.IA3Model(model, modified_modules=["key", "value", "1.output.dense"])
 
     By default it is at keys, values, and at the feed-forward's second layer, of which it scales the input. It takes
-    modules whose features of that side are in the last axes: of convolutions and embeddings it scales the output. The
-    leaf is `ia3/l`, `(*d_out,)` or `(*d_in,)`. The output is unchanged at initialisation. Its own arguments are those
-    of `IA3Config`, the common ones and errors those of `DeltaModel`.
+    modules whose features of that side are in the last axes, and of embeddings scales the output. The leaf is `ia3/l`,
+    `(*d_out,)` or `(*d_in,)`; at the input of a convolution, `(channels,)`. The output is unchanged at initialisation.
+    Its own arguments are those of `IA3Config`, the common ones and errors those of `DeltaModel`.
     """
 
     method_class = IA3Config

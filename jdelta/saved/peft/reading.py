@@ -227,8 +227,8 @@ def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Nam
         shapes = {host: _matrix_shape(names.structure[host]) for host in hosts.values()}
         for name, host in hosts.items():
             edits = config.edits(names.structure[host], names.structure)
-            rule = next(edit.rule for edit in edits if isinstance(edit, WeightEdit))
-            own = tuner.leaves_at(rule, found[name])
+            edit = next(edit for edit in edits if isinstance(edit, WeightEdit))
+            own = tuner.leaves_at(edit, found[name])
             tuner.require_fit(own, *shapes[host])
             leaves |= {(host, leaf): value for leaf, value in own.items()}
         shared = tuner.shared_leaves(shared, config, [*shapes.values()])

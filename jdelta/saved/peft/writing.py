@@ -136,7 +136,7 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
         own = {leaf: jnp.asarray(found.values[key]) for leaf, key in keys.items() if key in found.values}
         seen = {leaf: np.asarray(value) for leaf, value in weights.seen_own(edit, own).items()}
         tuner.require_fit(seen, *weights.layout_of(edit).matrix_shape(edit.shape))
-        written = tuner.written_at(edit.rule, seen)
+        written = tuner.written_at(edit, seen)
         tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in written.items()}
     hosts = _hosts(found, names)
     fields = {"peft_type": tuner.kind, **{field: getattr(config, field) for field in tuner.fields}}
