@@ -42,6 +42,7 @@ from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.methods.trainable_tokens import TrainableTokensConfig
 from jdelta.methods.vera import VeraConfig
 from jdelta.models import (
     AdapterModel,
@@ -67,6 +68,7 @@ from jdelta.models import (
     RoadModel,
     ShiraModel,
     SoftPromptModel,
+    TrainableTokensModel,
     VeraModel,
 )
 from jdelta.names.common_names import register_common_names
@@ -143,6 +145,8 @@ __all__ = [
     "SoftPromptModel",
     "Status",
     "Structure",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
     "VeraConfig",
     "VeraModel",
     "Visualization",

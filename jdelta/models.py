@@ -26,6 +26,7 @@ from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig
+from jdelta.methods.trainable_tokens import TrainableTokensConfig
 from jdelta.methods.vera import VeraConfig
 
 
@@ -203,9 +204,9 @@ class IA3Model(DeltaModel):
         delta = jdelta.IA3Model(model, modified_modules=["key", "value", "1.output.dense"])
 
     By default it is at keys, values, and at the feed-forward's second layer, of which it scales the input. It takes
-    modules whose features of that side are in the last axes: of convolutions and embeddings it scales the output. The
-    leaf is `ia3/l`, `(*d_out,)` or `(*d_in,)`. The output is unchanged at initialisation. Its own arguments are those
-    of `IA3Config`, the common ones and errors those of `DeltaModel`.
+    modules whose features of that side are in the last axes, and of embeddings scales the output. The leaf is `ia3/l`,
+    `(*d_out,)` or `(*d_in,)`; at the input of a convolution, `(channels,)`. The output is unchanged at initialisation.
+    Its own arguments are those of `IA3Config`, the common ones and errors those of `DeltaModel`.
     """
 
     method_class = IA3Config
@@ -338,6 +339,21 @@ class LNTuningModel(DeltaModel):
     """
 
     method_class = LNTuningConfig
+
+
+class TrainableTokensModel(DeltaModel):
+    """Trains the rows of some tokens, in the place of theirs in an embedding.
+
+        delta = jdelta.TrainableTokensModel(model, token_indices=[30522, 30523])
+
+    By default in the word embedding. The leaf is `trainable_tokens/tokens`, `(tokens, *d_out)`, which starts at the
+    embedding's rows. The output is unchanged at initialisation. Where a head computes with the embedding too, it has
+    the trained rows, and the delta's target is the parameter. Its own arguments are those of `TrainableTokensConfig`,
+    the common ones and errors those of `DeltaModel`; a module that is no embedding is a `TypeError`, an id beyond its
+    rows a `ValueError`.
+    """
+
+    method_class = TrainableTokensConfig
 
 
 class PrefixModel(DeltaModel):

@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "parallel_adapter": {"bottleneck_dim": 3, "scaled": 4},
     "prefix": {"prefix_token_num": 3},
     "soft_prompt": {"soft_token_num": 3},
+    "trainable_tokens": {"token_indices": [5, 2]},
 }
 for _row in weight_methods.METHODS.values():
     ARGUMENTS.setdefault(_row.model.method_class.delta_type, dict(_row.arguments))

@@ -21,6 +21,7 @@ from weight_methods import METHODS
 import jdelta
 from jdelta.core import weights
 from jdelta.methods.lora_rules import LoraRule
+from jdelta.methods.trainable_tokens import TrainableTokensRule
 from jdelta.trees import surgery
 
 
@@ -105,6 +106,7 @@ SCANNED = {host for host in HOSTS if not host.startswith("nnx")} | {"nnx Linear"
 RULES = {
     **{name: row.rule for name, row in METHODS.items() if row.rule},
     "dora of the docs": lambda: defined()["DoraRule"](rank=2, scale=1.5),
+    "tokens": lambda: TrainableTokensRule((3, 0, 6)),
     "scale out": lambda: defined()["ScaleRule"]("out"),
     "scale in": lambda: defined()["ScaleRule"]("in"),
 }
@@ -122,6 +124,8 @@ OneRule = dataclasses.dataclass(frozen=True)(OneRule)
 
 
 def fits(rule, host):
+    if rule == "tokens":
+        return "Embed" in host
     if rule in METHODS and METHODS[rule].only is not None:
         return host in METHODS[rule].only
     return not (rule.startswith("scale in") and any(kind in host for kind in ("Conv", "Embed", "Einsum"))) and not (
@@ -129,7 +133,7 @@ def fits(rule, host):
     )
 
 
-EVERYWHERE = {"lora", "dora", "hira", "scale out", "scale in"}
+EVERYWHERE = {"lora", "dora", "hira", "tokens", "scale out", "scale in"}
 
 
 def is_case(host, rule, form, scan):
@@ -157,6 +161,7 @@ QUICK = [
     ("Einsum experts", "lora", "in the call", False),
     ("grouped Conv", "lora", "accelerator", False),
     ("Embed", "lora", "rewritten", False),
+    ("Embed", "tokens", "in the call", True),
     ("nnx Linear", "lora", "fused", True),
     ("nnx Linear", "dora", "rewritten", False),
     ("nnx Einsum w", "hira", "in the call", False),

@@ -62,6 +62,7 @@ CONFIGS = {
         ),
     ),
 }
+IDS = np.random.default_rng(0).integers(1, 99, (2, 10))
 MODULES = {"bert": ["query", "value", "output.dense"], "gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"]}
 
 
@@ -104,6 +105,13 @@ def ia3(family: str, *modules: str, **more: Any) -> Case:
 
 RANDLORA = {"r": 6, "randlora_alpha": 3}
 DRAWN = {"save_projection": False, "projection_prng_key": 7}  # its matrices are drawn from a seed
+
+
+def tokens(family: str, *modules: str, **more: Any) -> Case:
+    arguments = {"token_indices": [*map(int, IDS[0, :3]), 7, 98], **more}
+    return Case(family, lambda **kw: peft.TrainableTokensConfig(**arguments, **kw), "trainable_tokens_", 0.3, modules)
+
+
 CASES = {
     "dora-bert": lora("bert", use_dora=True),
     "dora-gpt2": lora("gpt2", use_dora=True, fan_in_fan_out=True),
@@ -217,11 +225,13 @@ CASES = {
     "ln-tuning-bert": Case("bert", peft.LNTuningConfig, "ln_tuning_", modules=("LayerNorm",)),
     "ln-tuning-gpt2": Case("gpt2", peft.LNTuningConfig, "ln_tuning_", modules=("ln_1", "ln_2", "ln_f")),
     "ln-tuning-llama": Case("llama", peft.LNTuningConfig, "ln_tuning_", modules=("input_layernorm", "norm")),
+    "tokens-bert": tokens("bert", "word_embeddings"),
+    "tokens-tied-gpt2": tokens("gpt2", "wte"),
+    "tokens-random-llama": tokens("llama", "embed_tokens", init_weights=False),
     "road-1-bert": Case("bert", lambda **kw: peft.RoadConfig(group_size=8, **kw), "road_"),
     "road-2-bert": Case("bert", lambda **kw: peft.RoadConfig(variant="road_2", group_size=32, **kw), "road_"),
     "road-4-llama": Case("llama", lambda **kw: peft.RoadConfig(variant="road_4", group_size=2, **kw), "road_"),
 }
-IDS = np.random.default_rng(0).integers(1, 99, (2, 10))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jdelta.core.edits import Edit
-from jdelta.core.linear import weight_edits
+from jdelta.core.linear import linear_map, weight_edits
+from jdelta.core.linear_maps import ConvMap
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves, Side
 from jdelta.core.structure import ModuleInfo, Structure
@@ -40,11 +41,37 @@ class IA3Rule:
         return {"l": (self.side,)}
 
     def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
-        size = weight.shape[self.side == "out"]
-        return {"l": jax.random.normal(key, (size,)) if self.random else jnp.ones(size)}
+        return {"l": _start(key, weight.shape[self.side == "out"], self.random)}
 
     def transform(self, z: jax.Array, own: Leaves) -> jax.Array:
         return z * own["l"].astype(z.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class IA3ChannelRule:
+    """`x ⊙ l` of a convolution's input, with an entry of `l` for each channel: `ΔW = W ⊙ (l − 1)`.
+
+    Attributes:
+      channels: of the input.
+      groups: of channels, each of which meets columns of the weight of its own.
+      random: as that of `IA3Rule`.
+    """
+
+    channels: int
+    groups: int = 1
+    random: bool = False
+
+    def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
+        return {"l": _start(key, self.channels, self.random)}
+
+    def update(self, weight: jax.Array, own: Leaves) -> jax.Array:
+        by_group = weight.reshape(-1, self.channels // self.groups, self.groups, weight.shape[1] // self.groups)
+        scale = own["l"].reshape(self.groups, -1).T[:, :, None]
+        return (by_group * (scale - 1)).reshape(weight.shape)
+
+
+def _start(key: jax.Array, size: int, random: bool) -> jax.Array:
+    return jax.random.normal(key, (size,)) if random else jnp.ones(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +96,13 @@ class IA3Config(Method):
     init_ia3_weights: bool = True
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
+        rule = self.rule(host.name)
         if self.feedforward_modules is None and common_names.means(structure, "ff.w2", host):
-            return weight_edits(host, IA3Rule("in", random=not self.init_ia3_weights))
-        return super().edits(host, structure)
+            rule = IA3Rule("in", rule.random)
+        if rule.side == "in" and isinstance(linear := linear_map(host), ConvMap):
+            channels = linear.groups * host.params[linear.weights].shape[-2]
+            return weight_edits(host, IA3ChannelRule(channels, linear.groups, rule.random))
+        return weight_edits(host, rule)
 
     def rule(self, name: str) -> IA3Rule:
         scales_input = any(addressing.matches(name, pattern) for pattern in self.feedforward_modules or ())

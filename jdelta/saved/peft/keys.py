@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from jdelta.saved.finetuned import listing
-from jdelta.saved.peft.names import NORM, PROMPT, Names, Tensors
+from jdelta.saved.peft.names import NORM, PROMPT, TOKENS, Names, Tensors
 from jdelta.saved.peft.tuners import TUNERS
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LEAD = re.compile(rf"(?:{'|'.join(_WRAPPERS)}|base_model(?:\.model)?)\.")
 _SHARED = sorted({end for tuner in TUNERS.values() for end in tuner.shared.values()})
 _ENDS = {end.removesuffix(".weight") for tuner in TUNERS.values() for end in tuner.tensors.values()}.union(_SHARED)
-_TENSOR = rf"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|{NORM}|{'|'.join(sorted(map(re.escape, _ENDS)))})"
+_NAMES = ("lora_(?:embedding_)?[AB]", "lora_magnitude_vector", NORM, TOKENS, *sorted(map(re.escape, _ENDS)))
+_TENSOR = rf"\.(?:{'|'.join(_NAMES)})"
 _INSIDE = re.compile(rf"(?:{_TENSOR}|\.base_layer|\.modules_to_save|\.original_module)(?:\.|$)")
 _NAMED = re.compile(rf"(.+{_TENSOR})\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)")
 _OWN = re.compile(rf".+{_TENSOR}(?:\.|$)")

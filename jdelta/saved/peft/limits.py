@@ -9,10 +9,10 @@ from flax import linen as nn
 
 from jdelta.core.config import as_type, require_positive_int, shown
 from jdelta.core.linear import linear_map
-from jdelta.core.linear_maps import MatrixMap
+from jdelta.core.linear_maps import LookupMap, MatrixMap
 from jdelta.core.structure import ModuleInfo, Structure
 from jdelta.names import common_names
-from jdelta.saved.peft.names import CONFIG, PROMPT
+from jdelta.saved.peft.names import CONFIG, PROMPT, TOKENS, Names, owner, shapes_of
 from jdelta.saved.peft.tuners import TUNERS
 from jdelta.saved.peft.tuners.tuner import Tuner
 
@@ -36,6 +36,7 @@ _KNOWN = {
         *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     },
     "LN_TUNING": {"target_modules", "exclude_modules"},
+    "TRAINABLE_TOKENS": {"target_modules", "token_indices", "init_weights"},
     **{
         kind: {*_TARGETING, *tuner.fields, *tuner.patterns, *tuner.other_fields, *tuner.read_fields}
         for kind, tuner in TUNERS.items()
@@ -45,6 +46,7 @@ _NEEDED = {
     "LORA": ("r", "lora_alpha"),
     "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads"),
     "PROMPT_TUNING": ("num_virtual_tokens",),
+    "TRAINABLE_TOKENS": ("token_indices",),
 }
 _ONLY = ("lora_only", *sorted({tuner.biases for tuner in TUNERS.values()} - {""}))
 _TYPES: dict[str, Any] = {
@@ -130,6 +132,43 @@ def require_same(tuner: Tuner, host: ModuleInfo | None, name: str, parts: Sequen
         raise ValueError(
             f"{tuner.kind} at {name!r}, {host.type.__name__}: that is not exchanged with PEFT. save_finetuned saves it."
         )
+
+
+def require_embedding(name: str, names: Names) -> ModuleInfo:
+    """The module of this name of PyTorch's. Raises `ValueError` if it is no embedding that is called."""
+    info = names.structure.modules.get(names.module(name))
+    if info is None:
+        raise ValueError(f"{TOKENS} at {name!r}: in Flax, this module is not called. save_finetuned saves it.")
+    if not isinstance(linear_map(info), LookupMap):
+        raise ValueError(f"{TOKENS} at {name!r}, {info.type.__name__}: that is no embedding.")
+    return info
+
+
+def copies_of(host: str, names: Names) -> tuple[str, ...]:
+    """PyTorch's names of the modules to which PEFT gives the rows of an embedding too, because they are tied to it.
+
+    Raises:
+      ValueError: PEFT computes something else with them.
+    """
+    (name,) = names.torch(host)
+    around, _, last = name.rpartition(".")
+    is_tied = host in names.structure.tied
+    if not is_tied and last == "shared":
+        raise ValueError(
+            f"{TOKENS} at {name!r}: PyTorch's encoder and decoder hold the shared embedding under names of their own, "
+            "which PEFT changes only where the head is tied to it."
+        )
+    if not is_tied:
+        return ()
+    heads = common_names.places(names.structure, ["lm_head.proj"])
+    if len(heads) != 1:
+        raise ValueError(f"{TOKENS} at {name!r}: something computes with the embedding that is no head known here.")
+    (head,) = heads
+    biases = {f"{head}.bias", f"{owner(head)}.bias"} & shapes_of(names.structure.params).keys()
+    if biases:  # with PEFT 0.21 even untrained rows change the output
+        raise ValueError(f"{TOKENS} at {name!r}: PEFT computes the tied head {head!r} without its bias.")
+    stacks = [f"{around}.{part}".lstrip(".") for part in ("encoder", "decoder") if last == "shared"]
+    return (head, *(f"{stack}.embed_tokens" for stack in stacks))
 
 
 def require_no_cross_attention(structure: Structure) -> None:

@@ -22,6 +22,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PROMPT = "prompt_embeddings"
 NORM = "ln_tuning_layers"  # what PEFT calls the copy of a norm, inside its host
+TOKENS = "trainable_tokens_delta"  # and the rows of tokens
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -26,13 +26,20 @@ from jdelta.methods.lora import LoraConfig
 from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
+from jdelta.methods.trainable_tokens import TrainableTokensConfig
 from jdelta.names import common_names
 from jdelta.saved import folder
 from jdelta.saved.finetuned import listing
 from jdelta.saved.peft.joining import Lora, joined
 from jdelta.saved.peft.keys import normalized
-from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
-from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, Names, Tensors, owner, to_flax
+from jdelta.saved.peft.limits import (
+    copies_of,
+    require_embedding,
+    require_no_cross_attention,
+    require_same,
+    require_same_lora,
+)
+from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, TOKENS, Names, Tensors, owner, to_flax
 from jdelta.saved.peft.tuners import TUNERS
 from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
 from jdelta.trees import addressing, fingerprint, regexes
@@ -220,8 +227,8 @@ def _tuner(tuner: Tuner, fields: Mapping[str, Any], tensors: Tensors, names: Nam
         shapes = {host: _matrix_shape(names.structure[host]) for host in hosts.values()}
         for name, host in hosts.items():
             edits = config.edits(names.structure[host], names.structure)
-            rule = next(edit.rule for edit in edits if isinstance(edit, WeightEdit))
-            own = tuner.leaves_at(rule, found[name])
+            edit = next(edit for edit in edits if isinstance(edit, WeightEdit))
+            own = tuner.leaves_at(edit, found[name])
             tuner.require_fit(own, *shapes[host])
             leaves |= {(host, leaf): value for leaf, value in own.items()}
         shared = tuner.shared_leaves(shared, config, [*shapes.values()])
@@ -254,6 +261,33 @@ def _norms(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAda
     patterns = tuple(addressing.exact(host, names.structure.modules) for host in hosts)
     others = _with_saved(LNTuningConfig(modified_modules=patterns), {}, rest, fields, names)
     return dataclasses.replace(others, saved={**others.saved, **found}, trains=others.trains.union(found))
+
+
+def _tokens(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
+    found: dict[str, np.ndarray] = {}
+    rest = {}
+    for key, tensor in normalized(tensors, "base_model.model.", names).items():
+        if key.endswith(f".{TOKENS}"):
+            found[key.removesuffix(f".{TOKENS}")] = tensor
+        else:
+            rest[key] = tensor
+    if not found:
+        raise ValueError(f"{TENSORS} holds no {TOKENS}. It holds {listing(sorted(tensors)) or 'nothing'}.")
+    copies: dict[str, str] = {}
+    for name in found:
+        if names.find(name) in names.structure.tied:
+            copies |= dict.fromkeys(copies_of(names.module(name), names), name)
+    for copy, name in copies.items():
+        if copy not in found or not np.array_equal(found[copy], found[name]):
+            raise ValueError(f"{copy!r} is tied to {name!r}, and the file has no equal {TOKENS} of both.")
+    hosts = {name: require_embedding(name, names).name for name in found if name not in copies}
+    for host in hosts.values():
+        copies_of(host, names)  # what is refused
+    patterns = tuple(addressing.exact(host, names.structure.modules) for host in hosts.values())
+    arguments = {key: fields[key] for key in ("token_indices", "init_weights") if key in fields}
+    config = TrainableTokensConfig(modified_modules=patterns, **arguments)
+    leaves = {(host, "tokens"): found[name] for name, host in hosts.items()}
+    return _with_saved(config, leaves, rest, fields, names)
 
 
 def _prefix(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> PeftAdapter:
@@ -296,6 +330,7 @@ def _soft_prompt(fields: Mapping[str, Any], tensors: Tensors, names: Names) -> P
 READERS: dict[str, Callable[[Mapping[str, Any], Tensors, Names], PeftAdapter]] = {
     "LORA": _lora,
     "LN_TUNING": _norms,
+    "TRAINABLE_TOKENS": _tokens,
     "PREFIX_TUNING": _prefix,
     "PROMPT_TUNING": _soft_prompt,
     **{kind: functools.partial(_tuner, tuner) for kind, tuner in TUNERS.items()},

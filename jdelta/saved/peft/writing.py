@@ -25,11 +25,18 @@ from jdelta.methods.lora import LoraConfig
 from jdelta.methods.lora_rules import takes_from_weight
 from jdelta.methods.prefix import PrefixConfig
 from jdelta.methods.soft_prompt import SoftPromptConfig, has_pooler
+from jdelta.methods.trainable_tokens import TrainableTokensConfig
 from jdelta.names import common_names
 from jdelta.saved import folder
 from jdelta.saved.finetuned import BackboneInfo, Finetuned, listing
-from jdelta.saved.peft.limits import require_no_cross_attention, require_same, require_same_lora
-from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, Names, modules_of, owner, shapes_of, to_torch
+from jdelta.saved.peft.limits import (
+    copies_of,
+    require_embedding,
+    require_no_cross_attention,
+    require_same,
+    require_same_lora,
+)
+from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, TOKENS, Names, modules_of, owner, shapes_of, to_torch
 from jdelta.saved.peft.torch_leaves import Parts
 from jdelta.saved.peft.tuners import TUNERS
 from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
@@ -129,7 +136,7 @@ def _write_tuner(tuner: Tuner, found: Finetuned, structure: Structure) -> Writte
         own = {leaf: jnp.asarray(found.values[key]) for leaf, key in keys.items() if key in found.values}
         seen = {leaf: np.asarray(value) for leaf, value in weights.seen_own(edit, own).items()}
         tuner.require_fit(seen, *weights.layout_of(edit).matrix_shape(edit.shape))
-        written = tuner.written_at(edit.rule, seen)
+        written = tuner.written_at(edit, seen)
         tensors |= {f"{parts[0]}.{tuner.tensors[leaf]}": value for leaf, value in written.items()}
     hosts = _hosts(found, names)
     fields = {"peft_type": tuner.kind, **{field: getattr(config, field) for field in tuner.fields}}
@@ -229,6 +236,27 @@ def _factors(host: ModuleInfo, parts: Parts, a: np.ndarray, b: np.ndarray) -> di
     }
 
 
+def _write_tokens(found: Finetuned, structure: Structure) -> Written:
+    assert isinstance(found.config, TrainableTokensConfig)
+    names, config = Names.of(structure), found.config
+    hosts = [target if target in structure.modules else owner(target) for target in found.targets]  # or of a leaf
+    tensors: dict[str, np.ndarray] = {}
+    for host in hosts:
+        name = names.torch(host)[0]
+        require_embedding(name, names)
+        (value,) = (value for key, value in found.values.items() if key.startswith(f"{host}.{found.name}."))
+        tensors |= {f"{part}.{TOKENS}": value for part in (name, *copies_of(host, names))}
+    fields = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "token_indices": list(config.token_indices),
+        "init_weights": config.init_weights,
+    }
+    whole, written = _write_modules(dataclasses.replace(found, targets=hosts), names, fields, tensors, "")
+    if modules := whole.pop("modules_to_save"):
+        raise ValueError(f"PEFT trains nothing besides with TRAINABLE_TOKENS; here {listing(modules)} trained.")
+    return whole, written
+
+
 def _write_prefix(found: Finetuned, structure: Structure) -> Written:
     require_no_cross_attention(structure)
     layers = [info.name for info in common_names.resolve(structure, ["attn"])]
@@ -319,6 +347,7 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
 _WRITERS: dict[str, Callable[[Finetuned, Structure], Written]] = {
     "lora": _write_lora,
     "ln_tuning": _write_norms,
+    "trainable_tokens": _write_tokens,
     "prefix": _write_prefix,
     "soft_prompt": _write_soft_prompt,
     **{tuner.method.delta_type: functools.partial(_write_tuner, tuner) for tuner in TUNERS.values()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jdelta.core.linear_maps import ConvMap, EinsumMap, MatrixMap
 from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
@@ -135,6 +136,7 @@ TUNERS = {
             {"l": "ia3_l"},
             fields=("init_ia3_weights",),
             read_fields=("feedforward_modules",),
+            linear=(MatrixMap, EinsumMap, ConvMap),
             conv1d=True,
         ),
         FourierFTTuner(

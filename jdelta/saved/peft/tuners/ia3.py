@@ -1,4 +1,7 @@
-"""IA3, whose vectors PEFT stores as rows where they scale the input, and as columns where they scale the output."""
+"""IA3, whose vectors PEFT stores as rows where they scale the input, and as columns where they scale the output.
+
+Those of convolutions are as wide as the channels, with an axis of size 1 for each of the window.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from jdelta.core.config import shown
-from jdelta.methods.ia3 import IA3Rule
+from jdelta.core.edits import WeightEdit
+from jdelta.core.linear_maps import ConvMap
+from jdelta.methods.ia3 import IA3ChannelRule, IA3Rule
 from jdelta.saved.peft.tuners.tuner import Tuner
 from jdelta.trees import regexes
 
@@ -42,34 +47,29 @@ class IA3Tuner(Tuner):
             raise TypeError(f"{FIELD} is a list of strings, or a string, got {shown(asked)}.")
         return {FIELD: tuple(chosen)}
 
-    def leaves_at(self, rule: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def leaves_at(self, edit: WeightEdit, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The vector.
 
         Args:
-          rule: of the module.
+          edit: of the module.
           tensors: those of the module by the names of leaves.
 
         Raises:
-          ValueError: its shape is that of the other side.
+          ValueError: its shape is another one, as that of the other side.
         """
         tensor = tensors["l"]
-        if tensor.shape != (shape := _shape(rule, tensor.size)):
+        if tensor.shape != (shape := _shape(edit)):
             raise ValueError(f"ia3_l has shape {tensor.shape}, and by {FIELD} and the module's widths it has {shape}.")
         return {"l": tensor.reshape(-1)}
 
-    def written_at(self, rule: Any, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def written_at(self, edit: WeightEdit, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The vector in PEFT's shape.
 
         Args:
-          rule: of the module.
+          edit: of the module.
           leaves: those of the module, as the rule sees them.
         """
-        return {"l": leaves["l"].reshape(_shape(rule, leaves["l"].size))}
-
-    def require_fit(self, leaves: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
-        """Raises `ValueError` where the vector is as long as neither side; loading compares it with its own."""
-        if (size := leaves["l"].size) not in (d_in, d_out):
-            raise ValueError(f"ia3_l has {size} entries at a module of widths {d_in} and {d_out}.")
+        return {"l": leaves["l"].reshape(_shape(edit))}
 
     def fields_at(self, rules: Mapping[str, Any]) -> dict[str, Any]:
         """The modules whose input is scaled, by their names.
@@ -80,12 +80,23 @@ class IA3Tuner(Tuner):
         Raises:
           ValueError: the name of another module ends with one of them.
         """
-        chosen = [name for name, rule in rules.items() if rule.side == "in"]
+        chosen = [name for name, rule in rules.items() if _scales_input(rule)]
         for name, rule in rules.items():
-            if rule.side == "out" and name.endswith(tuple(chosen)):
+            if not _scales_input(rule) and name.endswith(tuple(chosen)):
                 raise ValueError(f"{FIELD}: PEFT takes ends of names, and would scale the input of {name!r} too.")
         return {FIELD: chosen}
 
 
-def _shape(rule: IA3Rule, size: int) -> tuple[int, int]:
-    return (1, size) if rule.side == "in" else (size, 1)
+def _scales_input(rule: IA3Rule | IA3ChannelRule) -> bool:
+    return isinstance(rule, IA3ChannelRule) or rule.side == "in"
+
+
+def _shape(edit: WeightEdit) -> tuple[int, ...]:
+    """The shape that the vector has in PEFT. Raises `ValueError` for a convolution that PEFT has no IA3 of."""
+    d_in, d_out = edit.linear.layout(edit.shape).matrix_shape(edit.shape)
+    if not isinstance(edit.linear, ConvMap):
+        return (1, d_in) if _scales_input(edit.rule) else (d_out, 1)
+    window = (1,) * (len(edit.shape) - 2)
+    if len(window) not in (2, 3):
+        raise ValueError(f"PEFT's IA3 goes at convolutions over two or three axes; this one is over {len(window)}.")
+    return (1, edit.rule.channels if _scales_input(edit.rule) else d_out, *window)

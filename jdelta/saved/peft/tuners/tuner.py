@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jdelta.core.edits import WeightEdit
 from jdelta.core.linear_maps import EinsumMap, LinearMap, MatrixMap
 from jdelta.core.method import Method
 
@@ -61,8 +62,8 @@ class Tuner:
         """The leaves at a module, from its tensors by the names of leaves. Matrices are transposed in PyTorch."""
         return {leaf: tensor.T if tensor.ndim == 2 else tensor for leaf, tensor in tensors.items()}
 
-    def leaves_at(self, rule: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As `leaves`, of a method whose layout depends on the rule that a module has. Override either."""
+    def leaves_at(self, edit: WeightEdit, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `leaves`, of a method whose layout depends on the module, and its rule. Override either."""
         return self.leaves(tensors)
 
     def require_fit(self, leaves: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
@@ -101,8 +102,8 @@ class Tuner:
         """The tensors of a module by the names of leaves, from the leaves as the rule sees them."""
         return {leaf: value.T if value.ndim == 2 else value for leaf, value in leaves.items()}
 
-    def written_at(self, rule: Any, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As `written`, of a method whose layout depends on the rule that a module has. Override either."""
+    def written_at(self, edit: WeightEdit, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `written`, of a method whose layout depends on the module, and its rule. Override either."""
         return self.written(leaves)
 
     def fields_at(self, rules: Mapping[str, Any]) -> dict[str, Any]:
