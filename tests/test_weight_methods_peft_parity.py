@@ -107,6 +107,10 @@ RANDLORA = {"r": 6, "randlora_alpha": 3}
 DRAWN = {"save_projection": False, "projection_prng_key": 7}  # its matrices are drawn from a seed
 
 
+def norms(family: str, *modules: str) -> Case:
+    return Case(family, lambda **kw: peft.LNTuningConfig(**kw), "ln_tuning_", modules=modules)
+
+
 def tokens(family: str, *modules: str, **more: Any) -> Case:
     arguments = {"token_indices": [*map(int, IDS[0, :3]), 7, 98], **more}
     return Case(family, lambda **kw: peft.TrainableTokensConfig(**arguments, **kw), "trainable_tokens_", 0.3, modules)
@@ -222,9 +226,9 @@ CASES = {
     ),
     "ia3-defaults-llama": ia3("llama"),
     "ia3-out-llama": ia3("llama", "v_proj", "down_proj", feedforward_modules=[]),
-    "ln-tuning-bert": Case("bert", peft.LNTuningConfig, "ln_tuning_", modules=("LayerNorm",)),
-    "ln-tuning-gpt2": Case("gpt2", peft.LNTuningConfig, "ln_tuning_", modules=("ln_1", "ln_2", "ln_f")),
-    "ln-tuning-llama": Case("llama", peft.LNTuningConfig, "ln_tuning_", modules=("input_layernorm", "norm")),
+    "ln-tuning-bert": norms("bert", "LayerNorm"),
+    "ln-tuning-gpt2": norms("gpt2", "ln_1", "ln_2", "ln_f"),
+    "ln-tuning-llama": norms("llama", "input_layernorm", "norm"),
     "tokens-bert": tokens("bert", "word_embeddings"),
     "tokens-tied-gpt2": tokens("gpt2", "wte"),
     "tokens-random-llama": tokens("llama", "embed_tokens", init_weights=False),
