@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jdelta.saved.peft.limits import (
 )
 from jdelta.saved.peft.names import CONFIG, NORM, PROMPT, TENSORS, TOKENS, Names, modules_of, owner, shapes_of, to_torch
 from jdelta.saved.peft.torch_leaves import Parts
+from jdelta.saved.peft.trained import in_torch, owners_of, trained_leaves
 from jdelta.saved.peft.tuners import TUNERS
 from jdelta.saved.peft.tuners.tuner import REPLACED_BY, Tuner
 from jdelta.trees import addressing
@@ -199,15 +200,15 @@ def _write_modules(
       tensors: those of its modules.
       only: what it calls the biases of its modules in `bias`; empty if it trains none.
     """
-    modules, biases = _trained(found, names)
-    saved = _in_torch((*modules, *biases), found, names)
+    modules, biases = trained_leaves(found, names)
+    saved = in_torch((*modules, *biases), found, names)
     hosts = _hosts(found, names)
     of_hosts = {f"{part}.bias" for part in hosts} & saved.keys()
     for bias in of_hosts:  # PEFT puts its module in the place of its host, which then is inside
         saved[f"{owner(bias)}.base_layer.bias"] = saved.pop(bias)
     if biases and not only:
         raise ValueError(f"PEFT trains no biases with {fields['peft_type']}; here {listing(sorted(biases))} trained.")
-    shared: dict[str, Any] = {"target_modules": [*hosts], "modules_to_save": _owners(modules, names) or None}
+    shared: dict[str, Any] = {"target_modules": [*hosts], "modules_to_save": owners_of(modules, names) or None}
     if only:
         shared["bias"] = "none" if not biases else only if len(biases) == len(of_hosts) else "all"
     return fields | shared, {f"base_model.model.{key}": value for key, value in {**tensors, **saved}.items()}
@@ -322,7 +323,7 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
     if task is None:
         raise ValueError(f"PEFT needs to know the task of a prompt, and {kind!r} does not tell.")
     names = Names.of(structure)
-    modules, biases = _trained(found, names)
+    modules, biases = trained_leaves(found, names)
     if biases:
         raise ValueError(f"PEFT trains no biases with a prompt; here {listing(sorted(biases))} trained.")
     saves = [name for name in modules_of(structure) if name.endswith(heads)]
@@ -332,13 +333,15 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
                 f"for {task}, PEFT saves {name!r} with a prompt, and this delta does not train it. Call "
                 f"freeze_module(exclude=['deltas', {name!r}]) before."
             )
-    saved = {f"base_model.{name}": value for name, value in _in_torch(modules, found, names).items()}
+    saved = {f"base_model.{name}": value for name, value in in_torch(modules, found, names).items()}
     shared = {
         "task_type": task,
         "num_virtual_tokens": len(rows),
         "num_transformer_submodules": 1,
         # of a head with modules inside, PEFT adds the name of the whole, and fails on both
-        "modules_to_save": _owners((next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules), names)
+        "modules_to_save": owners_of(
+            (next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules), names
+        )
         or None,
     }
     return fields | shared, {PROMPT: rows, **saved}
@@ -352,54 +355,6 @@ _WRITERS: dict[str, Callable[[Finetuned, Structure], Written]] = {
     "soft_prompt": _write_soft_prompt,
     **{tuner.method.delta_type: functools.partial(_write_tuner, tuner) for tuner in TUNERS.values()},
 }
-
-
-def _trained(found: Finetuned, names: Names) -> tuple[set[str], set[str]]:
-    """The backbone's leaves that trained: those of whole modules, and single biases.
-
-    Raises:
-      ValueError: others, which PEFT cannot train.
-    """
-    leaves = shapes_of(names.structure.params)
-    trained = leaves.keys() & found.values.keys()
-    other = {*map(owner, leaves.keys() - trained), *found.targets}
-    partly = {name[:i] for name in other for i in _ends(name)}
-    whole = {leaf for leaf in trained if owner(leaf) not in partly}
-    biases = {leaf for leaf in trained - whole if names.torch(leaf)[0].endswith(".bias")}
-    if odd := sorted(trained - whole - biases):
-        raise ValueError(
-            f"PEFT trains whole modules without a delta of their own, and biases; this delta trains {listing(odd)}. "
-            "Choose others with freeze_module."
-        )
-    owners = set(map(owner, whole))
-    for name in sorted(owners):
-        if name in names.tied:
-            raise ValueError(
-                f"the head computes with the embedding {name!r}, and PEFT would train it apart from the head."
-            )
-        alike = {flax for module, flax in names.modules.items() if module.endswith(names.torch(name))}
-        if lone := sorted(alike - owners):
-            raise ValueError(
-                f"PEFT takes the ends of names: with {name!r} it would train {listing(lone)} too. Train these as well."
-            )
-    return whole, biases
-
-
-def _ends(name: str) -> list[int]:
-    """Where the names of the modules around this one end, and its own."""
-    return [i for i in range(len(name) + 1) if name[i : i + 1] in (".", "")]
-
-
-def _owners(leaves: Iterable[str], names: Names) -> list[str]:
-    """The names, in PyTorch, of the modules that leaves belong to; not of those inside another."""
-    owners = {owner(leaf) for leaf in leaves}
-    outer = [name for name in owners if not any(name[:i] in owners - {name} for i in _ends(name))]
-    return sorted(part for name in outer for part in names.torch(name))
-
-
-def _in_torch(leaves: Iterable[str], found: Finetuned, names: Names) -> dict[str, np.ndarray]:
-    """Leaves of the backbone's as PyTorch has them."""
-    return {name: value for leaf in leaves for name, value in names.in_torch(leaf, found.values[leaf]).items()}
 
 
 def _whole(number: float) -> float:
