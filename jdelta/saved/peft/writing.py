@@ -334,15 +334,13 @@ def _write_virtual(found: Finetuned, structure: Structure, fields: dict[str, Any
                 f"freeze_module(exclude=['deltas', {name!r}]) before."
             )
     saved = {f"base_model.{name}": value for name, value in in_torch(modules, found, names).items()}
+    # of a head with modules inside, PEFT adds the name of the whole, and fails on both
+    wholes = (next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules)
     shared = {
         "task_type": task,
         "num_virtual_tokens": len(rows),
         "num_transformer_submodules": 1,
-        # of a head with modules inside, PEFT adds the name of the whole, and fails on both
-        "modules_to_save": owners_of(
-            (next((f"{n}." for n in saves if m.startswith(f"{n}.")), m) for m in modules), names
-        )
-        or None,
+        "modules_to_save": owners_of(wholes, names) or None,
     }
     return fields | shared, {PROMPT: rows, **saved}
 
