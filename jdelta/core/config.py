@@ -173,6 +173,12 @@ def require_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name} is at least 1, got {value}.")
 
 
+def require_positive_ints(name: str, patterns: Mapping[str, int] | None) -> None:
+    """Raises `ValueError` unless each value of a dict of patterns is at least 1."""
+    for pattern, value in (patterns or {}).items():
+        require_positive_int(f"{name}[{pattern!r}]", value)
+
+
 def require_count(name: str, value: int) -> None:
     """Raises `ValueError` unless `value` is a number of tokens, for which positions of 32 bits do."""
     require_positive_int(name, value)

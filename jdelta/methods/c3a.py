@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdelta.core.config import require_positive_int
+from jdelta.core.config import require_positive_int, require_positive_ints
 from jdelta.core.linear_maps import BoundLinear
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves
@@ -93,8 +93,7 @@ class C3AConfig(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_int("block_size", self.block_size)
-        for pattern, size in (self.block_size_pattern or {}).items():
-            require_positive_int(f"block_size_pattern[{pattern!r}]", size)
+        require_positive_ints("block_size_pattern", self.block_size_pattern)
 
     def rule(self, name: str) -> C3ARule:
         return C3ARule(addressing.first_match(self.block_size_pattern, name, self.block_size), self.init_weights)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdelta.core.config import require_positive_int
+from jdelta.core.config import require_positive_int, require_positive_ints
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves
 from jdelta.trees import addressing
@@ -104,8 +104,7 @@ class FourierFTConfig(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_int("n_frequency", self.n_frequency)
-        for pattern, count in (self.n_frequency_pattern or {}).items():
-            require_positive_int(f"n_frequency_pattern[{pattern!r}]", count)
+        require_positive_ints("n_frequency_pattern", self.n_frequency_pattern)
 
     def count_of(self, name: str) -> int:
         """The `n_frequency` at the module or parameter of this name."""

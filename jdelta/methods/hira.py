@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jdelta.core.config import require_positive_int, require_probability
+from jdelta.core.config import require_positive_int, require_positive_ints, require_probability
 from jdelta.core.linear_maps import BoundLinear
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves, Side
@@ -72,8 +72,7 @@ class HiraConfig(Method):
         super().__post_init__()
         require_positive_int("r", self.r)
         require_probability("hira_dropout", self.hira_dropout)
-        for pattern, rank in (self.rank_pattern or {}).items():
-            require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        require_positive_ints("rank_pattern", self.rank_pattern)
 
     def rule(self, name: str) -> HiraRule:
         return HiraRule(addressing.first_match(self.rank_pattern, name, self.r), self.hira_dropout)

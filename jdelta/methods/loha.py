@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jdelta.core.config import require_positive_int
+from jdelta.core.config import require_positive_int, require_positive_ints
 from jdelta.core.linear_maps import BoundLinear
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves, Side
@@ -96,8 +96,7 @@ class LohaConfig(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_int("r", self.r)
-        for pattern, rank in (self.rank_pattern or {}).items():
-            require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        require_positive_ints("rank_pattern", self.rank_pattern)
 
     def rule(self, name: str) -> LohaRule:
         rank = addressing.first_match(self.rank_pattern, name, self.r)

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jdelta.core.config import require_positive_int
+from jdelta.core.config import require_positive_int, require_positive_ints
 from jdelta.core.linear_maps import BoundLinear, LookupMap
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves
@@ -150,8 +150,7 @@ class LokrConfig(Method):
         require_positive_int("r", self.r)
         if self.decompose_factor != SQUARE and self.decompose_factor < 1:
             raise ValueError(f"decompose_factor is -1 or at least 1, got {self.decompose_factor}.")
-        for pattern, rank in (self.rank_pattern or {}).items():
-            require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        require_positive_ints("rank_pattern", self.rank_pattern)
 
     def rule(self, name: str) -> LokrRule:
         rank = addressing.first_match(self.rank_pattern, name, self.r)

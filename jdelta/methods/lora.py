@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from jdelta.core.config import as_number, require_positive_int, require_probability, shown
+from jdelta.core.config import as_number, require_positive_int, require_positive_ints, require_probability, shown
 from jdelta.core.edits import Edit, WeightEdit
 from jdelta.core.linear import weight_edits
 from jdelta.core.linear_maps import LookupMap
@@ -65,8 +65,7 @@ class LoraConfig(Method):
         super().__post_init__()
         require_positive_int("lora_r", self.lora_r)
         require_probability("lora_dropout", self.lora_dropout)
-        for pattern, rank in (self.rank_pattern or {}).items():
-            require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        require_positive_ints("rank_pattern", self.rank_pattern)
         if not is_start(self.init_lora_weights):
             raise ValueError(f"init_lora_weights is one of {STARTS}, got {shown(self.init_lora_weights)}.")
         odd = [rank for rank in (self.lora_r, *(self.rank_pattern or {}).values()) if rank % 2]
