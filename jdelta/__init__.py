@@ -3,6 +3,7 @@
 from jdelta.auto import AutoDeltaConfig, AutoDeltaModel
 from jdelta.core.checking import checking_products
 from jdelta.core.context import Context, training_step
+from jdelta.core.data_starts import DataStart
 from jdelta.core.edits import CallEdit, WeightEdit
 from jdelta.core.linear import register_linear, weight_edits
 from jdelta.core.method import Method
@@ -33,6 +34,7 @@ from jdelta.methods.ln_tuning import LNTuningConfig
 from jdelta.methods.loha import LohaConfig
 from jdelta.methods.lokr import LokrConfig
 from jdelta.methods.lora import LoraConfig
+from jdelta.methods.lora_data import CordaStart, EvaStart, LoraGaStart
 from jdelta.methods.low_rank_adapter import LowRankAdapterConfig
 from jdelta.methods.miss import MissConfig
 from jdelta.methods.oft import OFTConfig
@@ -99,9 +101,12 @@ __all__ = [
     "CompacterModel",
     "Context",
     "Conversion",
+    "CordaStart",
+    "DataStart",
     "DeloraConfig",
     "DeloraModel",
     "DeltaModel",
+    "EvaStart",
     "Finetuned",
     "FourierFTConfig",
     "FourierFTModel",
@@ -120,6 +125,7 @@ __all__ = [
     "LokrConfig",
     "LokrModel",
     "LoraConfig",
+    "LoraGaStart",
     "LoraModel",
     "LowRankAdapterConfig",
     "LowRankAdapterModel",

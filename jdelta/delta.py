@@ -319,7 +319,7 @@ class DeltaModel:
 
     init = verb(initial_values.init)
     own = verb(states.own)
-    init_from_batch = verb(data_init.init_from_batch)
+    init_from_data = verb(data_init.init_from_data)
     freeze_module = verb(training.freeze_module)
     trainable_mask = verb(training.trainable_mask)
     partition = verb(training.partition)

@@ -63,6 +63,16 @@ class HostAdapter(Protocol):
         """The tree as the model's user holds it: `tree`, or the state of an nnx module, with its other variables."""
         ...
 
+    def variant(
+        self, attachments: Sequence[Attachment]
+    ) -> contextlib.AbstractContextManager[Callable[[Tree], tuple[Any, Callable[..., Any]]]]:
+        """The model with these attachments in place of its own, while this lasts.
+
+        It gives a function of a tree of parameters: to what a loss takes, which is the tree, or an nnx module that
+        holds it; and to the model's call with it.
+        """
+        ...
+
     def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, trial: Trial | None = None) -> Tree:
         """Fresh parameters of the backbone with these attachments, laid out as `params`: it is run on its pseudo input.
 

@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 
 from jdelta.core.config import METHODS, DeltaConfig
+from jdelta.core.data_starts import DataStart
 from jdelta.core.edits import Attachment, Edit, WeightEdit
 from jdelta.core.linear import weight_edits
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
@@ -212,20 +213,21 @@ class Method(DeltaConfig):
         """
         return 0.0
 
-    def init_from_inputs(
-        self, leaves: Mapping[Path, jax.Array], params: Mapping[Path, jax.Array], inputs: Mapping[str, jax.Array]
-    ) -> Mapping[Path, jax.Array]:
-        """The initial values of the delta's own leaves, from a batch of data; `delta.init_from_batch` puts them in.
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether `data_start` says how the delta's own leaves start."""
+        return type(self).data_start is not Method.data_start
 
-        Override it.
+    def data_start(self, **options: Any) -> DataStart | None:
+        """How the delta's own leaves start from data, which `delta.init_from_data` puts in. Override it.
+
+            def data_start(self, power=2):
+                return MomentStart(power)
 
         Args:
-          leaves: path to value, as they are.
-          params: path to value of the backbone's parameters.
-          inputs: name of a module to the input that it has in the run of the batch, all calls one after the other in
-            the first axis.
+          **options: further keywords of `delta.init_from_data`.
         """
-        return leaves
+        return None
 
 
 def _register(method: type[Method]) -> None:

@@ -49,6 +49,7 @@ class DeltaState:
       was_merged: whether it was merged once.
       removed: what it was on the model, if it was removed.
       check: told the shapes of its own leaves before any is made.
+      started: whether its own leaves were initialised from data.
     """
 
     host: HostAdapter
@@ -66,6 +67,7 @@ class DeltaState:
     was_merged: bool = False
     removed: Attachment | None = None
     check: Callable[[DeltaState, Mapping[Path, Any]], None] | None = None
+    started: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Also of copies: notes that somebody holds it."""

@@ -149,6 +149,11 @@ def optimizer(
         has = f"It has {', '.join(known)}." if known else "It has none."
         raise TypeError(f"optimizer: {state.label} has no option {min(unknown)!r}. {has}")
     factors = state.method.update_factors(state.attachment.leaves, **options)
+    if state.method.starts_from_data and not state.started and state.initial is not None:
+        warn(
+            f"optimizer: delta {state.name!r} is to start from data, and has not: it trains from random values. Call "
+            "delta.init_from_data(batches) before the optimizer is made."
+        )
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(f"optimizer takes one of optax's, such as optax.adamw(1e-3), got {tx!r}.")
     if type(state.method).optimizer is not Method.optimizer:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jdelta.core.config import as_number, require_positive_int, require_positive_ints, require_probability, shown
+from jdelta.core.data_starts import DataStart
 from jdelta.core.edits import Edit, WeightEdit
 from jdelta.core.linear import weight_edits
 from jdelta.core.linear_maps import LookupMap
@@ -18,6 +19,7 @@ from jdelta.core.method import Method
 from jdelta.core.placement import resolved
 from jdelta.core.structure import ModuleInfo, ParameterInfo, Structure
 from jdelta.core.warn import warn
+from jdelta.methods import lora_data
 from jdelta.methods.lora_rules import STARTS, DoraRule, LoraRule, is_start
 from jdelta.trees import addressing, surgery
 from jdelta.trees.surgery import Path
@@ -95,6 +97,14 @@ class LoraConfig(Method):
         if ratio <= 0:
             raise ValueError(f"lora_plus_ratio is above 0, got {ratio:g}.")
         return {path: ratio for path in leaves if path[-1] == "b"}
+
+    @property
+    def starts_from_data(self) -> bool:
+        return self.init_lora_weights in lora_data.STARTS
+
+    def data_start(self, **options: Any) -> DataStart:
+        """EVA, CorDA or LoRA-GA, by `init_lora_weights`."""
+        return lora_data.data_start(self.init_lora_weights, options)
 
     def frozen(self, leaf: Path) -> bool:
         return leaf[-1] in ("a0", "b0")

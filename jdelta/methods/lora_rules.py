@@ -21,17 +21,22 @@ from jdelta.methods.parameter import kaiming_uniform
 Factors = tuple[jax.Array, jax.Array]
 
 _PISSA = re.compile(r"pissa(?:_niter_(\d+))?")
-STARTS = "True, False, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_16' (or another number)"
+FROM_DATA = ("eva", "corda", "lora_ga")  # by `delta.init_from_data`; until then they start as with True
+STARTS = (
+    "True, False, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_16' (or another number), 'eva', 'corda', "
+    "'lora_ga'"
+)
 
 
 def is_start(start: bool | str) -> bool:
     """Whether a value of `init_lora_weights` is known."""
-    return isinstance(start, bool) or start in ("gaussian", "orthogonal", "olora") or bool(_PISSA.fullmatch(start))
+    known = ("gaussian", "orthogonal", "olora", *FROM_DATA)
+    return isinstance(start, bool) or start in known or bool(_PISSA.fullmatch(start))
 
 
 def takes_from_weight(start: bool | str) -> bool:
     """Whether the factors start as a part of the weight, of which that then is taken off."""
-    return isinstance(start, str) and (start == "olora" or bool(_PISSA.fullmatch(start)))
+    return isinstance(start, str) and (start in ("olora", "corda", "lora_ga") or bool(_PISSA.fullmatch(start)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,7 @@ class LoraRule:
     @property
     def starts_from_weight(self) -> bool:
         """Whether the weight's value counts."""
-        return not self.of_rows and takes_from_weight(self.start)
+        return not self.of_rows and takes_from_weight(self.start) and self.start not in FROM_DATA
 
     def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
         d_in, d_out = weight.shape
@@ -69,7 +74,7 @@ class LoraRule:
             return {"a": jnp.zeros((d_in, self.rank)), "b": jax.random.normal(key, (self.rank, d_out))}
         if not self.starts_from_weight:
             a, b = _random(self.start, key, d_in, self.rank, d_out)
-            return {"a": a, "b": b}
+            return {"a": a, "b": b, **({"a0": a, "b0": b} if takes_from_weight(self.start) else {})}
         assert isinstance(weight, jax.Array)
         a, b = _of_weight(self.start, key, weight, self.rank, self.scale)
         return {"a": a, "b": b, "a0": a, "b0": b}
@@ -141,14 +146,14 @@ def _of_weight(start: bool | str, key: jax.Array, weight: jax.Array, rank: int, 
     """Factors whose product, times the scale, is a part of the weight."""
     if start == "olora":
         q, r = jnp.linalg.qr(weight.T)
-        return _padded(r[:rank].T, q[:, :rank].T, rank)
+        return padded(r[:rank].T, q[:, :rank].T, rank)
     iterations = match[1] if (match := _PISSA.fullmatch(str(start))) else None
     if iterations is None:
         u, s, v = jnp.linalg.svd(weight, full_matrices=False)
     else:
         u, s, v = _leading(weight, key, min(rank, *weight.shape), int(iterations))
     root = jnp.sqrt(s[:rank] / scale)
-    return _padded(u[:, :rank] * root, root[:, None] * v[:rank], rank)
+    return padded(u[:, :rank] * root, root[:, None] * v[:rank], rank)
 
 
 def _leading(weight: jax.Array, key: jax.Array, rank: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -160,6 +165,6 @@ def _leading(weight: jax.Array, key: jax.Array, rank: int, iterations: int) -> t
     return q @ u, s, v
 
 
-def _padded(a: jax.Array, b: jax.Array, rank: int) -> Factors:
+def padded(a: jax.Array, b: jax.Array, rank: int) -> Factors:
     """With zeros where the weight has a lower rank."""
     return jnp.pad(a, ((0, 0), (0, rank - a.shape[1]))), jnp.pad(b, ((0, rank - len(b)), (0, 0)))

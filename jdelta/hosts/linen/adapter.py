@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -76,6 +79,20 @@ class LinenAdapter:
     def remember_tree(self, tree: Tree) -> None:
         """See `HostAdapter`."""
         self.cache["tree"] = (self.module, tree)
+
+    def run_call(self, *args: Any, params: Tree, **kwargs: Any) -> Any:
+        """Calls the model with these parameters."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def variant(self, attachments: Sequence[Attachment]) -> Iterator[Callable[[Tree], tuple[Any, Callable[..., Any]]]]:
+        """See `HostAdapter`."""
+        restore = self.snapshot()
+        try:
+            self.install(attachments)
+            yield lambda params: (params, functools.partial(self.run_call, params=params))
+        finally:
+            restore()
 
     def init(self, attachments: Sequence[Attachment], rng: chex.PRNGKey, trial: Trial | None = None) -> Tree:
         """See `HostAdapter`."""

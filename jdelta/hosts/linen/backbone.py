@@ -105,6 +105,10 @@ class Backbone(LinenAdapter):
         variables = tree if surgery.root(tree) else {"params": tree}
         return self.module.apply(variables, *args, rngs=rngs, **kwargs)
 
+    def run_call(self, *args: Any, params: Tree, **kwargs: Any) -> Any:
+        """Calls the module with these parameters."""
+        return self(*args, params=params, **kwargs)
+
     def run_init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
         """Initialises a variant of the module on the dummy inputs.
 

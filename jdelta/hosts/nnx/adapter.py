@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import weakref
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -22,9 +22,9 @@ from jdelta.core.generators import without_generated
 from jdelta.core.host import Cache, Trial
 from jdelta.core.structure import Structure
 from jdelta.hosts.nnx import bridge, graph, placing
-from jdelta.hosts.nnx.creating import Initialiser, Place, creating
+from jdelta.hosts.nnx.creating import Initialiser, Place, creating, key_at, over_layers
 from jdelta.hosts.nnx.installing import put_on, share
-from jdelta.hosts.nnx.recording import Layers, layers_at, record
+from jdelta.hosts.nnx.recording import layers_at, record
 from jdelta.hosts.nnx.running import trying
 from jdelta.hosts.nnx.swapping import class_of, give, role_of
 from jdelta.trees import surgery
@@ -226,7 +226,7 @@ class NnxAdapter:
             for name, leaf in weights.init(edit, rng, backbone[edit.leaf]).items()
         }
         for (host, leaf), initialise in self._initialisers(attachments, own).items():
-            below = _over_layers(initialise, layers_at(structure, host))(_key_at(rng, (*host, *leaf)))
+            below = over_layers(initialise, *layers_at(structure, host))(key_at(rng, (*host, *leaf)))
             own |= {(*host, *leaf, *path): value for path, value in surgery.flatten(below).items()}
         everything = {"params": graph.nested(backbone | own)}
         tree: Tree = without_generated(everything, attachments, {"params": rng})["params"]
@@ -254,10 +254,27 @@ class NnxAdapter:
         self.cache["initialisers"] = (edits, found)
         return found
 
+    @contextlib.contextmanager
+    def variant(self, attachments: Sequence[Attachment]) -> Iterator[Callable[[Tree], tuple[Any, Callable[..., Any]]]]:
+        """See `HostAdapter`."""
+        graphdef, state = self._split()
+
+        def made(params: Tree) -> tuple[Any, Callable[..., Any]]:
+            copy = self._copy(graphdef, state, attachments, surgery.parameters_of(params))
+            return copy, copy
+
+        yield made
+
     def _run(
         self, graphdef: Any, state: nnx.State, attachments: Sequence[Attachment], leaves: Mapping[Path, Any]
     ) -> Any:
-        """Runs a copy of the model with attachments, and with other values of some leaves, on its pseudo input."""
+        """Runs such a copy on the model's pseudo input."""
+        return _call(self._copy(graphdef, state, attachments, leaves), self._record.dummy_inputs)
+
+    def _copy(
+        self, graphdef: Any, state: nnx.State, attachments: Sequence[Attachment], leaves: Mapping[Path, Any]
+    ) -> Any:
+        """A copy of the model with attachments, and with other values of some leaves."""
         copy = nnx.merge(graphdef, state, copy=True)
         modules, have = graph.modules(copy), graph.variables(copy)
         for path, leaf in leaves.items():
@@ -267,7 +284,7 @@ class NnxAdapter:
                 at = _place(path, modules)
                 graph.put(modules[path[:at]], path[at:], leaf)
         put_on(copy, attachments, self.structure(), apart=True)
-        return _call(copy, self._record.dummy_inputs)
+        return copy
 
     def _bare(self) -> nnx.Module:
         """A copy of the model without deltas, which has the same arrays."""
@@ -337,22 +354,6 @@ class NnxAdapter:
 def _place(path: Path, modules: Mapping[Path, nnx.Module]) -> int:
     """How much of the path of a leaf is that of the innermost module around it."""
     return max(i for i in range(len(path)) if path[:i] in modules)
-
-
-def _key_at(rng: jax.Array, path: Path) -> jax.Array:
-    """A key for what is at a path."""
-    return jax.random.fold_in(rng, zlib.crc32(surgery.name_of(path).encode()) % 2**31)
-
-
-def _over_layers(initialise: Initialiser, layers: Layers) -> Initialiser:
-    """The initialiser of leaves that have axes of layers besides."""
-
-    def over(one: Initialiser, axis: int, size: int) -> Initialiser:
-        return lambda key: jax.vmap(one, out_axes=axis)(jax.random.split(key, size))
-
-    for axis, size in zip(layers.axes, layers.sizes, strict=True):
-        initialise = over(initialise, axis, size)
-    return initialise
 
 
 def _as_array(value: Any) -> Any:

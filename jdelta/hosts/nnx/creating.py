@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +75,19 @@ def _alone(place: Place, initialise: Initialiser) -> Initialiser:
         return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, consts, *given))
 
     return run
+
+
+def key_at(rng: jax.Array, path: Path) -> jax.Array:
+    """A key for what is at a path."""
+    return jax.random.fold_in(rng, zlib.crc32(surgery.name_of(path).encode()) % 2**31)
+
+
+def over_layers(initialise: Initialiser, axes: Sequence[int], sizes: Sequence[int]) -> Initialiser:
+    """The initialiser of leaves that have axes of layers besides."""
+
+    def over(one: Initialiser, axis: int, size: int) -> Initialiser:
+        return lambda key: jax.vmap(one, out_axes=axis)(jax.random.split(key, size))
+
+    for axis, size in zip(axes, sizes, strict=True):
+        initialise = over(initialise, axis, size)
+    return initialise

@@ -66,6 +66,10 @@ class PretrainedAdapter(LinenAdapter):
         """See `HostAdapter`."""
         return getattr(self._model.config, "_name_or_path", "") or ""
 
+    def run_call(self, *args: Any, params: Tree, **kwargs: Any) -> Any:
+        """Calls the model with these parameters."""
+        return self._model(*args, params=params, **kwargs)
+
     def run_init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
         """Initialises `module`, a variant of the model's, on its own pseudo input."""
         probe = copy.copy(self._model)
