@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-class _Late:
+class Late:
     """A module that is imported when something of it is used: collecting the tests takes neither torch nor its time."""
 
     def __init__(self, name: str) -> None:
@@ -16,7 +16,7 @@ class _Late:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-torch, peft = _Late("torch"), _Late("peft")
+torch, peft = Late("torch"), Late("peft")
 
 TOLERANCE = 1e-5  # of the largest entry
 

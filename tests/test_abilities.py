@@ -141,17 +141,28 @@ class Rich(jdelta.Method):
     def penalty(self, own):
         return sum(jnp.sum(value**2) for value in own.values())
 
-    def init_from_inputs(self, leaves, params, inputs):
-        return {path: jnp.mean(inputs[".".join(path[:-2])], (0, 1)) for path in leaves}
+    def data_start(self):
+        return MeanStart()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanStart(jdelta.DataStart):
+    sums = "inputs"
+
+    def of_inputs(self, x):
+        return {"total": jnp.sum(x, axis=0, keepdims=True)}
+
+    def init(self, edit, key, weight, own, sums):
+        return {"s": sums["total"][0] / sums["count"]}
 
 
 def test_a_method_brings_an_optimizer_a_penalty_and_values_from_a_batch(net):
     delta = jdelta.DeltaModel(net, ["inner.dense"], method=Rich(), name="rich")
     module = net.module
-    delta.init_from_batch(X, MASK)
+    delta.init_from_data([(X, MASK)])
     assert net.module is module
     own = net.params["inner"]["dense"]["rich"]["s"]
-    np.testing.assert_allclose(own, X.mean((0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(own, X[MASK == 1].mean(0), rtol=1e-6)
     np.testing.assert_allclose(delta.penalty(), jnp.sum(own**2), rtol=1e-6)
     tx = delta.optimizer(optax.sgd(1.0))
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, net.params), tx.init(net.params), net.params)
@@ -162,12 +173,8 @@ def test_a_method_brings_an_optimizer_a_penalty_and_values_from_a_batch(net):
 def test_what_starts_from_no_data_and_what_has_no_penalty_says_so(net):
     delta = jdelta.LoraModel(net, ["inner.dense"], lora_r=2)
     assert delta.penalty() == 0
-    with pytest.raises(ValueError, match="LoraModel does not start from data"):
-        delta.init_from_batch(X, MASK)
-    other = jdelta.DeltaModel(net, ["inner.dense"], method=Rich(), name="rich")
-    jitted = jax.jit(lambda x: other.init_from_batch(x, MASK))
-    with pytest.raises(ValueError, match="has no value while the model runs"):
-        jitted(X)
+    with pytest.raises(ValueError, match="LoRA with init_lora_weights=True does not start from data"):
+        delta.init_from_data([(X, MASK)])
 
 
 class AddsStep(nn.Module):

@@ -520,20 +520,29 @@ def test_threads_can_share_a_model_whose_runs_change_attributes(made, put):
     assert [dict(vars(module)) for _, module in nnx.iter_modules(m)] == before
 
 
-def test_inputs_of_modules_are_seen_in_a_batch():
+def test_inputs_of_modules_are_seen_in_batches():
+    @dataclasses.dataclass(frozen=True)
+    class Total(jdelta.DataStart):
+        sums = "inputs"
+
+        def of_inputs(self, x):
+            return {"total": jnp.sum(x, axis=0, keepdims=True)}
+
+        def init(self, edit, key, weight, own, sums):
+            return {"a": jnp.broadcast_to(sums["total"].T / sums["count"], own["a"].shape)}
+
     class FromInputs(jdelta.Method):
         def rule(self, name):
             return LoraRule(2, 1.0)
 
-        def init_from_inputs(self, leaves, params, inputs):
-            assert inputs["boxed.a"].shape == X.shape
-            return {path: jnp.ones_like(leaf) for path, leaf in leaves.items()}
+        def data_start(self):
+            return Total()
 
     m = Mixed(nnx.Rngs(0))
     made = dataclasses.dataclass(frozen=True)(FromInputs)()
     delta = jdelta.DeltaModel(m, method=made, modified_modules=["boxed.a"], dummy_inputs=(X,))
-    delta.init_from_batch(X)
-    assert (m.boxed["a"].delta.a[...] == 1).all()
+    delta.init_from_data([X, X + 2])
+    np.testing.assert_allclose(m.boxed["a"].delta.a[...], jnp.broadcast_to(X.mean(0)[:, None] + 1, (4, 2)), rtol=1e-6)
 
 
 def test_a_module_that_is_no_longer_referenced_is_freed():

@@ -34,7 +34,11 @@ class DataStart:
     sums: ClassVar[Literal["inputs", "gradients"]]
 
     def check(self, edit: Edit) -> None:
-        """Raises `TypeError` or `ValueError` if the leaves of an edit cannot start so. No batch has been read yet."""
+        """Raises `TypeError` or `ValueError` if the leaves of an edit cannot start so. No batch has been read yet.
+
+        Args:
+          edit: the edit.
+        """
 
     def of_inputs(self, x: jax.Array) -> Sums:
         """What is summed over all calls of a module.

@@ -56,7 +56,6 @@ class EvaStart(DataStart):
         return {"gram": _product(x.T, x), "total": jnp.sum(x, axis=0, keepdims=True)}
 
     def adapted(self, method: Any, structure: Structure, found: Mapping[Edit, Sums]) -> Any:
-        """The method with the ranks that explained variance gives."""
         if self.rho == 1:
             return method
         if any(isinstance(value, jax.core.Tracer) for sums in found.values() for value in sums.values()):

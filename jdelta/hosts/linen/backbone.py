@@ -106,7 +106,12 @@ class Backbone(LinenAdapter):
         return self.module.apply(variables, *args, rngs=rngs, **kwargs)
 
     def run_call(self, *args: Any, params: Tree, **kwargs: Any) -> Any:
-        """Calls the module with these parameters."""
+        """The same, for tools that know all backbones by one name.
+
+        Args:
+          *args, **kwargs: of the call.
+          params: the parameters.
+        """
         return self(*args, params=params, **kwargs)
 
     def run_init(self, module: nn.Module, rng: chex.PRNGKey) -> Tree:
