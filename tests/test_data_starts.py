@@ -371,6 +371,25 @@ def test_all_calls_of_a_module_count():
     assert_same_directions(own_of(backbone.params, "dense")["a"], principal(np.concatenate([x, second]))[1])
 
 
+@pytest.mark.parametrize("equation", ["btd,dnh->btnh", "...d,dnh->...nh"])
+def test_an_einsum_starts_by_its_own_equation_and_experts_are_refused(equation):
+    class Heads(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Einsum((8, 3, 2), equation, use_bias=False, name="heads")(x)
+            return nn.Einsum((3, 2, 2), "btnh,nhk->btnk", use_bias=False, name="experts")(y)
+
+    module = Heads()
+    backbone = jdelta.Backbone(module, module.init(jax.random.key(0), BATCHES[0])["params"], (BATCHES[0],))
+    delta = jdelta.LoraModel(backbone, ["heads"], lora_r=2, init_lora_weights="eva")
+    delta.init_from_data(BATCHES, rho=1)
+    x = np.concatenate(BATCHES).reshape(-1, 8).astype(np.float64)
+    assert_same_directions(own_of(backbone.params, "heads")["a"], principal(x)[1])
+    experts = jdelta.LoraModel(backbone, ["experts"], lora_r=1, init_lora_weights="eva")
+    with pytest.raises(ValueError, match="at experts: what meets the weight there cannot be seen"):
+        experts.init_from_data(BATCHES)
+
+
 class NnxNet(nnx.Module):
     def __init__(self, params):
         self.first = nnx.Linear(8, 6, rngs=nnx.Rngs(0))

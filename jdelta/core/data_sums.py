@@ -14,8 +14,10 @@ from jdelta.core.arguments import is_array
 from jdelta.core.data_starts import DataStart, Sums
 from jdelta.core.edits import Attachment, CallEdit, Edit, WeightEdit
 from jdelta.core.input_sums import COUNT, InputSums
+from jdelta.core.linear_maps import EinsumMap, MatrixMap
 from jdelta.core.progress import shown
 from jdelta.core.state import DeltaState
+from jdelta.core.weights import layout_of
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path, Tree
 
@@ -85,10 +87,10 @@ def _layer(state: DeltaState, start: DataStart, edit: Edit) -> CallEdit:
     """What is put before the module of an edit."""
     if isinstance(edit, CallEdit):
         return CallEdit(edit.host, "before", InputSums(start), leaf=(_NAME, *edit.leaf))
-    if not edit.in_call or edit.linear.features(jnp.zeros((1,) * 4), (1,) * len(edit.shape)) is None:
+    if not edit.in_call or not isinstance(edit.linear, MatrixMap | EinsumMap) or layout_of(edit).shared:
         raise ValueError(
             f"{state.label} at {where(edit)}: what meets the weight there cannot be seen as vectors of inputs, as in "
-            "convolutions, embeddings and parameters by name. Leave it out, with exclude_modules for example."
+            "convolutions, embeddings, experts and parameters by name. Leave it out, with exclude_modules for example."
         )
     return CallEdit(edit.host, "before", InputSums(start, edit.linear, edit.shape), leaf=(_NAME, edit.leaf[-1]))
 
