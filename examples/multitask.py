@@ -68,7 +68,7 @@ def train_all(
     trainable, frozen = delta.partition(model.params)
     for domain, (training, _) in splits.items():
         console.print(f"[bold]{domain}[/]: {len(training):,} sentences", highlight=False)
-        run = sentiment.train(model, trainable, frozen, training, args, console)
+        run = sentiment.train(delta, trainable, frozen, training, args, console)
         folders[domain] = args.out / domain
         delta.save_finetuned(folders[domain], params=jdelta.combine(run.trainable, frozen))
     return folders

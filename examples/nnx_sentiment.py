@@ -21,8 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import methods
 import sentiment
 from flax import nnx
+from methods import EVERY_DENSE
 from report import named_leaves, results_of, show_results, show_sentences, size
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -31,11 +33,14 @@ from sentiment import Batch, Run, Sentence
 import jdelta
 
 EVERY_LINEAR = ["query", "key", "value", "out", "up", "down", "pooler"]
-METHODS = {
-    **sentiment.METHODS,  # the same arguments and learning rates, and the names of this encoder's modules
-    "lora": dataclasses.replace(sentiment.METHODS["lora"], arguments={"modified_modules": EVERY_LINEAR}),
-    "bitfit": dataclasses.replace(sentiment.METHODS["bitfit"], arguments={"modified_modules": ["encoder"]}),
-    "full": dataclasses.replace(sentiment.METHODS["full"], trains=("encoder",)),
+METHODS = {  # the same arguments and learning rates, and the names of this encoder's modules
+    name: dataclasses.replace(method, arguments={**method.arguments, "modified_modules": EVERY_LINEAR})
+    if method.arguments.get("modified_modules") == EVERY_DENSE
+    else method
+    for name, method in methods.METHODS.items()
+} | {
+    "bitfit": dataclasses.replace(methods.METHODS["bitfit"], arguments={"modified_modules": ["encoder"]}),
+    "full": dataclasses.replace(methods.METHODS["full"], trains=("encoder",)),
 }
 
 # --- the model
@@ -182,7 +187,8 @@ def build_delta(model: Classifier, args: argparse.Namespace) -> jdelta.DeltaMode
     tokens = jnp.ones((1, sentiment.LENGTH_STEP), jnp.int32)
     inputs = (tokens, tokens)
     if "deltas" in method.trains:
-        config = jdelta.AutoDeltaConfig.from_dict({"delta_type": args.method, **method.arguments, **dict(args.set)})
+        kind = method.delta_type or args.method
+        config = jdelta.AutoDeltaConfig.from_dict({"delta_type": kind, **method.arguments, **dict(args.set)})
         delta = jdelta.AutoDeltaModel.from_config(config, model, rng=args.seed, dummy_inputs=inputs)
     else:
         delta = jdelta.DeltaModel(model, dummy_inputs=inputs)
@@ -219,7 +225,9 @@ def train(
     """Trains the model. Returns what the run leaves behind, and the mean loss and accuracy of its batches."""
     model = delta.backbone_model
     model.train()
-    tx = sentiment.optimizer(args, sentiment.steps_of(sentences, args))
+    tx = delta.optimizer(
+        sentiment.optimizer(args, sentiment.steps_of(sentences, args)), **METHODS[args.method].optimizer
+    )
     optimizer, metrics = nnx.Optimizer(model, tx, wrt=delta.filter), new_metrics()
     step = make_step(delta)
     losses, seconds = sentiment.run_epochs(

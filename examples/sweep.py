@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sentiment
-import transformers
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from report import size
@@ -42,19 +41,14 @@ RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 # --- one program
 
 
-def make_step(model: transformers.FlaxPreTrainedModel, args: argparse.Namespace, steps: int) -> Callable:
-    """The training step of one delta, with the peak learning rate as its first argument."""
-
-    def step(rate: jax.Array, trainable: Tree, state: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Any:
-        tx = optimizer(args, rate, steps)
-        return sentiment.make_step(model, tx, dropout=False)(trainable, state, frozen, batch, key)
-
-    return step
+def make_step(delta: jdelta.DeltaModel, args: argparse.Namespace, steps: int) -> Callable:
+    """The training step of one delta, whose peak learning rate is in the state of its optimizer."""
+    return sentiment.make_step(delta, optimizer(args, args.rates[0], steps), dropout=False)
 
 
 def side_by_side(step: Callable) -> Callable:
-    """The same step for many deltas: each has a rate, values and state of its own; the rest is for all."""
-    return jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None, None, None)))
+    """The same step for many deltas: each has values and a state of its own; the rest is for all."""
+    return jax.jit(jax.vmap(step, in_axes=(0, 0, None, None, None)))
 
 
 def optimizer(args: argparse.Namespace, rate: Any, steps: int) -> Any:
@@ -70,23 +64,24 @@ def train(
 ) -> tuple[Tree, np.ndarray]:
     """All epochs with a progress bar. Returns the stacked deltas, and the losses, `(steps, rates)`."""
     steps = args.epochs * math.ceil(len(sentences) / args.batch_size)
-    rates, stacked, states, frozen = start(delta, args)
+    stacked, states, frozen = start(delta, args, steps)
     rng, key, losses = np.random.default_rng(args.seed), jax.random.key(args.seed), []
     epochs = (sentiment.training_batches(sentences, args.batch_size, rng) for _ in range(args.epochs))
     with sentiment.progress_bar(console) as bar:
-        task = bar.add_task(f"training {len(rates)} deltas", total=steps, note="")
+        task = bar.add_task(f"training {len(args.rates)} deltas", total=steps, note="")
         for batch in itertools.chain.from_iterable(epochs):
-            stacked, states, loss = many(rates, stacked, states, frozen, batch, key)
+            stacked, states, loss = many(stacked, states, frozen, batch, key)
             losses.append(np.asarray(loss))
             bar.update(task, advance=1, note=f"lowest loss {np.mean(losses[-50:], axis=0).min():.3f}")
     return stacked, np.stack(losses)
 
 
-def start(delta: jdelta.DeltaModel, args: argparse.Namespace) -> tuple[jax.Array, Tree, Tree, Tree]:
-    """The rates, a copy of what trains and a state of the optimizer for each, and what is frozen."""
+def start(delta: jdelta.DeltaModel, args: argparse.Namespace, steps: int) -> tuple[Tree, Tree, Tree]:
+    """A copy of what trains and a state of the optimizer for each rate, and what is frozen."""
     trainable, frozen = delta.partition()
     stacked = jdelta.stack([trainable] * len(args.rates))
-    return jnp.array(args.rates), stacked, jax.jit(jax.vmap(optimizer(args, 1.0, 1).init))(stacked), frozen
+    states = jax.vmap(lambda rate, leaves: optimizer(args, rate, steps).init(leaves))(jnp.array(args.rates), stacked)
+    return stacked, states, frozen
 
 
 def accuracies(
@@ -119,17 +114,17 @@ def compare(
 ) -> dict[str, Any]:
     """Some steps in one program; and run after run, with one program for all of these. They take turns."""
     single = jax.jit(step)
-    rates, stacked, states, frozen = start(delta, args)
-    runs = list(zip(rates, jdelta.unstack(stacked), jdelta.unstack(states), strict=True))
+    stacked, states, frozen = start(delta, args, args.compare)
+    runs = list(zip(jdelta.unstack(stacked), jdelta.unstack(states), strict=True))
     key, seconds, difference = jax.random.key(args.seed), {"together": [], "alone": []}, 0.0
     for batch in itertools.islice(of_one_length(sentences, args), args.compare):
         begin = time.perf_counter()
-        stacked, states, losses = jax.block_until_ready(many(rates, stacked, states, frozen, batch, key))
+        stacked, states, losses = jax.block_until_ready(many(stacked, states, frozen, batch, key))
         seconds["together"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
         done = [jax.block_until_ready(single(*run, frozen, batch, key)) for run in runs]
         seconds["alone"].append(time.perf_counter() - begin)
-        runs = [(rate, trainable, state) for rate, (trainable, state, _) in zip(rates, done, strict=True)]
+        runs = [(trainable, state) for trainable, state, _ in done]
         difference = max(difference, *(float(abs(a - b)) for a, (_, _, b) in zip(losses, done, strict=True)))
     together, alone = (values[1:] for values in seconds.values())  # the first compiles
     return {
@@ -226,9 +221,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     training, held_out = training[: args.train_sentences], held_out[: args.test_sentences]
     delta = jdelta.LoraModel(model, ["query", "value"], lora_r=args.lora_r, rng=args.seed)
     delta.freeze_module(exclude=["deltas", "classifier"])
-    _, stacked, states, frozen = start(delta, args)
+    steps = args.epochs * math.ceil(len(training) / args.batch_size)
+    stacked, states, frozen = start(delta, args, steps)
 
-    step = make_step(model, args, args.epochs * math.ceil(len(training) / args.batch_size))
+    step = make_step(delta, args, steps)
     many = side_by_side(step)
     begin = time.perf_counter()
     trained, losses = train(delta, many, training, args, console)
