@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 import jdelta
+from jdelta.core import products
 
 X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
 KERNEL = np.random.default_rng(1).standard_normal((8, 6)).astype(np.float32)
@@ -47,6 +48,40 @@ def test_the_norm_of_dora_has_no_gradient():
     norm = np.linalg.norm(KERNEL + 1.5 * own["a"] @ own["b"], axis=0)
     by_hand = jax.grad(lambda a: (X @ (own["m"] / norm * (KERNEL + 1.5 * a @ own["b"]))).sum())(own["a"])
     np.testing.assert_allclose(gradient["a"], by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_in_one_product_is_the_sum_forward_and_backward(bias, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (64, 8))  # many rows: the weight is changed in the call
+    module = nn.Sequential([nn.DenseGeneral((2, 3), use_bias=bias)])
+    backbone = jdelta.Backbone(module, module.init(jax.random.key(1), x)["params"], (x,))
+    delta = jdelta.LoraModel(backbone, ["layers_0"], lora_r=2, use_dora=True)
+    moved(backbone, delta)
+
+    def run(params, x):
+        return jnp.sum(jnp.sin(backbone(x, params=params)))
+
+    calls, fused = [], products.fused
+    monkeypatch.setattr("jdelta.core.products.fused", lambda *a: calls.append(1) or fused(*a))
+    found = jax.value_and_grad(run, argnums=(0, 1))(backbone.params, x)
+    monkeypatch.setattr("jdelta.core.products.fusing_is_cheaper", lambda *_: False)
+    want = jax.value_and_grad(run, argnums=(0, 1))(backbone.params, x)
+    assert calls == [1]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("rows", [5, 64])
+def test_a_column_of_zeros_has_no_direction_and_starts_unchanged(rows):
+    x = jax.random.normal(jax.random.key(0), (rows, 8))
+    backbone = jdelta.Backbone(nn.Sequential([nn.Dense(6)]), {"layers_0": {"kernel": KERNEL, "bias": np.ones(6)}}, (x,))
+    backbone.params["layers_0"]["kernel"] = KERNEL * (np.arange(6) > 0)
+    delta = jdelta.LoraModel(backbone, ["layers_0"], lora_r=2, use_dora=True)
+    np.testing.assert_allclose(backbone(x)[:, 0], 1)
+    grads = jax.grad(lambda params: jnp.sum(backbone(x, params=params) ** 2))(backbone.params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    delta.merge()
+    np.testing.assert_allclose(backbone(x)[:, 0], 1)
 
 
 @pytest.mark.parametrize("start", FROM_WEIGHT)

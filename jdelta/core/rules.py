@@ -104,6 +104,29 @@ class HasProduct(Protocol):
 
 
 @runtime_checkable
+class ScalesOutputs(Protocol):
+    """A rule that is another one with a factor for each output: `W + ΔW = f ⊙ (W + ΔW′)`.
+
+    Attributes:
+      inner: the other rule, of the same own leaves.
+    """
+
+    @property
+    def inner(self) -> WeightRule:
+        """The rule of `ΔW′`."""
+        ...
+
+    def factor(self, changed: jax.Array, own: Leaves) -> jax.Array:
+        """The factors `f`, `(d_out,)`, in float32.
+
+        Args:
+          changed: `W + ΔW′`, `(d_in, d_out)`, float32.
+          own: the delta's own leaves.
+        """
+        ...
+
+
+@runtime_checkable
 class HasAxes(Protocol):
     """A rule whose own leaves follow the axes of the weight.
 

@@ -21,7 +21,7 @@ from jdelta.core.arguments import input_if_any, main_input, main_output, with_ma
 from jdelta.core.context import Context
 from jdelta.core.edits import WeightEdit
 from jdelta.core.linear_maps import BoundLinear, EinsumMap, LookupMap, MatrixMap, letters_of, operands
-from jdelta.core.rules import FeatureRule, HasProduct, dropout_of, uses_context
+from jdelta.core.rules import FeatureRule, HasProduct, ScalesOutputs, dropout_of, uses_context
 from jdelta.core.weights import Kind
 from jdelta.trees import surgery
 
@@ -195,7 +195,8 @@ def _in_one_product(given: Given, this: LinearCall, x: jax.Array) -> jax.Array |
     by_product = all(isinstance(edit.rule, HasProduct) for edit, _ in given)
     if by_product and not (isinstance(first.linear, MatrixMap) and _is_cheaper(first, x)):
         return None
-    if by_product and any(weights.reads_output(edit) for edit, _ in given):
+    scales = len(given) == 1 and isinstance(first.rule, ScalesOutputs)
+    if by_product and not scales and any(weights.reads_output(edit) for edit, _ in given):
         return None  # the output is computed anyway
     leaves = this.leaves()
     arrays = [*leaves.values(), *(leaf for _, own in given for leaf in own.values() if leaf.dtype != jnp.int32)]
@@ -203,13 +204,27 @@ def _in_one_product(given: Given, this: LinearCall, x: jax.Array) -> jax.Array |
     dtypes = [this.dtype or "float32", *(leaf.dtype for leaf in arrays)]
     if any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
         return None
-    pair = _Pair(this.pure(), tuple(weights.kind_of(edit) for edit, _ in given))
+    edits = [dataclasses.replace(first, rule=first.rule.inner)] if scales else [edit for edit, _ in given]
+    pair = _Pair(this.pure(), tuple(weights.kind_of(edit) for edit in edits))
     own = {str(i): leaves for i, (_, leaves) in enumerate(given)}
     try:
         hash(pair)
     except TypeError:  # a list in a field of the module
         return None if by_product else pair.run(x, pair.merged(leaves, own))
+    if scales:
+        return _scaled(first, pair, x, leaves, given[0][1])
     return products.fused(pair, x, leaves, own) if by_product else _with_changed_weight(pair, x, leaves, own)
+
+
+def _scaled(edit: WeightEdit, pair: _Pair, x: jax.Array, leaves: Own, own: Own) -> jax.Array:
+    """What the module computes with the weight that the inner rule changes, times the factors; then its bias."""
+    bias = leaves.get("bias")
+    without = leaves if bias is None else {**leaves, "bias": jnp.zeros_like(bias)}
+    layout = weights.layout_of(edit)
+    changed = layout.matrix(pair.merged(without, {"0": own})[edit.leaf[-1]])
+    factor = edit.rule.factor(changed, weights.seen_own(edit, own)).reshape(layout.sizes(edit.shape, "out"))
+    y = products.fused(pair, x, without, {"0": own}) * factor
+    return y if bias is None else y + bias
 
 
 def _is_cheaper(edit: WeightEdit, x: jax.Array) -> bool:

@@ -99,19 +99,27 @@ class DoraRule(LoraRule):
         """Always: `m` starts at the norm of each column."""
         return True
 
+    @property
+    def inner(self) -> LoraRule:
+        """The change of the direction."""
+        return LoraRule(self.rank, self.scale, self.dropout, self.of_rows, self.start)
+
+    def factor(self, changed: jax.Array, own: Leaves) -> jax.Array:
+        """`f = m / ‖W + s a b‖`."""
+        return _over(own["m"], jnp.linalg.norm(changed, axis=0))
+
     def init(self, key: jax.Array, weight: jax.ShapeDtypeStruct | jax.Array) -> Leaves:
         assert isinstance(weight, jax.Array)
-        own = _plain(self).init(key, weight)
-        return {**own, "m": jnp.linalg.norm(weight + _plain(self).update(weight, own), axis=0)}
+        own = self.inner.init(key, weight)
+        return {**own, "m": jnp.linalg.norm(weight + self.inner.update(weight, own), axis=0)}
 
     def update(self, weight: jax.Array, own: Leaves) -> jax.Array:
-        changed = weight + _plain(self).update(weight, own)
-        return own["m"] / jax.lax.stop_gradient(jnp.linalg.norm(changed, axis=0)) * changed - weight
+        changed = weight + self.inner.update(weight, own)
+        return self.factor(changed, own) * changed - weight
 
     def product(self, x: jax.Array, y: jax.Array, own: Leaves, linear: BoundLinear) -> jax.Array:
-        """`(f − 1) x W + f x (s a b)`, for `f = m / ‖W + s a b‖`."""
-        factor = own["m"].astype(jnp.float32) / jax.lax.stop_gradient(self._norm(linear.weight, own))
-        change = _plain(self).product(x, y, own, linear)
+        """`(f − 1) x W + f x (s a b)`."""
+        factor, change = _over(own["m"], self._norm(linear.weight, own)), self.inner.product(x, y, own, linear)
         return (factor - 1).astype(y.dtype) * y + factor.astype(y.dtype) * change
 
     def _norm(self, weight: jax.Array, own: Leaves) -> jax.Array:
@@ -121,12 +129,14 @@ class DoraRule(LoraRule):
             a, b = jnp.concatenate([a, own["a0"]], axis=1), jnp.concatenate([b, -own["b0"]])
         b = self.scale * b
         across = jnp.sum((a.T @ weight) * b, axis=0)
-        return jnp.sqrt(jnp.sum(weight**2, axis=0) + 2 * across + jnp.sum((a.T @ a @ b) * b, axis=0))
+        squared = jnp.sum(weight**2, axis=0) + 2 * across + jnp.sum((a.T @ a @ b) * b, axis=0)
+        return jnp.sqrt(jnp.maximum(squared, 0))  # the terms cancel where nothing is left
 
 
-def _plain(rule: DoraRule) -> LoraRule:
-    """The change of the direction."""
-    return LoraRule(rule.rank, rule.scale, rule.dropout, rule.of_rows, rule.start)
+def _over(length: jax.Array, norm: jax.Array) -> jax.Array:
+    """The factor that gives columns a length, without a gradient of the norm; 1 for zeros, which have no direction."""
+    norm = jax.lax.stop_gradient(norm)
+    return jnp.where(norm > 0, length.astype(jnp.float32) / jnp.where(norm > 0, norm, 1), 1)
 
 
 def _random(start: bool | str, key: jax.Array, d_in: int, rank: int, d_out: int) -> Factors:
