@@ -45,20 +45,29 @@ CERTAIN = 2  # standard errors
 # --- what is run
 
 
+def asked_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The arguments of the runs that are asked for."""
+    rates = {method: trial["learning_rate"] for method, trial in best_trials(args).items()}
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "learning_rate": rates.get(method, METHODS[method].learning_rate),
+            **budget_of(args),
+        }
+        for seed, method in itertools.product(args.seeds, args.methods)
+    ]
+
+
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs that were asked for, from the file or made now; each a dict."""
-    rates = {trial["method"]: trial["learning_rate"] for trial in best_trials(args).values()}
-    file, asked = args.out / "runs.json", []
-    for seed, method in itertools.product(args.seeds, args.methods):
-        rate = rates.get(method, METHODS[method].learning_rate)
-        asked.append({"method": method, "seed": seed, "learning_rate": rate, **budget_of(args)})
 
     def run(words: dict[str, Any]) -> dict[str, Any]:
         results = sentiment.main(command(words))
         right = np.packbits(results["right"]).tobytes().hex()  # a bit for each held-out sentence
         return {**words, **{key: results[key] for key in KEPT}, "right": right}
 
-    return [done_once(file, words, run) for words in asked]
+    return [done_once(args.out / "runs.json", words, run) for words in asked_of(args)]
 
 
 def choose_rates(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -73,7 +82,7 @@ def choose_rates(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     def loss(method: str, i: int) -> float:
         words = {"method": method, "seed": 0, "learning_rate": RATES[i], **budget, "train_sentences": half}
         found: float = done_once(file, {**words, "test_sentences": sentiment.VALIDATION}, run)["held_out_loss"]
-        return found if math.isfinite(found) else math.inf
+        return math.inf if math.isnan(found) else found
 
     for method in args.methods:
         best = int(np.argmin([abs(math.log(rate / METHODS[method].learning_rate)) for rate in RATES]))
@@ -89,10 +98,9 @@ def choose_rates(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def best_trials(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Method to the trial with the lowest loss, of those that were run."""
     best: dict[str, dict[str, Any]] = {}
-    for trial in read(args.out / "rates.json"):
-        method = trial["method"]
-        if method not in best or trial["held_out_loss"] < best[method]["held_out_loss"]:
-            best[method] = trial
+    for trial in sorted(read(args.out / "rates.json"), key=lambda trial: trial["held_out_loss"]):
+        if not math.isnan(trial["held_out_loss"]):
+            best.setdefault(trial["method"], trial)
     return best
 
 

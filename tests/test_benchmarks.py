@@ -73,3 +73,14 @@ def test_jdelta_costs_no_more_than_qwix_on_llama() -> None:
     assert rows["jdelta"]["temporary_bytes"] <= 1.01 * rows["by hand"]["temporary_bytes"]
     assert rows["jdelta"]["trained_parameters"] == rows["qwix"]["trained_parameters"]
     assert rows["jdelta"]["losses"] == pytest.approx(rows["qwix"]["losses"], abs=1e-4)
+
+
+def test_the_costs_of_methods_are_against_full_fine_tuning_and_lora(tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    command = [sys.executable, str(SCRIPT.with_name("method_costs.py")), "--quick", "--time", "1", "--json", str(file)]
+    subprocess.run([*command, "--methods", "miss", "shira", "head"], check=True, capture_output=True)
+    rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows.keys() == {"lora", "full", "miss", "shira", "head"}
+    assert rows["full"]["flops"] == rows["lora"]["memory"] == 1
+    assert rows["head"]["flops"] < rows["lora"]["flops"] < 1
+    assert all(row["time"]["median"] > 0 for row in rows.values())

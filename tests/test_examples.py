@@ -88,20 +88,58 @@ def test_sentiment_takes_every_method(sentiment):
 
 
 @pytest.mark.slow
-def test_compare_methods_prints_a_table_draws_a_picture_and_runs_nothing_twice(sentiment, tmp_path, capsys):
+def test_compare_methods_prints_tables_draws_a_picture_and_runs_nothing_twice(sentiment, tmp_path, capsys):
     compare = load("compare_methods")
-    words = ["--methods", "head", "soft_prompt", "--seeds", "0", "--epochs", "1", "--train-sentences", "96"]
+    words = ["--methods", "head", "soft_prompt", "lora", "--seeds", "0", "1", "--train-sentences", "96"]
     words += ["--test-sentences", "16", "--out", str(tmp_path)]
     rows = compare.main(words)
-    assert {row["method"] for row in rows} == {"head", "soft_prompt"}
-    assert rows[0]["accuracy"] >= rows[1]["accuracy"]
+    assert {row["method"] for row in rows} == {"head", "soft_prompt", "lora"}
+    assert rows[0]["accuracy"] >= rows[1]["accuracy"] >= rows[2]["accuracy"]
+    for row in rows:
+        assert row["right"].mean(axis=1).tolist() == row["accuracies"]
+        assert row["saved_bytes"] > 4 * row["trainable"]
+        assert row["temporary_bytes"] > 0
     runs = json.loads((tmp_path / "runs.json").read_text())
-    assert len(runs) == 2
+    assert len(runs) == 6
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "of each seed" in capsys.readouterr().out
-    assert compare.main(words) == rows
+    again = compare.main(words)
+    assert [row["accuracies"] for row in again] == [row["accuracies"] for row in rows]
     assert "training" not in capsys.readouterr().out
     assert json.loads((tmp_path / "runs.json").read_text()) == runs
+
+
+@pytest.mark.slow
+def test_compare_methods_chooses_a_rate_that_has_worse_neighbours_and_runs_with_it(sentiment, tmp_path):
+    compare = load("compare_methods")
+    losses = {1e-3: 0.7, 3e-3: 0.6, 1e-2: 0.5, 3e-2: float("nan")}
+    asked = []
+
+    def run(words):
+        args = sentiment.parse(words)
+        asked.append((args.learning_rate, args.validate, args.train_sentences))
+        return {"held_out_loss": losses[args.learning_rate], "accuracy": 0.5}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.sentiment, "main", run)
+        words = ["--methods", "hira", "--train-sentences", "96", "--out", str(tmp_path)]
+        assert compare.main([*words, "--choose-rates"])[0]["learning_rate"] == 1e-2
+    assert sorted(asked) == [(rate, True, 48) for rate in losses]
+    assert compare.asked_of(compare.parse(words))[0]["learning_rate"] == 1e-2
+
+
+def test_a_difference_has_the_errors_of_sentences_and_of_seeds():
+    import numpy as np
+
+    compare, rng = load("compare_methods"), np.random.default_rng(0)
+    one, other = rng.random((2, 3, 400)) < np.array([0.8, 0.6])[:, None, None]
+    value, error = compare.difference(one.astype(float), other.astype(float))
+    each = one.astype(float) - other
+    assert value == pytest.approx(one.mean() - other.mean())
+    assert error**2 == pytest.approx(each.mean(0).var(ddof=1) / 400 + each.mean(1).var(ddof=1) / 3)
+    assert compare.verdict((value, error)) == "better"
+    assert compare.verdict((-value, error)) == "worse"
+    assert compare.verdict((error, error)) == "same"
 
 
 @pytest.mark.slow
