@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 import zoo
 from jax.interpreters.partial_eval import dce_jaxpr
-from matrix import METHODS, POSITIONS, UNREACHED, WITHOUT_ATTENTION, attach, reason
+from matrix import ALL, FROZEN, POSITIONS, UNREACHED, WITHOUT_ATTENTION, attach, reason
 from tiers import breadth
 
 import jdelta
@@ -43,13 +43,16 @@ def folded(names) -> Counter:
 
 def positions(structure, name: str, method: str) -> list[str]:
     """The names of the modules that a method is to change."""
+    if method == "ln_tuning":
+        norms = {"scale", "scale bias", "weight", "weight bias"}
+        return [info.name for info in structure if " ".join(sorted(info.params, reverse=True)) in norms]
     table = WITHOUT_ATTENTION if zoo.family_of(name) in ("resnet", "regnet") else POSITIONS
     found = common_names.known(structure, table[method])
     if method == "bitfit":
         below = {info.path for host in found for info in structure.below(host.path)}
         weights = {"bias", "kernel", "scale", "weight"}
         found = [info for info in structure if info.path in below and weights & info.params.keys()]
-    if method == "soft_prompt":
+    if method in ("soft_prompt", "trainable_tokens"):
         found = [info for info in found if jnp.issubdtype(info.x.dtype, jnp.integer)][:1]
     return [info.name for info in found]
 
@@ -63,31 +66,41 @@ def test_every_method_on_every_class_by_shapes(name, record_property):
     shapes = model.params_shape_tree
     bare, before = jax.make_jaxpr(lambda p: model(**x, params=p), return_shape=True)(shapes)
 
-    row, deltas = {}, []
-    for method in METHODS:
+    row, deltas = {}, {}
+    for method in sorted(ALL, key=lambda method: method != "ln_tuning"):
         delta = attach(model, name, method)
         if delta is None:
             row[method] = reason(name, method)
             continue
-        assert delta.targets == positions(delta.structure, name, method)
+        targets = [target.removesuffix(".embedding") for target in delta.targets]  # a tied one is changed by parameter
+        assert targets == positions(delta.structure, name, method)
         every = folded(info.name for info in delta.structure)
-        assert all(every[target] == n for target, n in folded(delta.targets).items()), "a layer is left out"
-        row[method] = len(delta.targets)
-        deltas.append(delta)
+        assert all(every[target] == n for target, n in folded(targets).items()), "a layer is left out"
+        row[method] = len(targets)
+        if method == "ln_tuning":  # of no leaves of its own; and bitfit trains the biases of norms too
+            trains = surgery.flatten(surgery.parameters(delta.trainable_mask(shapes)))
+            norms = [info for info in delta.structure if info.name in delta.targets]
+            assert {p for p in trains if trains[p]} == {(*info.path, leaf) for info in norms for leaf in info.params}
+            delta.remove()
+            continue
+        deltas[method] = delta
         delta.detach()
 
-    # All of them at once: one trace of the model in place of eight.
-    for delta in deltas:
+    # All of them at once: one trace of the model in place of one for each.
+    for delta in deltas.values():
         delta.attach()
     # A model that holds its parameters need not be traced to know their names.
-    model._is_initialized, model.params = True, functools.reduce(jdelta.graft, (d.shapes() for d in deltas), shapes)
-    deltas[-1].freeze_module()
-    trainable, frozen = deltas[-1].partition()
+    grafted = functools.reduce(jdelta.graft, (delta.shapes() for delta in deltas.values()), shapes)
+    model._is_initialized, model.params = True, grafted
+    last = [*deltas.values()][-1]
+    last.freeze_module()
+    trainable, frozen = last.partition()
     after, missed = reach(lambda t, f: model(**x, params=jdelta.combine(t, f)), trainable, frozen)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
     assert [path for path in missed if not re.search(UNREACHED.get(name, r"$^"), path)] == []
-    for delta in deltas:
-        assert surgery.flatten(delta.own(trainable)).keys() == surgery.flatten(delta.shapes()).keys()
+    trains = surgery.parameters_of(trainable)
+    for method, delta in deltas.items():
+        assert all((path in trains) == (path[-1] not in FROZEN.get(method, ())) for path in delta.paths), method
         delta.detach()
     assert str(jax.make_jaxpr(lambda p: model(**x, params=p))(shapes)) == str(bare)
     record_property("matrix", (name, row))
