@@ -2,6 +2,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import fresh
 from flax.core import FrozenDict, freeze
 
 import jdelta
@@ -98,3 +99,10 @@ def test_partition_with_a_foreign_mask_names_the_leaf():
 def test_a_tree_that_is_none_is_a_type_error():
     with pytest.raises(TypeError, match="expected a parameter tree"):
         jdelta.partition([1, 2], [True, False])
+
+
+def test_a_delta_that_has_no_leaves_of_its_own_leaves_the_tree_as_it_is():
+    model = fresh("bert", "FlaxBertForSequenceClassification")
+    delta = jdelta.LNTuningModel(model)
+    assert delta.paths == ()
+    chex.assert_trees_all_equal(jdelta.prune(model.params, delta), model.params)

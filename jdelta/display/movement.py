@@ -77,7 +77,7 @@ def measured(
         if isinstance(edit, CallEdit) and edit.where != "train" and not merging.is_mergeable(edit):
             raise ValueError(
                 f"delta {attachment.name!r} moves no weights at {surgery.name_of(edit.host) or 'the root'}: "
-                f"{merging.NO_CHANGE.format(type(edit.layer).__name__)} LoRA's and BitFit's is. "
+                f"{merging.NO_CHANGE.format(type(edit.layer).__name__)} "
                 "delta.visualization() shows where a delta sits."
             )
         begin = (*edit.host, *edit.leaf)[:-1] if isinstance(edit, CallEdit) and edit.where == "train" else edit.host

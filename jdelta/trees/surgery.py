@@ -166,6 +166,8 @@ def prune(params: Tree, *deltas: HasPaths | Tree | Iterable[Path | str] | str) -
     leaves, start = flatten(params), root(params)
     kept = dict(leaves)
     for delta in deltas:
+        if getattr(delta, "paths", None) == ():  # BitFit where all biases are there, LN tuning: no leaves of its own
+            continue
         if isinstance(delta, str):
             paths = _paths_of(delta, leaves, states.delta_paths(params))
         else:
