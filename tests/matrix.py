@@ -72,7 +72,7 @@ NO_ATTENTION, NO_TOKENS, DECODER_TOKENS = "no attention", "no tokens", "tokens i
 # what the errors say of it
 MESSAGES = {
     NO_ATTENTION: "has none of the common names attn",
-    NO_TOKENS: "take no token ids|has none of the common names embeddings",
+    NO_TOKENS: "take no token ids|it is no embedding|has none of the common names embeddings",
     DECODER_TOKENS: "takes the tokens of a decoder whose encoder takes none",
 }
 # family or class -> method -> why it does not fit

@@ -81,7 +81,7 @@ def test_sentiment_takes_every_method(sentiment):
         delta = sentiment.build_delta(model, sentiment.parse(["--method", method]))
         trainable = sum(leaf.size for leaf in jax.tree.leaves(delta.partition()[0]))
         assert trainable == widths.get(method, trainable) >= 770
-        delta.detach()
+        delta.remove()
     words = ["--method", "soft_prompt", "--set", "soft_token_num=3", "--set", 'modified_modules=["word_embeddings"]']
     delta = sentiment.build_delta(model, sentiment.parse(words))
     assert jax.tree.leaves(delta.shapes())[0].shape == (3, 384)

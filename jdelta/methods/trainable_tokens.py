@@ -109,12 +109,13 @@ class TrainableTokensConfig(Method):
         except ValueError:
             named = common_names.places(structure, patterns)
             parameters = [each for each in structure.parameters if surgery.name_of(each.path[:-1]) in named]
-            tables = [each for each in parameters if len(each.shape) == 2]
-            if len(tables) != 1:
+            matrices = [each for each in parameters if len(each.shape) == 2]
+            if len(matrices) != 1:
                 raise
-            yield from self.parameter_edits(tables[0], structure)
+            yield from self.parameter_edits(matrices[0], structure)
             return
-        first = dataclasses.replace(site, find=lambda _: hosts[:1])
+        tables = [host for host in hosts if isinstance(linear_map(host), LookupMap)]  # not those of patches
+        first = dataclasses.replace(site, find=lambda _: (tables or hosts)[:1])
         yield from super().place(first, patterns)
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
