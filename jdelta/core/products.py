@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 Leaves = Mapping[str, jax.Array]
@@ -65,12 +64,6 @@ def _thin(of_weights: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[
 
 _down = _thin(lambda x, dweights: _fixed(_fixed(_fixed(dweights.T) @ x.T).T))
 _up = _thin(lambda z, dweights: jax.lax.dot_general(_fixed(_fixed(z).T), dweights, (((0,), (0,)), ((), ()))))
-
-
-def _zeros(tangent: SymbolicZero) -> Any:
-    """The tangent as an array; jax has one of whole numbers in NumPy alone."""
-    make: Any = np if tangent.dtype == jax.dtypes.float0 else jnp
-    return make.zeros(tangent.shape, tangent.dtype)
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -138,7 +131,12 @@ def _fused_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
     if moving:
         dmoving = {key: dweights[key] for key in moving}
         of_weights = jax.jvp(lambda w: pair.run(x, pair.merged({**still, **w}, own)), (moving,), (dmoving,))[1]
-    down = jax.tree.map(lambda d: _zeros(d) if _is_zero(d) else d, downs)
-    of_own = jax.jvp(lambda own: pair.change(x, weights, own), (own,), (down,))[1]
+    leaves, tree = jax.tree.flatten(own)
+    down = {i: d for i, d in enumerate(tree.flatten_up_to(downs)) if not _is_zero(d)}  # of what is not frozen
+
+    def change(part: dict[int, jax.Array]) -> jax.Array:
+        return pair.change(x, weights, tree.unflatten([part.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    of_own = jax.jvp(change, ({i: leaves[i] for i in down},), (down,))[1] if down else None
     y = pair.run(x, pair.merged(weights, own))  # a plain product, for `jax.checkpoint` policies to see
     return y, _total(y, of_x, of_weights, of_own)

@@ -38,6 +38,8 @@ class LoraConfig(Method):
       lora_dropout: rate of dropout on the input of `a`.
       rank_pattern: patterns of modules to their own rank, in place of `lora_r`; the first that matches counts.
       alpha_pattern: likewise, in place of `lora_alpha`.
+      freeze_a: train `b` alone (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), so that the backward pass keeps the
+        thin `x a` of each module, `(…, r)`, and not its input, unless the model itself needs that.
       use_rslora: scale by `lora_alpha / sqrt(lora_r)` (Kalajdzievski 2023, arXiv 2312.03732).
       use_dora: train the norm of each output's column of the weight too, as `m`, and change its direction by `a b`
         (DoRA, Liu et al. 2024, arXiv 2402.09353). Dropout is on the input of `a` alone.
@@ -59,6 +61,7 @@ class LoraConfig(Method):
     lora_dropout: float = 0.0
     rank_pattern: dict[str, int] | None = dataclasses.field(default=None, hash=False)
     alpha_pattern: dict[str, float] | None = dataclasses.field(default=None, hash=False)
+    freeze_a: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
@@ -107,7 +110,7 @@ class LoraConfig(Method):
         return lora_data.data_start(self.init_lora_weights, options)
 
     def frozen(self, leaf: Path) -> bool:
-        return leaf[-1] in ("a0", "b0")
+        return leaf[-1] in (("a", "a0", "b0") if self.freeze_a else ("a0", "b0"))
 
     def edits(self, host: ModuleInfo, structure: Structure) -> Iterable[Edit]:
         rule = self.rule(host.name)
@@ -117,6 +120,11 @@ class LoraConfig(Method):
             raise TypeError(f"LoRA needs a linear module; {error}{_instead(host, structure)}") from error
         for edit in edits:
             if isinstance(edit.linear, LookupMap):
+                if self.freeze_a:
+                    raise ValueError(
+                        "`a` starts at 0 in an embedding, and with freeze_a=True would stay there, so that nothing "
+                        f"trains. Leave it out, with exclude_modules=[{host.name!r}], or take freeze_a=False."
+                    )
                 edit = dataclasses.replace(edit, rule=dataclasses.replace(rule, dropout=0.0, of_rows=True))
             _warn_of_rank(host.name, rule.rank, *edit.linear.layout(edit.shape).matrix_shape(edit.shape))
             yield edit
