@@ -40,6 +40,7 @@ def at_every_dense(learning_rate: float, delta_type: str | None = None, **argume
 METHODS = {
     "lora": at_every_dense(1e-3),
     "lora_plus": dataclasses.replace(at_every_dense(3e-4, "lora"), optimizer={"lora_plus_ratio": 16}),
+    "lora_fa": at_every_dense(1e-3, "lora", freeze_a=True),
     "rslora": at_every_dense(1e-3, "lora", use_rslora=True),
     "dora": at_every_dense(1e-3, "lora", use_dora=True),
     "pissa": at_every_dense(1e-3, "lora", init_lora_weights="pissa"),
