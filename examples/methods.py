@@ -45,6 +45,7 @@ METHODS = {
     "dora": at_every_dense(1e-3, "lora", use_dora=True),
     "pissa": at_every_dense(1e-3, "lora", init_lora_weights="pissa"),
     "olora": at_every_dense(1e-3, "lora", init_lora_weights="olora"),
+    "adalora": at_every_dense(3e-3, total_step=200, tinit=20, tfinal=60),  # of the 200 steps of compare_methods.py
     "hira": at_every_dense(3e-3),
     "loha": at_every_dense(3e-3),
     "lokr": at_every_dense(3e-3),

@@ -20,6 +20,7 @@ from jdelta.hosts.nnx import linear_types as _nnx_linear
 from jdelta.hosts.transformers import linear_types as _transformers_linear
 from jdelta.hosts.transformers import repairs as _transformers_repair
 from jdelta.leaving_out import without
+from jdelta.methods.adalora import AdaLoraConfig
 from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.c3a import C3AConfig
@@ -47,6 +48,7 @@ from jdelta.methods.soft_prompt import SoftPromptConfig
 from jdelta.methods.trainable_tokens import TrainableTokensConfig
 from jdelta.methods.vera import VeraConfig
 from jdelta.models import (
+    AdaLoraModel,
     AdapterModel,
     BitFitModel,
     C3AModel,
@@ -87,6 +89,8 @@ from jdelta.trees.surgery import combine, graft, partition, prune
 from jdelta.version import __version__
 
 __all__ = [
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "AdapterConfig",
     "AdapterModel",
     "AutoDeltaConfig",

@@ -135,7 +135,7 @@ class Rich(jdelta.Method):
     def rule(self, name):
         return FromDataRule()
 
-    def optimizer(self, tx):
+    def optimizer(self, tx, leaves):
         return optax.chain(tx, optax.scale(3.0))
 
     def penalty(self, own):

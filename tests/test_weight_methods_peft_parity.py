@@ -116,7 +116,15 @@ def tokens(family: str, *modules: str, **more: Any) -> Case:
     return Case(family, lambda **kw: peft.TrainableTokensConfig(**arguments, **kw), "trainable_tokens_", 0.3, modules)
 
 
+def adalora(family: str, **more: Any) -> Case:
+    arguments = {"init_r": 4, "target_r": 2, "total_step": 20, **more}
+    return Case(family, lambda **kw: peft.AdaLoraConfig(**arguments, **kw), "lora_")
+
+
 CASES = {
+    "adalora-bert": adalora("bert", lora_alpha=16),
+    "adalora-gpt2": adalora("gpt2", fan_in_fan_out=True, tinit=3, deltaT=2),
+    "adalora-llama": adalora("llama", bias="lora_only", beta1=0.5),
     "dora-bert": lora("bert", use_dora=True),
     "dora-gpt2": lora("gpt2", use_dora=True, fan_in_fan_out=True),
     "dora-llama": lora("llama", use_dora=True, use_rslora=True),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import jdelta
+from jdelta.methods.adalora import AdaLoraRule
 from jdelta.methods.c3a import C3ARule
 from jdelta.methods.delora import DeloraRule
 from jdelta.methods.fourierft import FourierFTRule
@@ -65,6 +66,7 @@ METHODS = {
     "pissa": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "pissa"}, lambda: LoraRule(2, 2, start="pissa")),
     "olora": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "olora"}),
     "orthogonal": Row(jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "orthogonal"}),
+    "adalora": Row(jdelta.AdaLoraModel, {"init_r": 2, "target_r": 1}, lambda: AdaLoraRule(rank=2, scale=1.5)),
     "hira": Row(jdelta.HiraModel, {"r": 2}, lambda: HiraRule(rank=2)),
     "loha": Row(jdelta.LohaModel, {"r": 2, "alpha": 6}, lambda: LohaRule(rank=2, scale=1.5)),
     "lokr": Row(jdelta.LokrModel, {"r": 2, "alpha": 6}, lambda: LokrRule(rank=2, scale=1.5)),

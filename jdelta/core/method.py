@@ -181,14 +181,15 @@ class Method(DeltaConfig):
         """
         return leaves
 
-    def optimizer(self, tx: Any) -> Any:
+    def optimizer(self, tx: Any, leaves: Iterable[Path] = ()) -> Any:
         """The optimizer of what trains, made of the user's; `delta.optimizer` applies it. Override it.
 
-            def optimizer(self, tx):
+            def optimizer(self, tx, leaves):
                 return optax.chain(tx, budget_schedule(self.target_r))
 
         Args:
-          tx: what the user passed to `delta.optimizer`.
+          tx: what the user passed to `delta.optimizer`. What it is given has the leaves that train.
+          leaves: the paths of the delta's own leaves.
         """
         return tx
 

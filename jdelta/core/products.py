@@ -131,11 +131,13 @@ def _fused_jvp(pair: Pair, primals: Any, tangents: Any) -> tuple[Any, Any]:
     if moving:
         dmoving = {key: dweights[key] for key in moving}
         of_weights = jax.jvp(lambda w: pair.run(x, pair.merged({**still, **w}, own)), (moving,), (dmoving,))[1]
+    leaves: list[jax.Array]
+    tree: Any
     leaves, tree = jax.tree.flatten(own)
     down = {i: d for i, d in enumerate(tree.flatten_up_to(downs)) if not _is_zero(d)}  # of what is not frozen
 
     def change(part: dict[int, jax.Array]) -> jax.Array:
-        return pair.change(x, weights, tree.unflatten([part.get(i, leaf) for i, leaf in enumerate(leaves)]))
+        return pair.change(x, weights, jax.tree.unflatten(tree, [part.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
     of_own = jax.jvp(change, ({i: leaves[i] for i in down},), (down,))[1] if down else None
     y = pair.run(x, pair.merged(weights, own))  # a plain product, for `jax.checkpoint` policies to see

@@ -157,7 +157,7 @@ def optimizer(
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(f"optimizer takes one of optax's, such as optax.adamw(1e-3), got {tx!r}.")
     if type(state.method).optimizer is not Method.optimizer:
-        tx = state.method.optimizer(tx)
+        tx = state.method.optimizer(tx, state.attachment.leaves)
 
     def mask(params: Tree) -> Tree:
         now = _trained_in_model(state, params)

@@ -7,6 +7,7 @@ the first terms of its Neumann series. Numbers agree with PyTorch PEFT's for the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +18,7 @@ import optax
 from jdelta.core.config import require_positive, require_positive_int
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves, Side
+from jdelta.trees.surgery import Path
 
 LEAF = "oft_R"  # the entries above the diagonals of the skew-symmetric matrices, `(blocks, size (size − 1) / 2)`
 
@@ -144,7 +146,7 @@ class OFTConfig(Method):
         terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else None
         return OFTRule(self.oft_block_size, self.r, self.block_share, terms, self.eps if self.coft else None)
 
-    def optimizer(self, tx: Any) -> Any:
+    def optimizer(self, tx: Any, leaves: Iterable[Path] = ()) -> Any:
         """The optimizer; of `coft`, one that sets matrices which become too long to the length that they may have."""
         if not self.coft:
             return tx

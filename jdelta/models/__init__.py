@@ -11,6 +11,7 @@ from jdelta.models.layers import (
     SoftPromptModel,
 )
 from jdelta.models.weights import (
+    AdaLoraModel,
     C3AModel,
     DeloraModel,
     FourierFTModel,
@@ -31,6 +32,7 @@ from jdelta.models.weights import (
 )
 
 __all__ = [
+    "AdaLoraModel",
     "AdapterModel",
     "BitFitModel",
     "C3AModel",

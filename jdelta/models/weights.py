@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jdelta.delta import DeltaModel
+from jdelta.methods.adalora import AdaLoraConfig
 from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
@@ -35,6 +36,20 @@ class LoraModel(DeltaModel):
     """
 
     method_class = LoraConfig
+
+
+class AdaLoraModel(DeltaModel):
+    """AdaLoRA on linear modules: LoRA whose ranks shrink in training, where they matter least.
+
+        delta = jdelta.AdaLoraModel(model, modified_modules=["query", "value"], init_r=12, target_r=8, total_step=1000)
+
+    By default it is where LoRA is. The leaves are `adalora/a`, `(*d_in, r)`, `adalora/e`, `(r,)`, the singular values,
+    and `adalora/b`, `(r, *d_out)`. The output is unchanged at initialisation. The optimizer of `delta.optimizer` sets
+    singular values to 0, and `delta.penalty` is to be added to the loss. Its own arguments are those of
+    `AdaLoraConfig`, the common ones and errors those of `DeltaModel`.
+    """
+
+    method_class = AdaLoraConfig
 
 
 class C3AModel(DeltaModel):

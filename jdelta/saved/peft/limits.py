@@ -48,7 +48,7 @@ _NEEDED = {
     "PROMPT_TUNING": ("num_virtual_tokens",),
     "TRAINABLE_TOKENS": ("token_indices",),
 }
-_ONLY = ("lora_only", *sorted({tuner.biases for tuner in TUNERS.values()} - {""}))
+_ONLY = sorted({"lora_only", *(tuner.biases for tuner in TUNERS.values())} - {""})
 _TYPES: dict[str, Any] = {
     "peft_type": str,
     **dict.fromkeys(("r", "num_virtual_tokens", "token_dim", "num_attention_heads"), int),

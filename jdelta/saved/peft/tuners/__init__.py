@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jdelta.core.linear_maps import ConvMap, EinsumMap, MatrixMap
+from jdelta.methods.adalora import AdaLoraConfig
 from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
@@ -18,6 +19,7 @@ from jdelta.methods.randlora import RandLoraConfig
 from jdelta.methods.road import RoadConfig
 from jdelta.methods.shira import ShiraConfig
 from jdelta.methods.vera import VeraConfig
+from jdelta.saved.peft.tuners.adalora import VALUES, AdaLoraTuner
 from jdelta.saved.peft.tuners.dotted import Dotted
 from jdelta.saved.peft.tuners.fourierft import FourierFTTuner
 from jdelta.saved.peft.tuners.gralora import GraLoraTuner
@@ -31,6 +33,19 @@ from jdelta.saved.peft.tuners.untransposed import Untransposed
 TUNERS = {
     tuner.kind: tuner
     for tuner in (
+        AdaLoraTuner(
+            "ADALORA",
+            AdaLoraConfig,
+            {"a": "lora_A", "e": VALUES, "b": "lora_B"},
+            fields=(
+                *("init_r", "target_r", "lora_alpha", "lora_dropout", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
+                *("orth_reg_weight", "total_step"),
+            ),
+            read_fields=("rank_pattern",),
+            other_fields=("r", "init_lora_weights", "runtime_config", "megatron_core", "qalora_group_size"),
+            conv1d=True,
+            biases="lora_only",
+        ),
         Tuner(
             "HIRA",
             HiraConfig,
