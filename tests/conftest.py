@@ -186,14 +186,14 @@ def pytest_terminal_summary(terminalreporter):
         for key, value in report.user_properties
         if key == "matrix" and report.when == "call"
     ]
-    if rows:
-        methods = list(rows[0][1])
+    for methods in dict.fromkeys(tuple(row) for _, row in rows):
+        alike = sorted((name, row) for name, row in rows if tuple(row) == methods)
         terminalreporter.section("modules that each method changes at its default positions")
         terminalreporter.write_line(f"{'':46}" + " ".join(f"{method:>16}" for method in methods))
-        for name, row in sorted(rows):
+        for name, row in alike:
             cells = " ".join(f"{row[method] if isinstance(row[method], int) else '—':>16}" for method in methods)
             terminalreporter.write_line(f"{name:46}{cells}")
-        reasons = sorted({(method, why) for _, row in rows for method, why in row.items() if not isinstance(why, int)})
+        reasons = sorted({(method, why) for _, row in alike for method, why in row.items() if not isinstance(why, int)})
         for method, why in reasons:
-            classes = [name for name, row in sorted(rows) if row[method] == why]
+            classes = [name for name, row in alike if row[method] == why]
             terminalreporter.write_line(f"— {method}: {why}: {', '.join(classes)}")

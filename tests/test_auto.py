@@ -128,10 +128,10 @@ WRONG = {
     "an unknown method": (
         {"delta_type": "lorra"},
         ValueError,
-        r"no method has delta_type 'lorra'\. Did you mean 'lora'\? There are: adapter, bitfit",
+        r"no method has delta_type 'lorra'\. Did you mean 'lora'\? There are: adalora, adapter",
     ),
     "a method that is no word": ({"delta_type": ["lora"]}, ValueError, r"no method has delta_type \['lora'\]"),
-    "no method": ({"lora_r": 4}, ValueError, r"has no 'delta_type'\. There are: adapter, bitfit"),
+    "no method": ({"lora_r": 4}, ValueError, r"has no 'delta_type'\. There are: adalora, adapter"),
     "no dict": ("lora", TypeError, "a configuration is a dict with a 'delta_type', got 'lora'"),
     "an unknown key": (
         {"delta_type": "lora", "lora_rank": 4},

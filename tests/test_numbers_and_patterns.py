@@ -37,7 +37,10 @@ def test_no_method_takes_a_number_that_is_none(config, field):
 
 
 # Where 0 counts too, and the seeds, which may be below it.
-FROM_0 = {("GraLoraConfig", "hybrid_r"), ("OFTConfig", "r"), ("OFTConfig", "oft_block_size")}
+FROM_0 = {
+    *(("AdaLoraConfig", "tinit"), ("AdaLoraConfig", "tfinal")),
+    *(("GraLoraConfig", "hybrid_r"), ("OFTConfig", "r"), ("OFTConfig", "oft_block_size")),
+}
 SEEDS = {"random_loc_seed", "projection_prng_key"}
 LOW = {("LokrConfig", "decompose_factor"): [0, -2]}  # where -1 stands for something else
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jdelta.core.config import (
-    require_count,
     require_positive,
     require_positive_int,
     require_positive_ints,
     require_probability,
+    shown,
 )
 from jdelta.core.linear_maps import BoundLinear
 from jdelta.core.method import Method
@@ -116,12 +116,14 @@ class AdaLoraConfig(Method):
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is between 0 and 1, got {getattr(self, name):g}.")
-        if min(self.tinit, self.tfinal, self.orth_reg_weight) < 0:
-            raise ValueError("tinit, tfinal and orth_reg_weight are at least 0.")
+        for name in ("tinit", "tfinal", "orth_reg_weight"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is at least 0 and below 2**31, got {shown(getattr(self, name))}.")
         if self.target_r > self.init_r:
             raise ValueError(f"target_r={self.target_r} is above init_r={self.init_r}: ranks shrink. Take a lower one.")
         if self.total_step is not None:
-            require_count("total_step", self.total_step)
+            if not 0 < self.total_step < 2**31:
+                raise ValueError(f"total_step is at least 1 and below 2**31, got {shown(self.total_step)}.")
             if self.tinit >= self.total_step - self.tfinal:
                 raise ValueError(
                     f"no steps are left in which ranks shrink: of total_step={self.total_step}, tinit={self.tinit} "
