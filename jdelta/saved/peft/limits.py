@@ -50,7 +50,6 @@ _NEEDED = {
 }
 _ONLY = sorted({"lora_only", *(tuner.biases for tuner in TUNERS.values())} - {""})
 _TYPES: dict[str, Any] = {
-    "peft_type": str,
     **dict.fromkeys(("r", "num_virtual_tokens", "token_dim", "num_attention_heads"), int),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
     "use_rslora": bool,
@@ -62,6 +61,7 @@ _TYPES: dict[str, Any] = {
     "bias": Literal["none", "all", *_ONLY],
     "init_lora_weights": bool | str | None,
 }
+_TYPES_OF: dict[str, dict[str, Any]] = {"ADALORA": {"rank_pattern": dict[str, tuple[bool, ...]] | None}}  # its own
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the backbone's weights alone
 _REPEATED = ("pissa", "olora")  # those whose change of the weights follows from these
 
@@ -72,8 +72,9 @@ def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       TypeError, ValueError: a field is missing, wrong or an unsupported option. The message names it.
     """
-    fields = {key: as_type(key, value, _TYPES[key]) if key in _TYPES else value for key, value in given.items()}
-    kind = fields["peft_type"]
+    kind = as_type("peft_type", given["peft_type"], str)
+    types = _TYPES | _TYPES_OF.get(kind, {})
+    fields = {key: as_type(key, value, types[key]) if key in types else value for key, value in given.items()}
     if kind not in _KNOWN:
         raise ValueError(f"peft_type={shown(kind)} is not supported. Supported are: {', '.join(_KNOWN)}.")
     for field in _NEEDED.get(kind, ()):
