@@ -69,6 +69,21 @@ METHODS = {
     "bitfit": Method(3e-3, {"modified_modules": ["bert"]}, classifier_rate=3e-3),
     "ln_tuning": Method(3e-3),
     "prefix": Method(2e-4),
+    "mam": Method(
+        1e-3,
+        {
+            "methods": [
+                {"delta_type": "prefix", "prefix_token_num": 8},
+                {
+                    "delta_type": "parallel_adapter",
+                    "modified_modules": ["ff.w1", "ff.w2"],
+                    "common_structure": True,
+                    "scaled": 4.0,
+                },
+            ]
+        },
+        delta_type="composed",
+    ),
     "soft_prompt": Method(3e-2, {"soft_token_num": 20}),
     "full": Method(5e-5, trains=("bert",)),
     "head": Method(3e-2, trains=(), classifier_rate=3e-2),

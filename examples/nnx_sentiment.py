@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     frozen = nnx.to_pure_dict(delta.partition(nnx.state(model, nnx.Param))[1])
     run, means = train(delta, training, args, console)
     console.print(f"training batches: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}")
-    if isinstance(delta, jdelta.PrefixModel) and delta.config.reparameterize:
+    if delta.config.materialised() is not None:
         delta.materialise()  # the network that made the prefixes has done its work
 
     probabilities = sentiment.predict(lambda batch: logits_of(model, batch), held_out, args.batch_size)

@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainable, frozen = delta.partition(model.params)
     run = train(delta, trainable, frozen, training, args, console)
     model.params = jdelta.combine(run.trainable, frozen)
-    if isinstance(delta, jdelta.PrefixModel) and delta.config.reparameterize:
+    if delta.config.materialised() is not None:
         delta.materialise()  # the network that made the prefixes has done its work
     stored = delta.partition(model.params)[0]
 

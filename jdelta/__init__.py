@@ -25,6 +25,7 @@ from jdelta.methods.adapter import AdapterConfig
 from jdelta.methods.bitfit import BitFitConfig
 from jdelta.methods.c3a import C3AConfig
 from jdelta.methods.compacter import CompacterConfig
+from jdelta.methods.composed import ComposedConfig
 from jdelta.methods.delora import DeloraConfig
 from jdelta.methods.fourierft import FourierFTConfig
 from jdelta.methods.gralora import GraLoraConfig
@@ -53,6 +54,7 @@ from jdelta.models import (
     BitFitModel,
     C3AModel,
     CompacterModel,
+    ComposedModel,
     DeloraModel,
     FourierFTModel,
     GraLoraModel,
@@ -74,6 +76,7 @@ from jdelta.models import (
     SoftPromptModel,
     TrainableTokensModel,
     VeraModel,
+    compose,
 )
 from jdelta.names.common_names import register_common_names
 from jdelta.saved.arithmetic.combine import interpolate, negate, weighted_sum
@@ -103,6 +106,8 @@ __all__ = [
     "CallEdit",
     "CompacterConfig",
     "CompacterModel",
+    "ComposedConfig",
+    "ComposedModel",
     "Context",
     "Conversion",
     "CordaStart",
@@ -164,6 +169,7 @@ __all__ = [
     "__version__",
     "checking_products",
     "combine",
+    "compose",
     "convert_to_lora",
     "from_peft",
     "fused_attention",

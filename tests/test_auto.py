@@ -26,6 +26,7 @@ OWN = [name for name, method in METHODS.items() if method.__module__.startswith(
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck_dim": 3, "non_linearity": "relu", "zero_up": True},
     "bitfit": {},
+    "composed": {"methods": [jdelta.LoraConfig(lora_r=4).to_dict(), jdelta.AdapterConfig().to_dict()]},
     "compacter": {"reduction_factor": 4, "hypercomplex_division": 2, "phm_c_init": "uniform", "shared_phm_rule": True},
     "ln_tuning": {},
     "lora": {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1},

@@ -20,7 +20,10 @@ from jdelta.core import config
 IDS = jnp.array([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
 VERBS = ("merge", "movement", "convert_to_lora", "to_peft")
-EVERY = sorted(kind for kind, each in config.METHODS.items() if each.__module__.startswith("jdelta.methods."))
+COMPOSED = "composed"  # can what its methods can
+EVERY = sorted(
+    kind for kind, each in config.METHODS.items() if each.__module__.startswith("jdelta.methods.") and kind != COMPOSED
+)
 
 
 def table() -> dict[str, dict[str, str]]:

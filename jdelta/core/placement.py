@@ -9,7 +9,7 @@ from typing import Any
 
 from flax.core import meta
 
-from jdelta.core.edits import Edit, WeightEdit
+from jdelta.core.edits import Attachment, Edit, WeightEdit
 from jdelta.core.linear import linear_map, require_features, runs_alone
 from jdelta.core.linear_maps import StoredMap, scanned_axes
 from jdelta.core.method import Find, Method, Site
@@ -34,41 +34,61 @@ def edits_at(state: DeltaState, patterns: Sequence[str], find: Find | None = Non
     Raises:
       TypeError, ValueError: a pattern means nothing, or modules that cannot have the delta, or get nothing from it.
     """
+    made = edits_of(state.method, state.label, state.structure, carried(state), patterns, find)
+    return [named(edit, state.name, state.structure) for edit in made]
+
+
+def edits_of(
+    method: Method,
+    label: str,
+    structure: Structure,
+    attachments: Sequence[Attachment],
+    patterns: Sequence[str],
+    find: Find | None = None,
+) -> list[Edit]:
+    """As `edits_at`, of a method that is not on a model; the edits know no name of a delta.
+
+    Args:
+      method: what it is.
+      label: what it is called, for messages.
+      structure: of the model.
+      attachments: what the model carries already.
+      patterns, find: as those of `edits_at`.
+    """
     asked: list[ModuleInfo] = []
-    exclude = state.method.exclude_modules or ()
+    exclude = method.exclude_modules or ()
 
     def noted(patterns: Sequence[str]) -> list[ModuleInfo]:
-        found = state.structure.find(patterns, exclude) if find is None else find(patterns)
+        found = structure.find(patterns, exclude) if find is None else find(patterns)
         asked.extend(found)
         return found
 
-    site = Site(state.structure, noted, carried(state))
-    made = [*state.method.place(site, patterns), *_of_parameters(state)]
-    wanted = [named(edit, state.name, state.structure) for edit in made]
-    edits = without_excluded(state, wanted)
-    means = f"{state.label}: none of the modules that {list(patterns)} mean gets a change from it"
+    site = Site(structure, noted, attachments)
+    wanted = [*method.place(site, patterns), *_of_parameters(method, label, structure)]
+    edits = without_excluded(method, structure, wanted)
+    means = f"{label}: none of the modules that {list(patterns)} mean gets a change from it"
     if patterns and not wanted:
         raise ValueError(f"{means}.")
     if patterns and not any(not edit.auxiliary for edit in edits):
         raise ValueError(f"{means}: exclude_modules={list(exclude)} leaves nothing.")
     if find is None:
-        _require_each_changed(state, asked, wanted)
-    for field in state.method.pattern_fields if edits else ():
-        _check_patterns(state, field, edits)
+        _require_each_changed(label, asked, wanted)
+    for field in method.pattern_fields if edits else ():
+        _check_patterns(method, label, field, edits)
     return edits
 
 
-def _of_parameters(state: DeltaState) -> Iterator[Edit]:
+def _of_parameters(method: Method, label: str, structure: Structure) -> Iterator[Edit]:
     """What the method does at the parameters that `modified_parameters` names."""
-    names, exclude = state.method.modified_parameters or (), state.method.exclude_modules or ()
-    leaves = state.structure.leaves
-    for path in find_parameters(state.structure, names, exclude) if names else ():
+    names, exclude = method.modified_parameters or (), method.exclude_modules or ()
+    leaves = structure.leaves
+    for path in find_parameters(structure, names, exclude) if names else ():
         leaf = meta.unbox(leaves[path])
         parameter = ParameterInfo(path, leaf.shape, leaf.dtype)
         try:
-            yield from state.method.parameter_edits(parameter, state.structure)
+            yield from method.parameter_edits(parameter, structure)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{state.label} at {parameter.name}: {error}") from error
+            raise type(error)(f"{label} at {parameter.name}: {error}") from error
 
 
 def named(edit: Edit, name: str, structure: Structure) -> Edit:
@@ -114,13 +134,13 @@ def _layers(edit: WeightEdit, structure: Structure) -> tuple[int, ...]:
     return tuple(scanned_axes(shapes, [leaf.shape for leaf in owner.params.values()]))
 
 
-def without_excluded(state: DeltaState, edits: Iterable[Edit]) -> list[Edit]:
+def without_excluded(method: Method, structure: Structure, edits: Iterable[Edit]) -> list[Edit]:
     """Those whose module is neither excluded nor below one that is. What only helps others stays."""
-    exclude = state.method.exclude_modules or ()
-    by_leaf = bool(state.method.modified_parameters)  # leaves may be excluded too
-    leaves = [surgery.name_of(path) for path in state.structure.leaves if by_leaf]
+    exclude = method.exclude_modules or ()
+    by_leaf = bool(method.modified_parameters)  # leaves may be excluded too
+    leaves = [surgery.name_of(path) for path in structure.leaves if by_leaf]
     of_modules = [p for p in exclude if not any(addressing.matches_at_or_above(name, p) for name in leaves)]
-    state.structure.find((), of_modules)  # raises if a pattern means nothing
+    structure.find((), of_modules)  # raises if a pattern means nothing
 
     def is_excluded(name: str) -> bool:
         return any(addressing.matches_at_or_above(name, pattern) for pattern in exclude)
@@ -147,7 +167,7 @@ def warn_of_twin(state: DeltaState, edits: Sequence[Edit]) -> None:
         )
 
 
-def _require_each_changed(state: DeltaState, asked: Sequence[ModuleInfo], edits: Sequence[Edit]) -> None:
+def _require_each_changed(label: str, asked: Sequence[ModuleInfo], edits: Sequence[Edit]) -> None:
     """Raises `ValueError` if the method does nothing at or below a module that was named."""
     changed = {
         path for edit in edits if not edit.auxiliary for path in (edit.host, edit.span_input) if path is not None
@@ -157,28 +177,28 @@ def _require_each_changed(state: DeltaState, asked: Sequence[ModuleInfo], edits:
         names = ", ".join(f"{info.name} ({info.type.__name__})" for info in odd[:3])
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ValueError(
-            f"{state.label} has nothing to change at {names}{more}. Leave them out of modified_modules, or "
+            f"{label} has nothing to change at {names}{more}. Leave them out of modified_modules, or "
             "name them in exclude_modules."
         )
 
 
-def _check_patterns(state: DeltaState, field: str, edits: Sequence[Edit]) -> None:
+def _check_patterns(method: Method, label: str, field: str, edits: Sequence[Edit]) -> None:
     """Raises `ValueError` if a pattern of modified modules counts for none of them."""
     left = list(dict.fromkeys(_changed_name(edit) for edit in edits if not edit.auxiliary))
     names = left
-    patterns = getattr(state.method, field) or ()
+    patterns = getattr(method, field) or ()
     for pattern in patterns:
         if not any(addressing.matches(name, pattern) for name in names):
             near = addressing.closest(names, pattern)
             hint = f" Closest: {', '.join(near)}." if near else ""
             raise ValueError(
-                f"{state.label}: {field} has {pattern!r}, which means none of the {len(names)} modules "
+                f"{label}: {field} has {pattern!r}, which means none of the {len(names)} modules "
                 f"that the delta changes.{hint}"
             )
         rest = [name for name in left if not addressing.matches(name, pattern)]
         if rest == left and isinstance(patterns, Mapping):
             raise ValueError(
-                f"{state.label}: {field} has {pattern!r}, and for all that it means an earlier pattern "
+                f"{label}: {field} has {pattern!r}, and for all that it means an earlier pattern "
                 "counts. Put it before that one."
             )
         left = rest

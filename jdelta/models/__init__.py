@@ -1,5 +1,6 @@
 """The constructors of the methods: each attaches a delta of one method to a model."""
 
+from jdelta.models.composed import ComposedModel, compose
 from jdelta.models.layers import (
     AdapterModel,
     BitFitModel,
@@ -37,6 +38,7 @@ __all__ = [
     "BitFitModel",
     "C3AModel",
     "CompacterModel",
+    "ComposedModel",
     "DeloraModel",
     "FourierFTModel",
     "GraLoraModel",
@@ -58,4 +60,5 @@ __all__ = [
     "SoftPromptModel",
     "TrainableTokensModel",
     "VeraModel",
+    "compose",
 ]

@@ -84,7 +84,7 @@ def costs(state: DeltaState, exclude: Sequence[str] = ()) -> Costs:
                 wanted = {attaching.place(edit): edit for edit in _edits_at(state, info)}
                 if not wanted:
                     raise TypeError(f"It holds nothing that {state.label} changes.")
-                if not (edits := placement.without_excluded(state, wanted.values())):
+                if not (edits := placement.without_excluded(state.method, state.structure, wanted.values())):
                     raise TypeError("All that would change in it is left out by exclude_modules.")
                 attaching.check(state, edits, others)
                 made_at[info.name] = edits
