@@ -544,3 +544,28 @@ def test_an_einsum_with_weights_for_each_row_does_not_go_to_peft(tmp_path):
     with pytest.raises(ValueError, match=r"layers_0: PEFT has no module with weights for each row, as 'bed,bdf->bef'"):
         delta.to_peft(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Shifted(nn.Module):
+    """A linear module whose bias has a name of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(1.0), (x.shape[-1], 6))
+        return x @ w + self.param("shift", nn.initializers.normal(1.0), (6,))
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_a_bias_of_another_name_is_no_part_of_what_the_weight_makes(rows):
+    jdelta.register_linear(Shifted, weights="w")
+    x, module = jax.random.normal(jax.random.key(0), (rows, 8)), nn.Sequential([Shifted()])
+    backbone = jdelta.Backbone(module, module.init(jax.random.key(1), x)["params"], (x,))
+    for method in (jdelta.IA3Config(feedforward_modules=[]), jdelta.RoadConfig(group_size=2)):
+        with pytest.raises(TypeError, match=r"'shift' besides 'w'"):
+            jdelta.DeltaModel(backbone, ["layers_0"], method=method)
+    delta = jdelta.LoraModel(backbone, ["layers_0"], lora_r=2, use_dora=True)  # its product reads the output
+    trains, frozen = delta.partition()
+    backbone.params = jdelta.combine(jax.tree.map(lambda leaf: leaf + 0.3, trains), frozen)
+    out = backbone(x)
+    delta.merge()
+    np.testing.assert_allclose(backbone(x), out, rtol=1e-5, atol=1e-5)

@@ -189,6 +189,7 @@ def weight_edits(host: ModuleInfo, rule: Any) -> Iterator[WeightEdit]:
     leaf = host.params[linear.weights]
     if isinstance(rule, FeatureRule):
         require_features(rule, linear, leaf.shape)
+        _require_known_bias(rule, host, linear.weights)
     edit = WeightEdit((*host.path, linear.weights), rule, linear=linear, shape=leaf.shape)
     yield dataclasses.replace(edit, by_module=True, in_call=True, alone=runs_alone(host))
     if isinstance(rule, FeatureRule) and rule.side == "out" and "bias" in host.params:
@@ -202,6 +203,15 @@ def weight_edits(host: ModuleInfo, rule: Any) -> Iterator[WeightEdit]:
             shape=shape,
             by_module=True,
             in_call=True,
+        )
+
+
+def _require_known_bias(rule: FeatureRule, host: ModuleInfo, weights: str) -> None:
+    """Raises `TypeError` if what comes out of a module may have a bias of which that is not known."""
+    if rule.side == "out" and (others := host.params.keys() - {weights, "bias"}):
+        raise TypeError(
+            f"{type(rule).__name__} changes all that comes out, and a bias is known by its name, 'bias'. This one has "
+            f"{min(others)!r} besides {weights!r}, so that merging would miss a part. Rename it, or take LoRA."
         )
 
 

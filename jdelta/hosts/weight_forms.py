@@ -124,15 +124,22 @@ def _product(edit: WeightEdit, own: Own, x: jax.Array, y: jax.Array, leaves: Own
     """What the change of the weight adds to the module's output."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(y.dtype)  # T5's norms give float32 to a Dense that computes in bfloat16
-    bias = leaves.get("bias")
     context = this.context(edit) if uses_context(edit.rule) else None
-    change = _changed(edit, x, y, own, leaves[edit.leaf[-1]], bias, context)
+    weight, bias = leaves[edit.leaf[-1]], leaves.get("bias")
+    if not _has_known_bias(edit, leaves):
+        y, bias = BoundLinear(edit.linear, weight, y.dtype).of_leaf(x, weight), None  # nobody reads it, in most rules
+    change = _changed(edit, x, y, own, weight, bias, context)
     if change.shape != y.shape:
         raise ValueError(
             f"{type(edit.rule).__name__} at {surgery.name_of(edit.leaf)}: product gives shape {change.shape}, and the "
             f"module's output has shape {y.shape}."
         )
     return change
+
+
+def _has_known_bias(edit: WeightEdit, leaves: Own) -> bool:
+    """Whether what a module adds to its product is its leaf `bias`, or nothing."""
+    return not leaves.keys() - {edit.leaf[-1], "bias"}
 
 
 def _changed(
@@ -199,6 +206,8 @@ def _in_one_product(given: Given, this: LinearCall, x: jax.Array) -> jax.Array |
     if by_product and not scales and any(weights.reads_output(edit) for edit, _ in given):
         return None  # the output is computed anyway
     leaves = this.leaves()
+    if scales and not _has_known_bias(first, leaves):
+        return None
     arrays = [*leaves.values(), *(leaf for _, own in given for leaf in own.values() if leaf.dtype != jnp.int32)]
     arrays += [] if isinstance(first.linear, LookupMap) else [x]
     dtypes = [this.dtype or "float32", *(leaf.dtype for leaf in arrays)]
