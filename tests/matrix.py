@@ -18,7 +18,7 @@ METHODS = {
 WEIGHT_METHODS = {
     "dora": (jdelta.LoraModel, {"lora_r": 2, "use_dora": True}),
     "pissa": (jdelta.LoraModel, {"lora_r": 2, "init_lora_weights": "pissa"}),
-    "adalora": (jdelta.AdaLoraModel, {"init_r": 2, "target_r": 1}),
+    "adalora": (jdelta.AdaLoraModel, {"init_r": 2, "target_r": 1, "total_step": 10}),
     "hira": (jdelta.HiraModel, {"r": 2}),
     "loha": (jdelta.LohaModel, {"r": 2}),
     "lokr": (jdelta.LokrModel, {"r": 2}),
