@@ -135,6 +135,19 @@ def test_under_scan_and_resumed_it_is_the_same_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
+def test_its_state_can_be_donated():
+    backbone, delta = attach()
+    tx, loss = delta.optimizer(optax.adam(0.02)), loss_of(backbone, delta)
+    params = jax.tree.map(jnp.array, backbone.params)
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
+
+
 def test_on_an_nnx_module():
     model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 6, rngs=nnx.Rngs(1)))
     delta = jdelta.AdaLoraModel(model, ["0", "1"], **OPTIONS, dummy_inputs=(X,))

@@ -105,10 +105,10 @@ def with_budget(tx: Any, hosts: Sequence[Path], budget: Budget) -> optax.Gradien
         mine = own(params)
         if lacking := [host for host, leaves in mine.items() if len(leaves) < len(NAMES)]:
             raise ValueError(f"AdaLoRA's budget needs all of a, e and b to train, and not all at {lacking[0]} do.")
-        zeros = jax.tree.map(jnp.zeros_like, mine)
+        gradients, importance, uncertainty = (jax.tree.map(jnp.zeros_like, mine) for _ in range(3))  # to be donated
+        step, seen = (jnp.zeros((), jnp.int32) for _ in range(2))
         kept = {host: jnp.ones(leaves["e"].shape, bool) for host, leaves in mine.items()}
-        none = jnp.zeros((), jnp.int32)
-        return BudgetState(tx.init(params), none, zeros, none, zeros, zeros, kept)
+        return BudgetState(tx.init(params), step, gradients, seen, importance, uncertainty, kept)
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, BudgetState]:
         if params is None:
