@@ -22,7 +22,7 @@ from jdelta.core.config import (
 from jdelta.core.linear_maps import BoundLinear
 from jdelta.core.method import Method
 from jdelta.core.rules import Leaves, Side
-from jdelta.methods.rank_budget import Budget, with_budget
+from jdelta.methods.rank_budget import Budget, matrices, with_budget
 from jdelta.trees import addressing
 from jdelta.trees.surgery import Path
 
@@ -139,7 +139,7 @@ class AdaLoraConfig(Method):
         far = []
         for path, e in own.items():
             if path[-1] == "e":
-                a, b = factors(own[(*path[:-1], "a")], e, own[(*path[:-1], "b")])
+                a, b = matrices(own[(*path[:-1], "a")], e, own[(*path[:-1], "b")])
                 far += [_distance(jnp.swapaxes(a, -1, -2) @ a), _distance(b @ jnp.swapaxes(b, -1, -2))]
         return self.orth_reg_weight * jnp.concatenate([each.ravel() for each in far]).mean() if far else 0.0
 
@@ -152,12 +152,6 @@ class AdaLoraConfig(Method):
             )
         budget = Budget(self.target_r, self.tinit, self.tfinal, self.deltaT, self.total_step, (self.beta1, self.beta2))
         return with_budget(tx, [path[:-1] for path in leaves if path[-1] == "e"], budget)
-
-
-def factors(a: jax.Array, e: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`a` as `(*layers, d_in, r)` and `b` as `(*layers, r, d_out)`, for `e`, `(*layers, r)`."""
-    *layers, rank = e.shape
-    return a.reshape(*layers, -1, rank), b.reshape(*layers, rank, -1)
 
 
 def _distance(gram: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.core import meta
 
 from jdelta.trees import surgery
 from jdelta.trees.surgery import Path
@@ -91,15 +92,14 @@ def with_budget(tx: Any, hosts: Sequence[Path], budget: Budget) -> optax.Gradien
       hosts: where the triplets are: the paths of the delta's leaves without `"a"`, `"e"` and `"b"`.
       budget: how many stay.
     """
-    wanted = {(*host, name): (surgery.name_of(host), name) for host in hosts for name in NAMES}
 
     def own(tree: Any) -> dict[str, dict[str, jax.Array]]:
         """The leaves of the triplets in a tree of what trains."""
-        found: dict[str, dict[str, jax.Array]] = {surgery.name_of(host): {} for host in hosts}
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if (at := _wanted(keys, wanted)) is not None:
-                found[at[0]][at[1]] = leaf
-        return found
+        held = {path: leaf for path, leaf in surgery.parameters_of(tree).items() if jax.tree.leaves(leaf)}  # not masked
+        return {
+            surgery.name_of(host): {name: meta.unbox(held[*host, name]) for name in NAMES if (*host, name) in held}
+            for host in hosts
+        }
 
     def init(params: Any) -> BudgetState:
         mine = own(params)
@@ -116,19 +116,19 @@ def with_budget(tx: Any, hosts: Sequence[Path], budget: Budget) -> optax.Gradien
         gradients = jax.tree.map(jnp.add, state.gradients, own(updates))
         seen = state.seen + 1
         updates, inner = tx.update(updates, state.inner, params, **more)
-        moved = jax.tree.map(jnp.add, own(params), own(updates))
+        before, steps = own(params), own(updates)
         counted = state._replace(inner=inner, gradients=gradients, seen=seen)
-        stepped, zeroed = _after_step(counted, moved, budget)
+        stepped, zeroed = _after_step(counted, jax.tree.map(jnp.add, before, steps), budget)
         if isinstance(tx, optax.MultiSteps):
             is_step = tx.has_updated(inner)
             stepped = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), stepped, counted)
             zeroed = jax.tree.map(lambda mask: mask & is_step, zeroed)
-
-        def of_kept(keys: Any, step: jax.Array, value: jax.Array) -> jax.Array:
-            at = _wanted(keys, wanted)
-            return step if at is None or at[1] != "e" else jnp.where(zeroed[at[0]], -value, step).astype(step.dtype)
-
-        return jax.tree_util.tree_map_with_path(of_kept, updates, params), stepped
+        flat, begin = surgery.flatten(updates), surgery.root(updates)
+        for host in hosts:
+            name, path = surgery.name_of(host), (*begin, *host, "e")
+            new = jnp.where(zeroed[name], -before[name]["e"], steps[name]["e"])
+            flat[path] = surgery.in_box_of(flat[path], new)
+        return surgery.unflatten(flat, like=updates), stepped
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -165,17 +165,12 @@ def _scores(entries: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Arr
     """The importance of each triplet, `(*layers, r)`."""
     found = {}
     for host, leaves in entries.items():
-        *layers, rank = leaves["e"].shape
-        of_a = leaves["a"].reshape(*layers, -1, rank).mean(axis=-2)
-        of_b = leaves["b"].reshape(*layers, rank, -1).mean(axis=-1)
-        found[host] = leaves["e"] + of_a + of_b
+        a, b = matrices(**leaves)
+        found[host] = leaves["e"] + a.mean(axis=-2) + b.mean(axis=-1)
     return found
 
 
-def _wanted(keys: Sequence[Any], wanted: Mapping[Path, tuple[str, str]]) -> tuple[str, str] | None:
-    """What leaf of which host one is, by the keys of its place in a tree, which may be below a collection's name."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-    for begin, end in ((0, len(names)), (1, len(names)), (0, len(names) - 1), (1, len(names) - 1)):
-        if (found := wanted.get(names[begin:end])) is not None:
-            return found
-    return None
+def matrices(a: jax.Array, e: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`a` as `(*layers, d_in, r)` and `b` as `(*layers, r, d_out)`, for `e`, `(*layers, r)`."""
+    *layers, rank = e.shape
+    return a.reshape(*layers, -1, rank), b.reshape(*layers, rank, -1)
